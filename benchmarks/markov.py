@@ -1,0 +1,198 @@
+"""The instrument that decides the defaults: sources whose law is known exactly, exact and trained denoisers.
+
+    python -m benchmarks.markov                              exact denoisers, three seeds: isolates the sampler
+    python -m benchmarks.markov --train mdlm cadd cdm        networks by the project's own trainer, equal steps
+    python -m benchmarks.markov --train cadd:hint=linear,latent_norm=1 --source topics --seeds 3
+
+A model is one of mdlm, cadd, cdm, with any field of ModelConfig or TrainConfig behind a colon. Each run is one line of
+JSON in --out; the table gives mean and spread (the standard deviation over seeds) of
+
+    bad      share of impossible transitions           tv       total variation of the transition law
+    entropy  of the samples' bigrams minus the truth, bits
+    ce gap   the network's CE at masked positions minus the exact one's on the same (x_t, z_t), nats, by t
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.sources import ExactDenoiser, Source
+from cadd_min.dit import PRESETS
+from cadd_min.errors import InputError, run
+from cadd_min.forward import q_sample
+from cadd_min.loss import log_probs
+from cadd_min.model import Denoiser, ModelConfig
+from cadd_min.sampler import sample
+from cadd_min.trainer import TrainConfig, Trainer, seeded
+
+SOURCES = {"chain": {"topics": 1}, "topics": {"topics": 8}}
+TIMES = (0.2, 0.4, 0.6, 0.8)
+DEFAULTS = {"latent_table": "fixed", "latent_norm": 2.0}  # what DESIGN's exact rows use: random rows of norm 2
+
+
+def parse(spec: str) -> tuple[str, dict[str, Any]]:
+    """"cadd:hint=linear,steps=100" -> ("cadd", {"hint": "linear", "steps": 100})."""
+    model, _, rest = spec.partition(":")
+    fields = {f.name: f.type for c in (ModelConfig, TrainConfig) for f in dataclasses.fields(c)}
+    options: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        name, _, value = item.partition("=")
+        if name not in fields and name != "preset":
+            raise InputError(f"--train: {name!r} is no field of ModelConfig or TrainConfig")
+        kind = {"int": int, "float": float, "bool": lambda v: v == "True"}.get(str(fields.get(name)), str)
+        options[name] = kind(value)
+    return model, options
+
+
+def build(source: Source, model: str, options: dict[str, Any], seed: int) -> Denoiser:
+    """A denoiser for this source; its table and schedule serve the exact denoiser too."""
+    torch.manual_seed(seed)
+    size = PRESETS[options.pop("preset", "nano")]
+    shape = {f.name for f in dataclasses.fields(ModelConfig)} & options.keys()
+    merged = DEFAULTS | {name: options.pop(name) for name in shape}
+    return Denoiser(ModelConfig(source.states, source.length, size, model=model, **merged)).eval()
+
+
+def train(source: Source, model: Denoiser, config: TrainConfig) -> Trainer:
+    """Train on fresh sequences of the source: no two steps see the same ones."""
+
+    def data(index: int) -> torch.Tensor:
+        return source.draw(config.batch_size, seeded(config.seed + 1000, index))
+
+    trainer = Trainer(model.train(), data, config)
+    for _ in range(config.steps):
+        trainer.train_step()
+    return trainer
+
+
+@torch.no_grad()
+def ce_gap(source: Source, model: Denoiser, count: int = 1024) -> dict[str, list[float]]:
+    """Exact CE and the network's excess over it, nats per masked position at each of TIMES."""
+    gen, exact = seeded(7, 0), ExactDenoiser(source, model.table(), model.schedule)
+    rows: dict[str, list[float]] = {"exact_ce": [], "gap": []}
+    for time_ in TIMES:
+        x_0, t = source.draw(count, gen), torch.full((count,), time_)
+        x_t, z_t = q_sample(x_0, model.table()[x_0], t, model.schedule, model.mask_id, generator=gen)
+        masked = x_t == model.mask_id
+        ce = [
+            -log_probs(d(x_t, z_t, t), model.mask_id).gather(-1, x_0[..., None])[..., 0][masked].mean().item()
+            for d in (exact, model)
+        ]
+        rows["exact_ce"].append(ce[0])
+        rows["gap"].append(ce[1] - ce[0])
+    return rows
+
+
+def one_run(job: dict[str, Any]) -> dict[str, Any]:
+    """One model, one seed: train it if asked for, then sample at every T and zhat, and score."""
+    torch.set_num_threads(1)
+    seed, options = job["seed"], dict(job["options"])
+    source = Source(seed=seed, **SOURCES[job["source"]])
+    model = build(source, job["model"], options, seed)
+    row, start = dict(job), time.time()
+    denoiser: Any = ExactDenoiser(source, model.table(), model.schedule)
+    if job["trained"]:
+        config = {"steps": job["steps"], "batch_size": 64, "lr": 2e-3, "compile": True, "seed": seed} | options
+        trainer = train(source, model, TrainConfig(**config))
+        model = denoiser = trainer.ema
+        row |= ce_gap(source, model)
+        row["train_seconds"] = time.time() - start
+    truth = source.score(source.draw(job["samples"], seeded(seed, 99)))
+    row["scores"] = {}
+    for zhat in job["zhat"] if model.table().shape[1] else ["hard"]:
+        for steps in job["T"]:
+            x = sample(
+                denoiser,
+                (job["samples"], source.length),
+                model.table(),
+                model.schedule,
+                model.mask_id,
+                steps=steps,
+                zhat=zhat,
+                generator=seeded(seed, steps),
+            )
+            score = source.score(x)
+            score["entropy"] -= truth["entropy"]
+            row["scores"][f"{zhat} {steps}"] = score
+    return row
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """mean ± standard deviation."""
+    dev = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{dev}"
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """The results as Markdown: samples, then CE gaps."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[("trained " if row["trained"] else "exact ") + row["spec"]].append(row)
+    steps = rows[0]["T"]
+    lines = ["| model | zhat | " + " | ".join(f"T={s}: bad / tv / entropy" for s in steps) + " |"]
+    lines.append("|---" * (2 + len(steps)) + "|")
+    for name, group in groups.items():
+        for zhat in dict.fromkeys(key.split()[0] for key in group[0]["scores"]):
+            cells = [
+                " / ".join(
+                    spread([row["scores"][f"{zhat} {s}"][k] for row in group], 2 if k == "entropy" else 3)
+                    for k in ("bad", "tv", "entropy")
+                )
+                for s in steps
+            ]
+            lines.append(f"| {name} | {zhat} | " + " | ".join(cells) + " |")
+    trained = {name: group for name, group in groups.items() if group[0]["trained"]}
+    if trained:
+        lines += ["", "| model | " + " | ".join(f"t={t}: exact CE, gap" for t in TIMES) + " | train s |"]
+        lines.append("|---" * (2 + len(TIMES)) + "|")
+        for name, group in trained.items():
+            cells = [
+                f"{spread([r['exact_ce'][i] for r in group])}, +{spread([r['gap'][i] for r in group])}"
+                for i in range(len(TIMES))
+            ]
+            lines.append(f"| {name} | " + " | ".join(cells) + f" | {spread([r['train_seconds'] for r in group], 0)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--exact", nargs="*", default=["mdlm", "cadd"], help="models with the exact denoiser")
+    parser.add_argument("--train", nargs="*", default=[], help="models to train")
+    parser.add_argument("--source", choices=SOURCES, default="chain")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=9000, help="training steps")
+    parser.add_argument("--samples", type=int, default=2048)
+    parser.add_argument("--T", type=int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--zhat", nargs="+", default=["sample", "soft", "hard"])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--out", type=Path, help="append each run as a line of JSON")
+    args = parser.parse_args()
+    shared = {"source": args.source, "steps": args.steps, "samples": args.samples, "T": args.T, "zhat": args.zhat}
+    jobs = []
+    for trained, specs in ((False, args.exact), (True, args.train)):
+        for spec in specs:
+            model, options = parse(spec)
+            for seed in range(args.seeds):
+                jobs.append(shared | {"spec": spec, "model": model, "options": options, "trained": trained, "seed": seed})
+    rows = []
+    with ProcessPoolExecutor(args.jobs) as pool:
+        for row in pool.map(one_run, jobs):
+            rows.append(row)
+            if args.out:
+                with args.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+    print(tables(rows))
+
+
+if __name__ == "__main__":
+    run(main)

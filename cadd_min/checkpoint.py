@@ -1,0 +1,111 @@
+"""One file that holds everything: weights, EMA, optimiser, step, settings, tokenizer. Written whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cadd_min.dit import Size
+from cadd_min.errors import InputError
+from cadd_min.model import Denoiser, ModelConfig
+from cadd_min.options import from_dict
+from cadd_min.tokenizer import Tokenizer, from_spec
+from cadd_min.trainer import Trainer
+
+FORMAT, VERSION = "cadd_min", 1
+FILE = "checkpoint.pt"
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` to `path` atomically: whatever fails, the previous file stays as it was."""
+    part = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            torch.save({"format": FORMAT, "version": VERSION, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"could not save {path} ({reason}); the checkpoint before it is untouched") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, tensors and plain values only: nothing in it is ever executed."""
+    path = find(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile):
+        raise InputError(f"{path} is not a checkpoint, or it is damaged") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f"{path} is not a checkpoint of this project")
+    if content.get("version") != VERSION:
+        raise InputError(f"{path} has checkpoint version {content.get('version')}, expected {VERSION}")
+    return content
+
+
+def find(path: Path) -> Path:
+    """The checkpoint at `path`, a file or a run's folder; of a folder of runs, the newest."""
+    if path.is_dir():
+        found = [path / FILE] if (path / FILE).exists() else sorted(path.glob(f"*/{FILE}"), key=os.path.getmtime)
+        if not found:
+            raise InputError(f"there is no checkpoint in {path}: train one first (make train)")
+        return found[-1]
+    if not path.exists():
+        raise InputError(f"there is no checkpoint at {path}: train one first (make train)")
+    return path
+
+
+def model_dict(config: ModelConfig) -> dict[str, Any]:
+    """The model's configuration as plain values."""
+    return dataclasses.asdict(config)
+
+
+def build_model(content: dict[str, Any], where: Path) -> Denoiser:
+    """A denoiser of the checkpoint's shape, without its weights."""
+    config = dict(content["model_config"])
+    config["size"] = from_dict(Size, config["size"], str(where))
+    return Denoiser(from_dict(ModelConfig, config, str(where)))
+
+
+def load_state(module: torch.nn.Module, state: dict[str, Any], where: Path) -> None:
+    """load_state_dict, with a sentence where the shapes differ."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError:
+        raise InputError(f"{where} holds the weights of a model of another shape than these settings ask for") from None
+
+
+def load_trainer(trainer: Trainer, content: dict[str, Any], where: Path) -> None:
+    """Put a trainer where the checkpoint left it."""
+    try:
+        state = content["trainer"]
+        load_state(trainer.model, state["model"], where)
+        trainer.load_state_dict(state)
+    except (KeyError, ValueError) as error:
+        raise error if isinstance(error, InputError) else InputError(f"{where} is not a whole checkpoint") from None
+
+
+def load_denoiser(path: Path, device: torch.device | str = "cpu") -> tuple[Denoiser, Tokenizer, dict[str, Any]]:
+    """The trained model (EMA weights), the tokenizer that decodes its samples, and all else in the checkpoint."""
+    content, where = load(path), find(path)
+    try:
+        model = build_model(content, where)
+        load_state(model, content["trainer"]["ema"], where)
+        tokenizer = from_spec(content["tokenizer"])
+    except (KeyError, TypeError, AttributeError) as missing:
+        raise InputError(f"{where} is not a whole checkpoint: {missing} is missing or malformed") from None
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise InputError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
+        )
+    return model.to(device).eval(), tokenizer, content

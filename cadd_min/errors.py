@@ -1,0 +1,34 @@
+"""The one exception a user of the command line may see, and how the scripts show it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class InputError(ValueError):
+    """Bad input from outside: one sentence that names the argument and what was expected."""
+
+
+class Interrupted(Exception):
+    """The user asked to stop, and everything worth keeping has been saved."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main: bad input is one line and exit code 2, an interrupt is exit code 130."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def choose(name: str, value: str, allowed: object) -> str:
+    """Return `value` if it is one of `allowed`, else raise an InputError that lists them."""
+    names = list(allowed)  # type: ignore[call-overload]
+    if value not in names:
+        raise InputError(f"{name} must be one of {', '.join(map(str, names))}, not {value!r}")
+    return value

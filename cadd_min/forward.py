@@ -1,0 +1,72 @@
+"""Proposition 1: the forward process. Tokens are masked; a masked token keeps a noisy copy of its embedding.
+
+`q_step` is one step of the chain, `q_sample` the closed form of the whole of it. The tests simulate the first to
+check the second.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from cadd_min.errors import InputError
+from cadd_min.schedule import NoiseSchedule, per_token
+
+
+def q_sample(
+    x_0: Tensor, z_0: Tensor, t: Tensor, schedule: NoiseSchedule, mask_id: int, *, generator: Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Draw (x_t, z_t) ~ q(x_t, z_t | x_0) = q(x_t | x_0) q(z_t | x_t, x_0).    (Prop. 1)
+
+    Args: x_0 (B, L) int64 tokens; z_0 (B, L, D) their latents w[x_0]; t (B,) in [0, 1].
+    Returns: x_t (B, L), z_t (B, L, D). A token is masked with probability 1 - alpha_t. Its latent is
+    N(signal_t z_0, noise_t^2 I) where it is masked, whenever the masking happened, and exactly z_0 where not.
+    """
+    _check(x_0, z_0, t)
+    u = torch.rand(x_0.shape, generator=generator, device=x_0.device)
+    masked = u >= per_token(schedule.alpha(t), u)
+    eps = torch.randn(z_0.shape, generator=generator, device=z_0.device, dtype=z_0.dtype)
+    noisy = per_token(schedule.signal(t), z_0) * z_0 + per_token(schedule.noise(t), z_0) * eps
+    return x_0.masked_fill(masked, mask_id), torch.where(masked[..., None], noisy, z_0)
+
+
+def q_step(
+    x_s: Tensor,
+    z_s: Tensor,
+    s: Tensor,
+    t: Tensor,
+    schedule: NoiseSchedule,
+    mask_id: int,
+    *,
+    generator: Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of the forward chain, from time s to t >= s; shapes as in `q_sample`.
+
+    An unmasked token is masked with probability 1 - alpha_t / alpha_s and a masked one stays masked. The latent of an
+    unmasked token is frozen; of one masked in this step it is N(signal_t z_s, noise_t^2 I), for there z_s = z_0; of
+    one masked before, N(c z_s, (noise_t^2 - c^2 noise_s^2) I) with c = signal_t / signal_s (for the Gaussian latent
+    c^2 = g = gamma_bar_t / gamma_bar_s and the variance is 1 - g).
+    """
+    _check(x_s, z_s, t)
+    alpha_s = schedule.alpha(s)
+    survive = torch.where(alpha_s > 0, schedule.alpha(t) / torch.where(alpha_s > 0, alpha_s, 1), 1)
+    u = torch.rand(x_s.shape, generator=generator, device=x_s.device)
+    was_masked = x_s == mask_id
+    masked = was_masked | (u >= per_token(survive, u))
+
+    signal_s, signal_t, noise_t = schedule.signal(s), schedule.signal(t), schedule.noise(t)
+    c = torch.where(signal_s > 0, signal_t / torch.where(signal_s > 0, signal_s, 1), 1)
+    added = (noise_t**2 - c**2 * schedule.noise(s) ** 2).clamp(min=0).sqrt()  # rounding may leave -1e-17
+    eps = torch.randn(z_s.shape, generator=generator, device=z_s.device, dtype=z_s.dtype)
+    fresh = per_token(signal_t, z_s) * z_s + per_token(noise_t, z_s) * eps
+    older = per_token(c, z_s) * z_s + per_token(added, z_s) * eps
+    z_t = torch.where(was_masked[..., None], older, torch.where(masked[..., None], fresh, z_s))
+    return x_s.masked_fill(masked, mask_id), z_t
+
+
+def _check(x: Tensor, z: Tensor, t: Tensor) -> None:
+    if x.dim() != 2 or z.dim() != 3 or z.shape[:2] != x.shape or t.shape != x.shape[:1]:
+        raise InputError(
+            f"x must be (B, L), z (B, L, D) and t (B,) with the same B and L, "
+            f"not {tuple(x.shape)}, {tuple(z.shape)} and {tuple(t.shape)}"
+        )

@@ -1,0 +1,112 @@
+"""The latent: which vector a masked token keeps, how long it is, and how the network gets to read it.
+
+Why the scale must be held on purpose. A masked position shows the network z_t = signal z_0 + noise eps. How much that
+gives away is set by one number, the latent's own signal-to-noise ratio ||w||^2 gamma_bar / (1 - gamma_bar). If the
+table w could learn through the loss, the shortest way down would be to make w longer until z_t spells out x_0: the
+loss goes to zero, the network learns to read instead of to predict, and the samples collapse, for at sampling time z_t
+has nothing to say but what the network itself has put there. So here every row has the same length `norm` and no
+gradient flows into z_0. How long? A code word among V is found in Gaussian noise once ||w||^2 SNR / 2 reaches log V
+nats (the capacity of that channel), so `identify_norm` sets the time at which the latent alone would give the token
+away, whatever the vocabulary: before it the hint is soft, after it the answer is known.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cadd_min.errors import InputError, choose
+from cadd_min.schedule import NoiseSchedule, per_token
+
+TABLES = ("tied", "fixed", "free")
+FUSIONS = ("add", "concat", "reweight")
+HINTS = ("raw", "linear", "posterior")
+
+
+def identify_norm(vocab_size: int, schedule: NoiseSchedule, t_identify: float) -> float:
+    """The norm of w at which ||w||^2 SNR(t) / 2 = log V nats: z_t alone identifies its token before t_identify."""
+    snr = float(schedule.snr(torch.tensor(t_identify, dtype=torch.float64)))
+    return math.sqrt(2 * math.log(vocab_size) / snr)
+
+
+def log_likelihood(z_t: Tensor, t: Tensor, table: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """log N(z_t; signal w_v, noise^2 I) of every token v, up to a constant: (B, L, D), (V, D) -> (B, L, V) nats.
+
+    For the Gaussian latent (sqrt(gamma_bar) z.w_v - gamma_bar ||w_v||^2 / 2) / (1 - gamma_bar). By Bayes' rule it is a
+    factor of p(x_0 | x_t, z_t): what remains is the token's prior given everything else.
+    """
+    signal, variance = per_token(schedule.signal(t), z_t), per_token(schedule.noise(t) ** 2, z_t)
+    return (signal * (z_t @ table.T) - signal**2 * table.square().sum(-1) / 2) / variance
+
+
+class Latent(nn.Module):
+    """The latent table, and the fusion of a latent with its position's embedding.
+
+    table: "tied", the directions of the token embedding; "fixed", random directions that never change; "free", the
+    token embedding itself with its gradient, which is trap to look at and not to use. dim = 0 is no latent at all: a
+    masked model runs the same code.
+    fusion: "add" (the paper's), "concat" or "reweight". hint: "raw", z_t as it is (the paper's); "linear", the best
+    linear guess of z_0, which is silent where z_t is noise; "posterior", E[w | z_t] under the table.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int,
+        dim: int,
+        norm: float,
+        schedule: NoiseSchedule,
+        *,
+        table: str = "tied",
+        fusion: str = "add",
+        hint: str = "raw",
+    ):
+        super().__init__()
+        self.kind, self.fusion = choose("latent table", table, TABLES), choose("fusion", fusion, FUSIONS)
+        self.hint = choose("hint", hint, HINTS)
+        if table != "fixed" and dim not in (0, width):
+            raise InputError(f"a {table} latent table has the network's width {width}: latent dim must not be {dim}")
+        self.dim, self.norm, self.schedule = dim, norm, schedule
+        if table == "fixed":
+            directions = torch.randn(vocab_size + 1, dim, generator=torch.Generator().manual_seed(0))
+            self.register_buffer("directions", F.normalize(directions, dim=-1))
+        inputs = width + dim if fusion == "concat" else dim
+        needs_projection = dim > 0 and (fusion == "concat" or dim != width)
+        self.project = nn.Linear(inputs, width, bias=False) if needs_projection else nn.Identity()
+
+    def table(self, embedding: Tensor) -> Tensor:
+        """w (V, D) from the token embedding (V, width); its last row is the mask's and never used."""
+        if self.dim == 0:
+            return embedding.new_zeros(len(embedding), 0)
+        if self.kind == "free":
+            return embedding
+        directions = self.directions if self.kind == "fixed" else F.normalize(embedding.detach(), dim=-1)
+        return self.norm * directions
+
+    def fuse(self, e: Tensor, z_t: Tensor, masked: Tensor, t: Tensor, table: Tensor) -> Tensor:
+        """The network's input z_tilde (B, L, width) from embeddings e = E[x_t] (B, L, width) and latents z_t (B, L, D).
+
+        E[x_t] + z_t where masked; E[x_t] alone where not: there z_t says nothing that x_t does not.
+        """
+        if self.dim == 0:
+            return e
+        z = self._hint(z_t, t, table) * masked[..., None]
+        if self.fusion == "concat":
+            return self.project(torch.cat([e, z.to(e.dtype)], -1))
+        z = self.project(z)
+        if self.fusion == "reweight":  # trust each part as far as it goes: the mask's embedding when z_t is noise
+            gamma_bar = per_token(self.schedule.gamma_bar(t), e) * masked[..., None]
+            return (1 - gamma_bar) * e + gamma_bar * z
+        return e + z
+
+    def _hint(self, z_t: Tensor, t: Tensor, table: Tensor) -> Tensor:
+        if self.hint == "raw":
+            return z_t
+        if self.hint == "posterior":
+            return log_likelihood(z_t, t, table[:-1], self.schedule).softmax(-1) @ table[:-1]
+        signal, noise = self.schedule.signal(t), self.schedule.noise(t)
+        variance = self.norm**2 / self.dim  # of z_0, per dimension
+        return per_token(signal * variance / (signal**2 * variance + noise**2), z_t) * z_t

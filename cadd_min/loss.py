@@ -1,0 +1,167 @@
+"""Lemma 1: the KL splits. The training losses (CE, CE + MSE) and the likelihood bound are all read off it.
+
+Per masked position, KL = rho_flip (-log p(x_0 | x_t, z_t)) + rho_keep KL_cont. Training minimises the first factor, a
+cross-entropy; `nelbo` sums the whole of it. The CE alone is not a perplexity for CADD: its input z_t has seen x_0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+from torch.utils.checkpoint import checkpoint
+
+from cadd_min.errors import InputError, choose
+from cadd_min.forward import q_sample
+from cadd_min.schedule import NoiseSchedule, per_token
+
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t (B, L), z_t (B, L, D), t (B,)) -> logits (B, L, V)
+WEIGHTINGS = ("uniform", "elbo")
+T_MIN = 1e-4  # continuous time: the bound integrates over [T_MIN, 1] and takes [0, T_MIN] as one last step
+
+
+def log_probs(logits: Tensor, mask_id: int) -> Tensor:
+    """log softmax over the tokens, (..., V) -> (..., V): the mask is no token, its probability is zero."""
+    if mask_id < logits.shape[-1]:
+        logits = logits.clone()
+        logits[..., mask_id] = -torch.inf
+    return logits.log_softmax(-1)
+
+
+def kl_continuous(z_0: Tensor, z_0_hat: Tensor, s: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """KL(q(z_s | z_t, z_0) || q(z_s | z_t, z_0_hat)) = (SNR(s) - SNR(t)) / 2 ||z_0 - z_0_hat||^2.    (Lemma 1)
+
+    Args: z_0, z_0_hat (B, L, D); s < t (B,). Returns: (B, L) nats per position that stays masked; infinite for s = 0
+    unless the two agree. For the flow-matching latent this is the KL of the Markov chain with the same marginals.
+    """
+    error = (z_0 - z_0_hat).square().sum(-1)
+    gain = per_token((schedule.snr(s) - schedule.snr(t)) / 2, error)
+    return torch.where(error > 0, gain * error, torch.zeros_like(error))
+
+
+def kl_prior(z_0: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """KL(q(z_1 | x_0) || N(0, I)) in nats, (B, L, D) -> (B, L): zero for every schedule that ends at gamma_bar = 0."""
+    one = torch.ones((), dtype=z_0.dtype, device=z_0.device)
+    signal, variance = schedule.signal(one), schedule.noise(one) ** 2
+    return ((signal * z_0) ** 2 + variance - 1 - variance.log()).sum(-1) / 2
+
+
+def stratified_times(count: int, generator: Generator | None, device: torch.device | str = "cpu") -> Tensor:
+    """(count,) float64 times, uniform on (0, 1] and evenly spread: one uniform shift of a regular grid."""
+    shift = torch.rand((), generator=generator, device=device, dtype=torch.float64)
+    return 1 - (torch.arange(count, device=device, dtype=torch.float64) / count + shift) % 1
+
+
+class Bound(NamedTuple):
+    """The two parts of the bound, (B,) nats each."""
+
+    discrete: Tensor
+    continuous: Tensor
+
+
+@torch.no_grad()
+def nelbo_parts(
+    denoiser: Denoiser,
+    x_0: Tensor,
+    table: Tensor,
+    schedule: NoiseSchedule,
+    mask_id: int,
+    *,
+    steps: int | None = None,
+    generator: Generator | None = None,
+) -> Bound:
+    """The bound of `nelbo`, its discrete (token) and continuous (latent) part apart."""
+    if steps is not None and steps < 1:
+        raise InputError(f"steps must be a positive number or None (continuous time), not {steps}")
+    z_0 = table[x_0]
+
+    def errors(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Per masked position at time t: the CE, the soft estimate z0_hat, and where it is masked."""
+        x_t, z_t = q_sample(x_0, z_0, t, schedule, mask_id, generator=generator)
+        log_p = log_probs(denoiser(x_t, z_t, t.to(table.dtype)).to(table.dtype), mask_id)
+        ce = -log_p.gather(-1, x_0[..., None])[..., 0]
+        return ce, log_p.exp() @ table[: log_p.shape[-1]], (x_t == mask_id).to(table.dtype)
+
+    u = stratified_times(len(x_0), generator, x_0.device)
+    if steps is None:
+        t = T_MIN + (1 - T_MIN) * u
+        ce, z_hat, masked = errors(t)
+        per_time = (z_0 - z_hat).square().sum(-1) * per_token(-schedule.snr_prime(t) / 2, ce)
+        discrete = (1 - T_MIN) * (per_token(schedule.flip_rate(t), ce) * ce * masked).sum(-1)
+        continuous = (1 - T_MIN) * (per_time * masked).sum(-1)
+        ce, _, masked = errors(torch.full_like(t, T_MIN))
+        discrete = discrete + (ce * masked).sum(-1)
+    else:
+        t = (u * steps).ceil() / steps
+        s = t - 1 / steps
+        s = torch.where(s < 0.5 / steps, torch.zeros_like(s), s)  # the last step ends at 0 exactly
+        ce, z_hat, masked = errors(t)
+        keep = per_token(schedule.rho_keep(s, t), ce)
+        kept = torch.where(keep > 0, keep * kl_continuous(z_0, z_hat, s, t, schedule), torch.zeros_like(ce))
+        discrete = steps * (per_token(schedule.rho_flip(s, t), ce) * ce * masked).sum(-1)
+        continuous = steps * (kept * masked).sum(-1)
+    return Bound(discrete, continuous + kl_prior(z_0, schedule).sum(-1))
+
+
+def nelbo(
+    denoiser: Denoiser,
+    x_0: Tensor,
+    table: Tensor,
+    schedule: NoiseSchedule,
+    mask_id: int,
+    *,
+    steps: int | None = None,
+    generator: Generator | None = None,
+) -> Tensor:
+    """A Monte Carlo estimate of the bound -log p(x_0) <= sum over steps of Lemma 1's KLs + KL(q(z_1|x_0) || N(0, I)).
+
+    Args: x_0 (B, L) tokens; table (V, D) latents; steps: a number T of equal steps, or None for continuous time, where
+    rho_flip becomes -alpha'/(1 - alpha) dt and SNR(s) - SNR(t) becomes -SNR' dt.
+    Returns: (B,) nats, one time step drawn for each sequence, stratified over the batch. The bound is that of the
+    chain with z0_hat = E[w | x_t, z_t] ("soft"), which makes the KL smallest.
+    """
+    return sum(nelbo_parts(denoiser, x_0, table, schedule, mask_id, steps=steps, generator=generator))  # type: ignore
+
+
+def token_losses(
+    features: Tensor, head: Tensor, targets: Tensor, *, table: Tensor | None = None, chunk: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """CE and squared error of z0_hat for N masked positions, never holding their (N, V) logits at once.
+
+    Args: features (N, F); head (V, F), logits are features @ head.T; targets (N,); table (V, D) for the squared error.
+    Returns: ce (N,) nats; mse (N,) = ||w[x_0] - sum_v p_v w_v||^2, zero without a table.
+    """
+    head = head.to(features.dtype)  # under autocast the features are bfloat16
+    if table is None and hasattr(F, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        ce = F.linear_cross_entropy(features, head, targets, reduction="none", options=options)
+        return ce.float(), torch.zeros_like(ce, dtype=torch.float)
+
+    def piece(rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        logits = (rows @ head.T).float()
+        ce = F.cross_entropy(logits, target, reduction="none")
+        if table is None:
+            return ce, torch.zeros_like(ce)
+        return ce, (table[target] - logits.softmax(-1) @ table[: len(head)]).square().sum(-1)
+
+    pieces = [
+        checkpoint(piece, rows, target, use_reentrant=False)
+        for rows, target in zip(features.split(chunk), targets.split(chunk))
+    ]
+    ce, mse = zip(*pieces)
+    return torch.cat(ce), torch.cat(mse)
+
+
+def time_weights(t: Tensor, schedule: NoiseSchedule, weighting: str) -> tuple[Tensor, Tensor]:
+    """Weights (B,) of the CE and of the squared error at times t (B,).
+
+    "uniform" is the paper's plain loss, 1 and 1. "elbo" is Lemma 1 in continuous time: -alpha'/(1 - alpha) and
+    -SNR'/2, so that CE + MSE is the bound itself.
+    """
+    choose("weighting", weighting, WEIGHTINGS)
+    if weighting == "uniform":
+        return torch.ones_like(t), torch.ones_like(t)
+    return schedule.flip_rate(t), -schedule.snr_prime(t) / 2

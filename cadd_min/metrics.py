@@ -1,0 +1,80 @@
+"""What a run leaves to look at: metrics.jsonl, a loss curve, and TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Appends rows to out/metrics.jsonl. A resumed run first drops the rows of steps that it will do again."""
+
+    def __init__(self, out: Path, step: int):
+        out.mkdir(parents=True, exist_ok=True)
+        self.path = out / "metrics.jsonl"
+        kept = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.exists() and step else []
+        self._file = self.path.open("w")
+        self._board = _tensorboard(out)
+        for row in kept:
+            self._file.write(json.dumps(row) + "\n")
+
+    def write(self, step: int, **values: Any) -> None:
+        """One row, on disk at once."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Close the files and draw the curve."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        loss_curve(self.path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that a crash cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def loss_curve(path: Path) -> Path | None:
+    """Draw loss.png beside a metrics.jsonl; None where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(path)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for axis, names in ((left, ("ce", "val_ce")), (right, ("latent_norm", "val_bound"))):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if points:
+                axis.plot(*zip(*points), label=name, lw=1, marker="." if len(points) < 30 else None)
+        axis.set_xlabel("step")
+        axis.legend(frameon=False)
+    left.set_ylabel("nats per masked token")
+    right.set_ylabel("nats per token (bound)")
+    picture = path.with_name("loss.png")
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+    return picture
+
+
+def _tensorboard(out: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(out))

@@ -1,0 +1,95 @@
+"""The denoiser p(x_0 | x_t, z_t): token embedding, latent, backbone, head; and the three models it can be.
+
+CADD joins the other two. Take its latent away and the masked diffusion model is left (`mdlm`: dim 0); mask every token
+at once and the continuous one is left (`cdm`: discrete schedule "gone"). One word changes, no code does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cadd_min.dit import DiT, Size
+from cadd_min.errors import InputError, choose
+from cadd_min.latent import Latent, identify_norm
+from cadd_min.options import option
+from cadd_min.schedule import NoiseSchedule, per_token
+
+MODELS = ("cadd", "mdlm", "cdm")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that shapes the model; it travels in the checkpoint."""
+
+    vocab_size: int  # tokens, the mask not counted: its id is vocab_size
+    length: int
+    size: Size
+    model: str = option("cadd", "cadd, mdlm (no latent) or cdm (everything masked, only latents)")
+    discrete: str = option("linear", "schedule of the masks, alpha_t: linear or cosine")
+    continuous: str = option("linear", "schedule of the latent, gamma_bar_t: linear, cosine or flow")
+    latent_dim: int = option(0, "dimension of the latent; 0: the network's width")
+    latent_norm: float = option(0.0, "length of the latent table's rows; 0: from --t-identify")
+    t_identify: float = option(1 / 3, "time at which the latent alone would identify its token")
+    latent_table: str = option("tied", "directions of the table: tied to the token embedding, fixed, or free (leaks)")
+    fusion: str = option("add", "how the latent joins the mask's embedding: add, concat or reweight")
+    hint: str = option("raw", "what of z_t the network reads: raw, linear (shrunk) or posterior (E[w | z_t])")
+    bayes_head: bool = option(False, "add the latent's own log-likelihood to the logits")
+
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule of this model."""
+        return NoiseSchedule("gone" if self.model == "cdm" else self.discrete, self.continuous)
+
+
+class Denoiser(nn.Module):
+    """(x_t (B, L), z_t (B, L, D), t (B,)) -> logits (B, L, V) over the tokens; the mask is not among them."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        choose("model", config.model, MODELS)
+        if config.vocab_size < 2 or config.length < 1:
+            raise InputError(f"a model needs 2 tokens and length 1 at least, not {config.vocab_size}, {config.length}")
+        self.config, self.schedule, self.mask_id = config, config.schedule(), config.vocab_size
+        dim = 0 if config.model == "mdlm" else config.latent_dim or config.size.width
+        norm = config.latent_norm or identify_norm(config.vocab_size, self.schedule, config.t_identify)
+        self.latent = Latent(
+            config.vocab_size,
+            config.size.width,
+            dim,
+            norm,
+            self.schedule,
+            table=config.latent_table,
+            fusion=config.fusion,
+            hint=config.hint,
+        )
+        self.embedding = nn.Embedding(config.vocab_size + 1, config.size.width)
+        nn.init.normal_(self.embedding.weight, std=config.size.width**-0.5)  # rows of length about 1
+        self.backbone = DiT(config.size, config.length)
+        self.head = nn.Linear(config.size.width, config.vocab_size, bias=False)
+        nn.init.zeros_(self.head.weight)
+
+    def table(self) -> Tensor:
+        """The latent table w (V + 1, D)."""
+        return self.latent.table(self.embedding.weight)
+
+    def features(self, x_t: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        """(B, L, F) with logits = features @ head_matrix().T."""
+        masked, table = x_t == self.mask_id, self.table()
+        h = self.backbone(self.latent.fuse(self.embedding(x_t), z_t, masked, t, table), t)
+        if not (self.config.bayes_head and self.latent.dim):
+            return h
+        # log N(z_t; signal w_v, noise^2 I) is linear in w_v (all rows are equally long): two more sets of columns
+        signal, noise = self.schedule.signal(t), self.schedule.noise(t)
+        evidence = per_token(signal / (noise**2).clamp(min=1e-4), z_t) * z_t
+        return torch.cat([h, evidence.to(h.dtype)], -1)
+
+    def head_matrix(self) -> Tensor:
+        """(V, F)."""
+        if not (self.config.bayes_head and self.latent.dim):
+            return self.head.weight
+        return torch.cat([self.head.weight, self.table()[:-1]], -1)
+
+    def forward(self, x_t: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        return self.features(x_t, z_t, t) @ self.head_matrix().T

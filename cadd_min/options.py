@@ -1,0 +1,46 @@
+"""Dataclasses as command-line options: a setting is declared once, with its default and its help."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any, TypeVar
+
+from cadd_min.errors import InputError
+
+T = TypeVar("T")
+TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field that is also an option `--its-name`."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def add_options(parser: argparse.ArgumentParser, cls: type, **defaults: Any) -> None:
+    """Add an option for each field of `cls` made by `option`; `defaults` replaces some of their defaults."""
+    group = parser.add_argument_group(cls.__name__)
+    for field in dataclasses.fields(cls):
+        if "help" not in field.metadata:
+            continue
+        default = defaults.get(field.name, field.default)
+        flag = "--" + field.name.replace("_", "-")
+        text = field.metadata["help"] + " (default: %(default)s)"
+        if field.type == "bool":
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=field.metadata["help"])
+        else:
+            group.add_argument(flag, type=TYPES[str(field.type)], default=default, help=text)
+
+
+def from_args(cls: type[T], args: argparse.Namespace, **more: Any) -> T:
+    """The dataclass with the values parsed for its options."""
+    names = [f.name for f in dataclasses.fields(cls) if "help" in f.metadata]  # type: ignore[arg-type]
+    return cls(**{name: getattr(args, name) for name in names}, **more)
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """The dataclass from saved values. Raises InputError where they are another version's."""
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise InputError(f"{where} was made by another version of this project: {error}") from None

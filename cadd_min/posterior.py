@@ -1,0 +1,65 @@
+"""Proposition 2: the posterior q(x_s, z_s | x_t, z_t, x_0), one reverse step for somebody who knows the answer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from cadd_min.schedule import NoiseSchedule, per_token
+
+
+def q_posterior_z(
+    z_t: Tensor, z_0: Tensor, s: Tensor, t: Tensor, schedule: NoiseSchedule
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of z_s at a position that stays masked.    (Prop. 2)
+
+    With g = gamma_bar_t / gamma_bar_s, the Gaussian latent has
+
+        mu   = sqrt(gamma_bar_s) (1 - g) / (1 - gamma_bar_t) z_0 + sqrt(g) (1 - gamma_bar_s) / (1 - gamma_bar_t) z_t
+        beta = (1 - gamma_bar_s) (1 - g) / (1 - gamma_bar_t)
+
+    and the flow-matching latent moves along its line: mu = (1 - s/t) z_0 + (s/t) z_t, beta = 0.
+    s = t is the identity, s = 0 returns z_0.
+    Args: z_t, z_0 (..., D); s, t (B,). Returns: mean (..., D); variance (B, 1, ..), which broadcasts against it.
+    """
+    if schedule.continuous == "flow":
+        keep = torch.where(t > 0, s / torch.where(t > 0, t, 1), 1)
+        pull, variance = 1 - keep, torch.zeros_like(keep)
+    else:
+        bar_s, bar_t = schedule.gamma_bar(s), schedule.gamma_bar(t)
+        g = torch.where(bar_s > 0, bar_t / torch.where(bar_s > 0, bar_s, 1), 1)  # bar_s = 0 only for s = t = 1
+        noisy = 1 - bar_t
+        divide = torch.where(noisy > 0, noisy, 1)  # at t = 0 = s the latent is z_0 itself
+        pull = bar_s.sqrt() * (1 - g) / divide
+        keep = torch.where(noisy > 0, g.sqrt() * (1 - bar_s) / divide, 1)
+        variance = (1 - bar_s) * (1 - g) / divide
+    mean = per_token(pull, z_t) * z_0 + per_token(keep, z_t) * z_t
+    return mean, per_token(variance, z_t)
+
+
+def q_posterior_sample(
+    x_t: Tensor,
+    z_t: Tensor,
+    x_0: Tensor,
+    z_0: Tensor,
+    s: Tensor,
+    t: Tensor,
+    schedule: NoiseSchedule,
+    mask_id: int,
+    *,
+    generator: Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw (x_s, z_s) ~ q(x_s, z_s | x_t, z_t, x_0).    (Prop. 2)
+
+    A masked position flips to its token with probability rho_flip and takes z_0 with it, else it stays masked and
+    z_s ~ N(mu, beta I). Unmasked positions carry over, x and z bitwise.
+    Args: x_t, x_0 (B, L); z_t, z_0 (B, L, D); s <= t (B,). Returns: x_s (B, L), z_s (B, L, D).
+    """
+    masked = x_t == mask_id
+    u = torch.rand(x_t.shape, generator=generator, device=x_t.device)
+    flip = masked & (u < per_token(schedule.rho_flip(s, t), u))
+    mean, variance = q_posterior_z(z_t, z_0, s, t, schedule)
+    eps = torch.randn(z_t.shape, generator=generator, device=z_t.device, dtype=z_t.dtype)
+    kept = mean + variance.sqrt() * eps
+    z_s = torch.where(masked[..., None], torch.where(flip[..., None], z_0, kept), z_t)
+    return torch.where(flip, x_0, x_t), z_s

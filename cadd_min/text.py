@@ -1,0 +1,62 @@
+"""Text around the core: prompts with gaps, and a terminal that shows the denoising live."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+from cadd_min.errors import InputError
+from cadd_min.model import Denoiser
+from cadd_min.sampler import Step, sample
+from cadd_min.tokenizer import Tokenizer
+
+GAP = re.compile(r"\[(\d+)\]")
+DIM, BRIGHT, RESET, HOME = "\x1b[2m", "\x1b[1;92m", "\x1b[0m", "\x1b[H\x1b[2J"
+
+
+def parse_prompt(prompt: str, tokenizer: Tokenizer, length: int) -> Tensor:
+    """"The [8] of the union" -> (length,) ids: given text stays, [n] is a gap of n tokens, what follows is free.
+
+    Raises InputError for a prompt longer than `length` tokens.
+    """
+    ids: list[int] = []
+    for i, part in enumerate(GAP.split(prompt)):
+        ids += [tokenizer.mask_id] * int(part) if i % 2 else tokenizer.encode(part)
+    if len(ids) > length:
+        raise InputError(f"--prompt has {len(ids)} tokens, gaps included: the model's length is {length}")
+    return torch.tensor(ids + [tokenizer.mask_id] * (length - len(ids)))
+
+
+def frame(x: Tensor, fresh: Tensor, tokenizer: Tokenizer) -> str:
+    """One sequence (L,) for a terminal: masked positions dim, tokens of this step bright."""
+    parts = []
+    for token, new in zip(x.tolist(), fresh.tolist()):
+        text = f"{DIM}·{RESET} " if token == tokenizer.mask_id else tokenizer.decode([token])
+        parts.append(f"{BRIGHT}{text}{RESET}" if new else text)
+    return "".join(parts)
+
+
+class Watch:
+    """A sampler callback that shows the first sequence after each step, at most `per_second` steps a second."""
+
+    def __init__(self, tokenizer: Tokenizer, steps: int, per_second: float = 20.0):
+        self.tokenizer, self.steps, self.pause = tokenizer, steps, 1 / per_second
+        self.clear = HOME if sys.stdout.isatty() else "\n"
+
+    def __call__(self, step: Step) -> None:
+        masked = int((step.x[0] == self.tokenizer.mask_id).sum())
+        print(f"{self.clear}step {step.index + 1}/{self.steps}  t = {step.s:.3f}  {masked} masked\n")
+        print(frame(step.x[0], step.fresh[0], self.tokenizer), flush=True)
+        time.sleep(self.pause)
+
+
+def preview(model: Denoiser, tokenizer: Tokenizer, steps: int = 64) -> str:
+    """One short sample of a model in training."""
+    generator = torch.Generator(model.embedding.weight.device).manual_seed(0)
+    shape = (1, model.config.length)
+    x = sample(model, shape, model.table(), model.schedule, model.mask_id, steps=steps, generator=generator)
+    return " ".join(tokenizer.decode(x[0].tolist()).split())

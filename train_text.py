@@ -1,0 +1,106 @@
+"""Train CADD, or the masked or the continuous model that it joins, on text.
+
+    python train_text.py                                   US presidents' messages, on a laptop, in minutes
+    python train_text.py --dataset my.txt --model mdlm     your text; the masked model
+    python train_text.py --dataset owt --preset small --length 1024 --vocab-size 50257 --batch-size 32
+    python train_text.py --resume                          go on with the newest run
+
+Writes out/checkpoint.pt (everything), metrics.jsonl and loss.png. --out runs/NAME says where.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cadd_min import checkpoint, corpus, tokenizer
+from cadd_min.data import Batches, TokenFile, prepare
+from cadd_min.dit import PRESETS
+from cadd_min.errors import InputError, choose, run
+from cadd_min.fit import FitConfig, Run, fit
+from cadd_min.model import Denoiser, ModelConfig
+from cadd_min.options import add_options, from_args
+from cadd_min.text import preview
+from cadd_min.trainer import TrainConfig, Trainer
+
+RUNS = Path("runs")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="sotu", help=f"{', '.join(corpus.NAMES)}, or a path: text, folder, ...")
+    parser.add_argument("--tokenizer", help="gpt2 or chars (default: the dataset's own)")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="tokens of the gpt2 tokenizer, 257 to 50257")
+    parser.add_argument("--preset", default="tiny", help=f"size of the network: {', '.join(PRESETS)}")
+    parser.add_argument("--length", type=int, default=128, help="tokens in a sequence")
+    parser.add_argument("--out", type=Path, help="folder of the run (default: a new one in runs/)")
+    parser.add_argument("--resume", action="store_true", help="go on with --out, or with the newest run")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "cadd_min", help="for token files")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_options(parser, ModelConfig)
+    add_options(parser, TrainConfig)
+    add_options(parser, FitConfig)
+    return parser
+
+
+def parse_args() -> tuple[argparse.Namespace, dict[str, Any] | None]:
+    """The settings, and the checkpoint to resume from: its settings hold unless the command line says otherwise."""
+    parser = build_parser()
+    args = parser.parse_args()
+    if not args.resume:
+        return args, None
+    content = checkpoint.load(args.out or RUNS)
+    parser.set_defaults(**content["settings"], out=checkpoint.find(args.out or RUNS).parent)
+    return parser.parse_args(), content
+
+
+def new_folder(args: argparse.Namespace) -> Path:
+    """--out if it is free, or the next free name in runs/."""
+    if args.out is not None:
+        if (args.out / checkpoint.FILE).exists():
+            raise InputError(f"--out {args.out} holds a run already: --resume it, or name another folder")
+        return args.out
+    name = f"{Path(args.dataset).stem}-{args.model}"
+    folders = (RUNS / (name + (f"-{n}" if n > 1 else "")) for n in range(1, 1000))
+    return next(folder for folder in folders if not (folder / checkpoint.FILE).exists())
+
+
+def open_tokens(args: argparse.Namespace) -> TokenFile:
+    """The dataset as tokens: tokenised already, or now."""
+    if args.dataset.endswith(".bin"):
+        return TokenFile(Path(args.dataset))
+    source = corpus.open_corpus(args.dataset, args.cache)
+    name = choose("--tokenizer", args.tokenizer or source.tokenizer, tokenizer.TOKENIZERS)
+    made = tokenizer.chars(corpus.alphabet(source)) if name == "chars" else tokenizer.gpt2(args.vocab_size)
+    return prepare(source, made, args.cache)
+
+
+def main() -> None:
+    args, resumed = parse_args()
+    choose("--preset", args.preset, PRESETS)
+    if args.length < 1:
+        raise InputError(f"--length must be at least 1, not {args.length}")
+    train_config, fit_config = from_args(TrainConfig, args), from_args(FitConfig, args)
+    out = args.out if resumed else new_folder(args)
+    tokens = open_tokens(args)
+    words = tokens.tokenizer()
+    torch.manual_seed(args.seed)
+    config = from_args(ModelConfig, args, vocab_size=words.vocab_size, length=args.length, size=PRESETS[args.preset])
+    data = Batches(tokens.split("train"), args.length, args.batch_size, args.seed, f"--dataset {args.dataset}")
+    held_out = Batches(tokens.split("val"), args.length, min(64, args.batch_size), name="its held-out part")
+    trainer = Trainer(Denoiser(config).to(args.device), data, train_config)
+    if resumed:
+        checkpoint.load_trainer(trainer, resumed, out)
+    print(f"{args.model} {args.preset}, {trainer.parameters():,} parameters, {trainer.dtype} on {args.device}, "
+          f"{len(tokens.split('train')):,} training tokens of {words.vocab_size:,}, run in {out}")  # fmt: skip
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "resume")}
+    contents = {"settings": settings, "model_config": checkpoint.model_dict(config), "tokenizer": words.spec()}
+    fit(trainer, Run(out, [held_out(i) for i in range(8)], lambda t: preview(t.ema, words), contents), fit_config)
+    print(f"trained: {out / checkpoint.FILE}; now: python sample.py --ckpt {out}")
+
+
+if __name__ == "__main__":
+    run(main)
