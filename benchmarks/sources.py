@@ -44,14 +44,13 @@ class Source:
 
     def posterior(self, x_t: Tensor, z_t: Tensor, t: Tensor, table: Tensor, schedule: NoiseSchedule) -> Tensor:
         """log p(x_0^i | x_t, z_t), (B, L, S), by forward-backward in each chain and a sum over chains."""
-        law = (self.law + IMPOSSIBLE).to(table.dtype)
-        law = law / law.sum(-1, keepdim=True)
+        law, start = (softened(p).to(table.dtype) for p in (self.law, self.start))
         seen = torch.zeros(*x_t.shape, self.states, dtype=table.dtype).fill_(-torch.inf)
         seen = seen.scatter(-1, x_t.clamp(max=self.states - 1)[..., None], 0)
         hinted = log_likelihood(z_t, t, table[: self.states], schedule)
         emission = torch.where((x_t == self.mask_id)[..., None], hinted, seen)
         emission = (emission - emission.amax(-1, keepdim=True)).exp()  # scaled per position: the scale is common to topics
-        log_joint = [self._smooth(emission, law[k], self.start[k].to(table.dtype)) for k in range(self.topics)]
+        log_joint = [self._smooth(emission, law[k], start[k]) for k in range(self.topics)]
         return torch.stack(log_joint).logsumexp(0).log_softmax(-1)
 
     @staticmethod
@@ -92,6 +91,11 @@ class Source:
         tv = (0.5 * (counts / rows.clamp(min=1) - self.law).abs().sum(-1) * rows[..., 0]).sum() / rows.sum()
         joint = counts.sum(0).flatten() / counts.sum()
         return {"bad": float(bad), "tv": float(tv), "entropy": float(-(joint * joint.clamp(min=1e-300).log2()).sum())}
+
+
+def softened(p: Tensor) -> Tensor:
+    """Probabilities with a little mass on what is forbidden."""
+    return (p + IMPOSSIBLE) / (p + IMPOSSIBLE).sum(-1, keepdim=True)
 
 
 class ExactDenoiser:

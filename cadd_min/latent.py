@@ -62,7 +62,7 @@ class Latent(nn.Module):
         *,
         table: str = "tied",
         fusion: str = "add",
-        hint: str = "raw",
+        hint: str = "linear",
     ):
         super().__init__()
         self.kind, self.fusion = choose("latent table", table, TABLES), choose("fusion", fusion, FUSIONS)

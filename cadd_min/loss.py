@@ -134,14 +134,15 @@ def token_losses(
     Args: features (N, F); head (V, F), logits are features @ head.T; targets (N,); table (V, D) for the squared error.
     Returns: ce (N,) nats; mse (N,) = ||w[x_0] - sum_v p_v w_v||^2, zero without a table.
     """
+    precise = torch.promote_types(features.dtype, torch.float32)
     head = head.to(features.dtype)  # under autocast the features are bfloat16
     if table is None and hasattr(F, "linear_cross_entropy"):
         options = torch.nn.LinearCrossEntropyOptions()
         ce = F.linear_cross_entropy(features, head, targets, reduction="none", options=options)
-        return ce.float(), torch.zeros_like(ce, dtype=torch.float)
+        return ce.to(precise), torch.zeros_like(ce, dtype=precise)
 
     def piece(rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        logits = (rows @ head.T).float()
+        logits = (rows @ head.T).to(precise)
         ce = F.cross_entropy(logits, target, reduction="none")
         if table is None:
             return ce, torch.zeros_like(ce)

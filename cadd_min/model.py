@@ -32,10 +32,10 @@ class ModelConfig:
     continuous: str = option("linear", "schedule of the latent, gamma_bar_t: linear, cosine or flow")
     latent_dim: int = option(0, "dimension of the latent; 0: the network's width")
     latent_norm: float = option(0.0, "length of the latent table's rows; 0: from --t-identify")
-    t_identify: float = option(1 / 3, "time at which the latent alone would identify its token")
+    t_identify: float = option(0.1, "time at which the latent alone would identify its token")
     latent_table: str = option("tied", "directions of the table: tied to the token embedding, fixed, or free (leaks)")
     fusion: str = option("add", "how the latent joins the mask's embedding: add, concat or reweight")
-    hint: str = option("raw", "what of z_t the network reads: raw, linear (shrunk) or posterior (E[w | z_t])")
+    hint: str = option("linear", "what of z_t the network reads: raw, linear (shrunk) or posterior (E[w | z_t])")
     bayes_head: bool = option(False, "add the latent's own log-likelihood to the logits")
 
     def schedule(self) -> NoiseSchedule:

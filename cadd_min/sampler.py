@@ -45,19 +45,19 @@ def cosine_temperature(start: float = 2.5, end: float = 1.0) -> Callable[[float]
 
 
 def token_probs(logits: Tensor, mask_id: int, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
-    """Mean over the K latents of softmax(logits / temperature), (K, N, V) -> (N, V) float32.
+    """Mean over the K latents of softmax(logits / temperature), (K, N, V) -> (N, V), float32 at least.
 
     Probabilities are averaged, not logits: p(x_0 | x_t) is the expectation of p(x_0 | x_t, z_t) over z_t. The mask has
     probability zero, whatever its logit; temperature 0 is the limit, all mass on the largest logit. top_p < 1 keeps
     the smallest set of tokens whose probabilities reach it (Holtzman et al. 2020).
     """
-    logits = logits.float()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if mask_id < logits.shape[-1]:
         logits = logits.index_fill(-1, torch.tensor([mask_id], device=logits.device), -torch.inf)
     if temperature > 0:
         p = (logits / temperature).softmax(-1).mean(0)
     else:
-        p = F.one_hot(logits.argmax(-1), logits.shape[-1]).float().mean(0)
+        p = F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype).mean(0)
     if not torch.isfinite(p.sum()):
         raise InputError("the denoiser returned logits that are NaN or all minus infinity")
     if top_p < 1:
@@ -95,7 +95,7 @@ def estimate_z_0(p: Tensor, table: Tensor, zhat: str, num_latents: int, generato
     if zhat == "hard":
         return table[p.argmax(-1)][None]
     if zhat == "soft":
-        return (p @ table)[None]
+        return (p.to(table.dtype) @ table)[None]
     u = torch.rand(num_latents, len(p), generator=generator, device=p.device, dtype=torch.float64)
     return torch.stack([table[draw(p, u_k)] for u_k in u])
 

@@ -32,7 +32,7 @@ def _gone(t: Tensor) -> Tensor:
 DISCRETE: dict[str, Curve] = {
     "linear": (lambda t: 1 - t, lambda t: -torch.ones_like(t)),
     "cosine": (
-        lambda t: 1 - torch.cos(math.pi / 2 * (1 - t)),
+        lambda t: 1 - torch.sin(math.pi / 2 * t),
         lambda t: -math.pi / 2 * torch.sin(math.pi / 2 * (1 - t)),
     ),
     "gone": (_gone, torch.zeros_like),
@@ -43,7 +43,7 @@ def _flow(t: Tensor) -> Tensor:
     return (1 - t) ** 2 / ((1 - t) ** 2 + t**2)
 
 
-# gamma_bar_t. The cosine is written as a sine of 1 - t, which is exactly 0 at t = 1.
+# gamma_bar_t. Cosines are written as sines, which are exactly 0 and 1 at the ends.
 CONTINUOUS: dict[str, Curve] = {
     "linear": (lambda t: 1 - t, lambda t: -torch.ones_like(t)),
     "cosine": (

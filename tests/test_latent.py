@@ -1,0 +1,109 @@
+"""The latent's scale (trap 1), its evidence, and its fusion with the tokens."""
+
+import math
+
+import pytest
+import torch
+
+from benchmarks.sources import Source
+from cadd_min.dit import PRESETS
+from cadd_min.errors import InputError
+from cadd_min.latent import FUSIONS, HINTS, Latent, identify_norm, log_likelihood
+from cadd_min.model import Denoiser, ModelConfig
+from cadd_min.sampler import sample
+from cadd_min.schedule import NoiseSchedule
+from cadd_min.trainer import TrainConfig, Trainer, seeded
+from tests.conftest import nano, rng
+
+
+def test_identify_norm_makes_the_evidence_log_v_nats():
+    """At t_identify the latent alone is worth about log V nats: an ideal reader names the token half of the time."""
+    schedule, vocab, t = NoiseSchedule(), 512, torch.full((4000,), 0.25)
+    norm = identify_norm(vocab, schedule, 0.25)
+    assert norm == pytest.approx(math.sqrt(2 * math.log(vocab) / 3))
+    table = norm * torch.nn.functional.normalize(torch.randn(vocab, 256, generator=rng(0)), dim=-1)
+    x = torch.randint(vocab, (4000, 1), generator=rng(1))
+    rates = []
+    for scale in (0.5, 1.0, 2.0):
+        z = (scale * table)[x] * 0.75**0.5 + 0.5 * torch.randn(4000, 1, 256, generator=rng(2))
+        rates.append(float((log_likelihood(z, t, scale * table, schedule).argmax(-1) == x).float().mean()))
+    assert rates[0] < 0.2 < 0.25 < rates[1] < 0.9 < 0.99 < rates[2]
+
+
+@pytest.mark.parametrize("continuous", ["linear", "cosine", "flow"])
+def test_log_likelihood_is_the_gaussian_density(continuous):
+    schedule = NoiseSchedule("linear", continuous)
+    z, w = torch.randn(2, 3, 4, generator=rng(0)).double(), torch.randn(5, 4, generator=rng(1)).double()
+    t = torch.tensor([0.2, 0.7], dtype=torch.float64)
+    law = torch.distributions.Normal(schedule.signal(t)[:, None, None, None] * w, schedule.noise(t)[:, None, None, None])
+    exact = law.log_prob(z[:, :, None, :]).sum(-1)
+    found = log_likelihood(z, t, w, schedule)
+    torch.testing.assert_close(found - found[..., :1], exact - exact[..., :1])
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("hint", HINTS)
+@pytest.mark.parametrize("table, dim", [("tied", 0), ("fixed", 8), ("free", 0)])
+def test_unmasked_positions_see_no_latent(fusion, hint, table, dim):
+    """Where a token is unmasked the network's input, and so its output, does not depend on z_t; where masked it does."""
+    net = nano(fusion=fusion, hint=hint, latent_table=table, latent_dim=dim)
+    torch.nn.init.normal_(net.head.weight, generator=rng(5))
+    x, t = torch.randint(11, (2, 12), generator=rng(0)), torch.tensor([0.3, 0.6])
+    z, other = torch.randn(2, 2, 12, net.latent.dim, generator=rng(1))
+    assert torch.equal(net(x, z, t), net(x, other, t))
+    x[:, 4] = 11
+    assert not torch.allclose(net(x, z, t), net(x, other, t))
+
+
+def test_held_tables_pass_no_gradient_and_keep_their_norm():
+    for kind in ("tied", "fixed"):
+        table = nano(latent_table=kind, latent_norm=2.5).table()
+        assert not table.requires_grad
+        torch.testing.assert_close(table.norm(dim=-1), torch.full((12,), 2.5))
+    assert nano(latent_table="free").table().requires_grad
+
+
+def test_masked_model_is_the_latent_of_dimension_zero():
+    net = nano("mdlm")
+    assert net.table().shape == (12, 0)
+    with pytest.raises(InputError, match="width"):
+        Latent(11, 32, 8, 1.0, NoiseSchedule(), table="tied")
+
+
+def test_bayes_head_alone_is_the_exact_posterior():
+    """With the network silent, the logits are log N(z_t; signal w_v, noise^2 I) up to a constant."""
+    net = nano(bayes_head=True, latent_norm=2.0)
+    x, t = torch.full((2, 12), 11), torch.tensor([0.3, 0.8])
+    z = torch.randn(2, 12, 32, generator=rng(0))
+    exact = log_likelihood(z, t, net.table()[:-1], net.schedule)
+    torch.testing.assert_close(net(x, z, t).log_softmax(-1), exact.log_softmax(-1), rtol=1e-4, atol=1e-4)
+
+
+STEPS, SOURCE = 1500, Source()
+
+
+def trained(**options: object) -> Trainer:
+    torch.manual_seed(0)
+    config = ModelConfig(64, 32, PRESETS["nano"], **options)  # type: ignore[arg-type]
+    settings = TrainConfig(steps=STEPS, batch_size=32, lr=2e-3, dtype="float32")
+    trainer = Trainer(Denoiser(config), lambda i: SOURCE.draw(32, seeded(3, i)), settings)
+    for _ in range(STEPS):
+        trainer.last = trainer.train_step()
+    return trainer
+
+
+def samples(trainer: Trainer) -> dict[str, float]:
+    net = trainer.ema
+    return SOURCE.score(sample(net, (1000, 32), net.table(), net.schedule, 64, steps=32, zhat="hard", generator=rng(0)))
+
+
+@pytest.mark.slow
+def test_a_free_table_leaks_and_a_held_one_does_not():
+    """Trap 1. Power: the paper's plain form with a free table, trained alike, must show the leak."""
+    held, free = trained(), trained(latent_table="free", hint="raw")
+    assert held.latent_norm() == pytest.approx(identify_norm(64, NoiseSchedule(), 0.1), rel=1e-4)
+    assert free.latent_norm() > 2  # from 1, and growing
+    assert free.last["ce"] < 0.7 * held.last["ce"]  # its loss looks wonderful
+    truth, kept, lost = SOURCE.score(SOURCE.draw(1000, rng(1))), samples(held), samples(free)
+    assert abs(kept["entropy"] - truth["entropy"]) < 1.5 and kept["bad"] < 0.2
+    assert lost["bad"] > 1.5 * kept["bad"]

@@ -1,0 +1,226 @@
+"""The reverse chain: it draws what it should, in the tail too, and never touches what was given."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from cadd_min.errors import InputError
+from cadd_min.sampler import TIME_GRIDS, ZHATS, cosine_temperature, draw, estimate_z_0, sample, token_probs
+from cadd_min.schedule import NoiseSchedule
+from tests.conftest import ALPHA, nano, rng
+from tests.test_loss import LAW, MASK, oracle, toy
+
+
+def oracle_law(zhat: str, steps: int, count: int = 200_000, table=None, **options) -> torch.Tensor:
+    """Frequencies of the tokens that the oracle's chain draws, L = 1."""
+    table, schedule = toy() if table is None else table, options.pop("schedule", NoiseSchedule())
+    x = sample(
+        oracle(table, schedule), (count, 1), table, schedule, MASK, steps=steps, zhat=zhat, generator=rng(1), **options
+    )
+    return torch.bincount(x.flatten(), minlength=3)
+
+
+@pytest.mark.parametrize("discrete, continuous", [("linear", "linear"), ("cosine", "cosine"), ("gone", "linear")])
+@pytest.mark.parametrize("steps", [1, 2, 12])
+def test_sample_is_exact_at_every_t(steps, discrete, continuous):
+    """z0_hat = w[v], v ~ p is the exact reverse kernel: chi-square against the true law."""
+    counts = oracle_law("sample", steps, 50_000, schedule=NoiseSchedule(discrete, continuous))
+    assert stats.chisquare(counts.numpy(), (LAW * counts.sum()).numpy()).pvalue > ALPHA
+
+
+def test_soft_converges_and_hard_sharpens():
+    """With an oracle, `soft` tends to the law as T grows; `hard` settles on more of the mode and less of the rest."""
+    law = LAW.numpy()
+    soft = [np.abs(oracle_law("soft", steps, 50_000).numpy() / 50_000 - law).sum() for steps in (4, 64)]
+    assert soft[1] < 0.02 and soft[1] < soft[0]
+    hard = oracle_law("hard", 64, 50_000).numpy() / 50_000
+    assert hard[0] > law[0] + 0.03 and hard[1] < law[1] and hard[2] < law[2]
+    assert stats.chisquare(hard * 50_000, law * 50_000).pvalue < 1e-12  # power: the exactness test catches it
+
+
+def zipf_cross_entropy(draw_step, steps: int, rows: int = 4000) -> tuple[float, float]:
+    """Mean -log p(x) of `rows` tokens drawn by `draw_step` under a Zipf unigram, V = 50,257, and its standard error."""
+    vocab = 50_257
+    log_p = (-torch.arange(1, vocab + 1, dtype=torch.float64).log()).log_softmax(0)
+    nats = -log_p[draw_step(log_p.float(), steps, rows)]
+    return float(nats.mean()), float(nats.std() / rows**0.5)
+
+
+def flip_then_draw(log_p, steps, rows):
+    """The project's sampler, in chunks of rows."""
+    table, parts = torch.zeros(len(log_p) + 1, 0), []
+    for i in range(rows // 500):
+        denoise = lambda x, z, t: log_p.expand(*x.shape, -1)
+        parts.append(sample(denoise, (500, 1), table, NoiseSchedule(), len(log_p), steps=steps, generator=rng(i)))
+    return torch.cat(parts)[:, 0]
+
+
+def one_stage_float32(log_p, steps, rows):
+    """The wrong way: one (V + 1)-way draw a step with the mask among the outcomes, argmax(q / E) in float32.
+
+    E = -log(u) with float32 uniforms. The mask's score is at least (1 - flip) / 17, so only tokens with E below
+    17 p flip / (1 - flip) can win: the others' logarithms are not taken, which changes nothing but the time.
+    """
+    gen, p, x = np.random.default_rng(0), log_p.exp().numpy(), []
+    for i in range(steps, 0, -1):
+        flip, n = np.float32(1 / i), rows - len(x)
+        reach = 17 * p[0] * flip / (1 - flip) if i > 1 else np.inf
+        u = gen.random((n, len(p)), dtype=np.float32)
+        row, token = np.nonzero(u > np.exp(-np.float32(reach)))
+        scores = p[token] * flip / -np.log(u[row, token])
+        mask = (1 - flip) / -np.log(gen.random(n, dtype=np.float32))
+        order = np.lexsort((scores, row))  # best candidate last in each row
+        last = np.flatnonzero(np.diff(row[order], append=n))
+        best = order[last]
+        x += token[best[scores[best] > mask[row[best]]]].tolist()
+    return torch.tensor(x)
+
+
+ZIPF_ENTROPY = 7.566
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [16, 64, 512])
+def test_zipf_entropy_does_not_fall_with_t(steps):
+    mean, error = zipf_cross_entropy(flip_then_draw, steps)
+    assert abs(mean - ZIPF_ENTROPY) < 4 * error
+
+
+@pytest.mark.slow
+def test_one_stage_draw_fails_the_zipf_test():
+    """Power: the one-stage float32 draw loses the tail and must be caught."""
+    mean, error = zipf_cross_entropy(one_stage_float32, 512, rows=400)
+    assert abs(mean - ZIPF_ENTROPY) > 4 * error
+
+
+def test_draw_has_its_law_in_the_tail():
+    """Chi-square over 2,000 tokens on 500,000 draws, one of 2e-5 among them; one of probability zero is never drawn."""
+    p = torch.rand(2000, generator=rng(0))
+    p[[0, 255, 256, 777, 1999]] = 0.0
+    p = p / p.sum()
+    p[1234] = 2e-5
+    counts = torch.zeros(2000, dtype=torch.int64)
+    for i in range(50):
+        u = torch.rand(10_000, generator=rng(i), dtype=torch.float64)
+        counts += torch.bincount(draw(p.expand(len(u), -1), u), minlength=2000)
+    assert counts[p == 0].sum() == 0
+    law = (p.double() / p.double().sum())[p > 0] * counts.sum()
+    assert stats.chisquare(counts[p > 0].numpy(), law.numpy()).pvalue > ALPHA
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 700), st.integers(0, 2**31), st.sampled_from([0.0, 0.5, 1 - 2**-53]))
+def test_draw_never_returns_a_token_without_mass(size, seed, u):
+    p = torch.rand(size, generator=rng(seed)) * (torch.rand(size, generator=rng(seed + 1)) < 0.2)
+    p[seed % size] = 0.3
+    token = draw(p[None], torch.tensor([u], dtype=torch.float64))
+    assert 0 <= token.item() < size and p[token] > 0
+
+
+def test_token_probs_average_probabilities():
+    logits = torch.randn(3, 5, 7, generator=rng(0))
+    expected = logits.softmax(-1).mean(0)
+    torch.testing.assert_close(token_probs(logits, 7), expected)
+    torch.testing.assert_close(token_probs(logits[[2, 0, 1]], 7), expected)  # order of latents irrelevant
+    torch.testing.assert_close(token_probs(logits[:1].repeat(4, 1, 1), 7), token_probs(logits[:1], 7))  # equal: K = 1
+    assert not torch.allclose(expected, logits.mean(0).softmax(-1), atol=1e-3)  # logits averaged would differ
+    assert (token_probs(logits, 2)[:, 2] == 0).all()
+    assert token_probs(logits[:1], 7, 0.0).argmax(-1).equal(logits[0].argmax(-1))
+    nucleus = token_probs(logits[:1], 7, top_p=0.5)
+    for row, full in zip(nucleus, logits[0].softmax(-1)):
+        kept = full[row > 0]
+        assert kept.sum() >= 0.5 and kept.sum() - kept.min() < 0.5 and row.sum() == pytest.approx(1)
+
+
+def test_zhat_estimates():
+    p, table = torch.tensor([[0.1, 0.7, 0.2]]), torch.randn(4, 5, generator=rng(0))
+    assert torch.equal(estimate_z_0(p, table, "hard", 2, None)[0, 0], table[1])
+    torch.testing.assert_close(estimate_z_0(p, table, "soft", 2, None)[0, 0], p[0] @ table[:3])
+    drawn = estimate_z_0(p.expand(20_000, -1), table, "sample", 1, rng(1))[0]
+    counts = [int((drawn == row).all(-1).sum()) for row in table[:3]]
+    assert stats.chisquare(counts, [2000, 14000, 4000]).pvalue > ALPHA
+
+
+@pytest.mark.parametrize("zhat", ZHATS)
+@pytest.mark.parametrize("model", ["cadd", "mdlm", "cdm"])
+@pytest.mark.parametrize("num_latents", [1, 3])
+def test_chain_promises(zhat, model, num_latents):
+    """No mask is left or emitted, prompts never change, unmasked x and z carry over bitwise, time runs from 1 to 0."""
+    net, mask = nano(model), 11
+    prompt = torch.full((2, 12), mask)
+    prompt[:, 3:6] = torch.tensor([4, 0, 9])
+    steps = []
+
+    def denoise(x, z, t):
+        assert x.shape == (2 * num_latents, 12) and (0 < t).all()
+        logits = torch.cat([net(x, z, t), torch.full((*x.shape, 1), 1e4)], -1)  # the mask's logit is the largest
+        return logits
+
+    x = sample(
+        denoise, (2, 12), net.table().detach(), net.schedule, mask, steps=6, zhat=zhat, num_latents=num_latents,
+        prompt=prompt, generator=rng(0), callback=lambda s: steps.append(s._replace(z=s.z.clone())),
+    )  # fmt: skip
+    assert ((0 <= x) & (x < mask)).all() and torch.equal(x[:, 3:6], prompt[:, 3:6])
+    assert steps[0].t == 1 and steps[-1].s == 0 and all(a.s == b.t and a.t > a.s for a, b in zip(steps, steps[1:]))
+    for before, after in zip(steps, steps[1:]):
+        done = before.x != mask
+        assert torch.equal(after.x[done], before.x[done]) and torch.equal(after.z[:, done], before.z[:, done])
+        assert torch.equal(after.fresh, ~done & (after.x != mask))
+    if model == "cdm":
+        assert all((s.x[:, 6:] == mask).all() for s in steps[:-1])  # rounded at the end only
+
+
+def test_seeds_reproduce_and_differ():
+    net = nano()
+    args = (net, (3, 12), net.table().detach(), net.schedule, 11)
+    one, two, other = (sample(*args, steps=5, generator=rng(s)) for s in (1, 1, 2))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+
+
+def test_strength_zero_hides_the_latent():
+    net, seen = nano(), []
+
+    def denoise(x, z, t):
+        seen.append(float(z.abs().max()))
+        return net(x, z, t)
+
+    sample(denoise, (1, 12), net.table().detach(), net.schedule, 11, steps=4, strength=0.0, generator=rng(0))
+    assert seen and max(seen) == 0
+
+
+def test_temperature_decay_and_time_grids():
+    tau = cosine_temperature(2.5, 0.5)
+    assert tau(1.0) == pytest.approx(2.5) and tau(0.0) == pytest.approx(0.5) and tau(0.5) == pytest.approx(1.5)
+    for grid in TIME_GRIDS.values():
+        times = grid(torch.linspace(1, 0, 9, dtype=torch.float64))
+        assert times[0] == 1 and times[-1] == 0 and (times.diff() < 0).all()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"num_latents": 0}, "num_latents must be at least 1"),
+        ({"temperature": -1.0}, "temperature must be 0 or more"),
+        ({"temperature": math.nan}, "temperature must be 0 or more"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
+        ({"zhat": "softer"}, "zhat must be one of hard, soft, sample"),
+        ({"time_grid": "log"}, "time grid must be one of uniform, cosine"),
+        ({"prompt": torch.zeros(2, 3, dtype=torch.int64)}, "prompt must have the shape"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    net = nano()
+    with pytest.raises(InputError, match=message):
+        sample(net, (2, 12), net.table().detach(), net.schedule, 11, **({"steps": 4} | options))
+
+
+def test_nan_logits_are_refused():
+    table = toy()
+    with pytest.raises(InputError, match="NaN"):
+        sample(lambda x, z, t: torch.full((*x.shape, 3), math.nan), (2, 2), table, NoiseSchedule(), MASK, steps=2)

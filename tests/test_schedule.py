@@ -1,0 +1,58 @@
+"""The clocks: exact ends, monotone, derivatives that are derivatives, and Prop. 2's flip probability."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cadd_min.errors import InputError
+from cadd_min.schedule import CONTINUOUS, DISCRETE, NoiseSchedule
+
+PAIRS = [(d, c) for d in DISCRETE for c in CONTINUOUS]
+time = st.floats(0, 1, allow_nan=False, width=32)
+
+
+@pytest.mark.parametrize("discrete, continuous", PAIRS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_end_points_are_exact(discrete, continuous, dtype):
+    schedule, ends = NoiseSchedule(discrete, continuous), torch.tensor([0.0, 1.0], dtype=dtype)
+    for curve in (schedule.alpha, schedule.gamma_bar, schedule.signal):
+        assert curve(ends).tolist() == [1.0, 0.0]
+    assert schedule.noise(ends).tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("discrete, continuous", PAIRS)
+def test_curves_fall_and_their_derivatives_agree(discrete, continuous):
+    schedule = NoiseSchedule(discrete, continuous)
+    t = torch.linspace(0.01, 0.99, 99, dtype=torch.float64, requires_grad=True)
+    assert (schedule.alpha(t).diff() <= 0).all() and (schedule.gamma_bar(t).diff() < 0).all()
+    (snr_prime,) = torch.autograd.grad(schedule.snr(t).sum(), t)
+    torch.testing.assert_close(schedule.snr_prime(t), snr_prime, rtol=1e-9, atol=1e-9)
+    dt = 1e-7
+    rate = schedule.rho_flip(t - dt, t) / dt
+    torch.testing.assert_close(schedule.flip_rate(t), rate, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(schedule.snr(t), (schedule.signal(t) / schedule.noise(t)) ** 2, rtol=1e-9, atol=0)
+
+
+@given(a=time, b=time, pair=st.sampled_from(PAIRS))
+def test_flip_and_keep_are_probabilities(a, b, pair):
+    schedule = NoiseSchedule(*pair)
+    s, t = torch.tensor(min(a, b), dtype=torch.float64), torch.tensor(max(a, b), dtype=torch.float64)
+    flip, keep = schedule.rho_flip(s, t), schedule.rho_keep(s, t)
+    assert 0 <= flip <= 1 and flip + keep == 1
+    if t > 0:
+        assert schedule.rho_flip(torch.zeros_like(s), t) == 1  # s = 0 flips all
+    assert schedule.rho_flip(t, t) == (1.0 if t == 0 and s < t else 0.0)  # s = t is the identity
+
+
+def test_flow_latent_is_the_straight_line():
+    schedule, t = NoiseSchedule(continuous="flow"), torch.linspace(0, 1, 11)
+    torch.testing.assert_close(schedule.signal(t), 1 - t)
+    torch.testing.assert_close(schedule.noise(t), t)
+
+
+def test_unknown_names_are_listed():
+    with pytest.raises(InputError, match="linear, cosine"):
+        NoiseSchedule("linaer")
+    with pytest.raises(InputError, match="linear, cosine, flow"):
+        NoiseSchedule(continuous="x")
