@@ -1,9 +1,9 @@
 """Draw samples from a trained model.
 
-    python sample.py                                       the newest run
-    python sample.py --zhat soft --steps 128 --num 4       mode covering, more steps, four samples
-    python sample.py --prompt "The [8] of the union [16]"  given text stays, [n] is a gap of n tokens
-    python sample.py --watch                               see it happen
+python sample.py                                       the newest run
+python sample.py --zhat soft --steps 128 --num 4       mode covering, more steps, four samples
+python sample.py --prompt "The [8] of the union [16]"  given text stays, [n] is a gap of n tokens
+python sample.py --watch                               see it happen
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from cadd_min import checkpoint, ops
-from cadd_min.errors import InputError, run
+from cadd_min.errors import InputError, run, torch_device
 from cadd_min.sampler import TIME_GRIDS, ZHATS, cosine_temperature, sample
 from cadd_min.text import Watch, parse_prompt
 from cadd_min.trainer import DTYPES, best_dtype
@@ -44,7 +44,7 @@ def main() -> None:
     args = build_parser().parse_args()
     if args.num < 1:
         raise InputError(f"--num must be at least 1, not {args.num}")
-    device = torch.device(args.device)
+    device = torch_device(args.device)
     model, tokenizer, content = checkpoint.load_denoiser(args.ckpt, device)
     length = model.config.length
     prompt = parse_prompt(args.prompt, tokenizer, length).expand(args.num, -1) if args.prompt else None

@@ -11,6 +11,7 @@ Writes out/checkpoint.pt (everything), metrics.jsonl and loss.png. --out runs/NA
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from cadd_min import checkpoint, corpus, tokenizer
 from cadd_min.data import Batches, TokenFile, prepare
 from cadd_min.dit import PRESETS
-from cadd_min.errors import InputError, choose, run
+from cadd_min.errors import InputError, choose, run, torch_device
 from cadd_min.fit import FitConfig, Run, fit
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.options import add_options, from_args
@@ -81,20 +82,20 @@ def open_tokens(args: argparse.Namespace) -> TokenFile:
 def main() -> None:
     args, resumed = parse_args()
     choose("--preset", args.preset, PRESETS)
-    if args.length < 1:
-        raise InputError(f"--length must be at least 1, not {args.length}")
+    device, size = torch_device(args.device), PRESETS[args.preset]
     train_config, fit_config = from_args(TrainConfig, args), from_args(FitConfig, args)
+    config = from_args(ModelConfig, args, vocab_size=args.vocab_size, length=args.length, size=size)
     out = args.out if resumed else new_folder(args)
     tokens = open_tokens(args)
     words = tokens.tokenizer()
-    torch.manual_seed(args.seed)
-    config = from_args(ModelConfig, args, vocab_size=words.vocab_size, length=args.length, size=PRESETS[args.preset])
+    config = dataclasses.replace(config, vocab_size=words.vocab_size)  # the tokenizer may have its own
     data = Batches(tokens.split("train"), args.length, args.batch_size, args.seed, f"--dataset {args.dataset}")
     held_out = Batches(tokens.split("val"), args.length, min(64, args.batch_size), name="its held-out part")
-    trainer = Trainer(Denoiser(config).to(args.device), data, train_config)
+    torch.manual_seed(args.seed)
+    trainer = Trainer(Denoiser(config).to(device), data, train_config)
     if resumed:
         checkpoint.load_trainer(trainer, resumed, out)
-    print(f"{args.model} {args.preset}, {trainer.parameters():,} parameters, {trainer.dtype} on {args.device}, "
+    print(f"{args.model} {args.preset}, {trainer.parameters():,} parameters, {trainer.dtype} on {device}, "
           f"{len(tokens.split('train')):,} training tokens of {words.vocab_size:,}, run in {out}")  # fmt: skip
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "resume")}
     contents = {"settings": settings, "model_config": checkpoint.model_dict(config), "tokenizer": words.spec()}

@@ -41,7 +41,7 @@ DEFAULTS = {"latent_table": "fixed", "latent_norm": 2.0}  # what DESIGN's exact 
 
 
 def parse(spec: str) -> tuple[str, dict[str, Any]]:
-    """"cadd:hint=linear,steps=100" -> ("cadd", {"hint": "linear", "steps": 100})."""
+    """ "cadd:hint=linear,steps=100" -> ("cadd", {"hint": "linear", "steps": 100})."""
     model, _, rest = spec.partition(":")
     fields = {f.name: f.type for c in (ModelConfig, TrainConfig) for f in dataclasses.fields(c)}
     options: dict[str, Any] = {}
@@ -183,7 +183,10 @@ def main() -> None:
         for spec in specs:
             model, options = parse(spec)
             for seed in range(args.seeds):
-                jobs.append(shared | {"spec": spec, "model": model, "options": options, "trained": trained, "seed": seed})
+                jobs.append(
+                    shared | {"spec": spec, "model": model, "options": options, "trained": trained, "seed": seed}
+                )
+    jobs.sort(key=lambda job: job["seed"])
     rows = []
     with ProcessPoolExecutor(args.jobs) as pool:
         for row in pool.map(one_run, jobs):

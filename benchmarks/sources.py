@@ -49,7 +49,9 @@ class Source:
         seen = seen.scatter(-1, x_t.clamp(max=self.states - 1)[..., None], 0)
         hinted = log_likelihood(z_t, t, table[: self.states], schedule)
         emission = torch.where((x_t == self.mask_id)[..., None], hinted, seen)
-        emission = (emission - emission.amax(-1, keepdim=True)).exp()  # scaled per position: the scale is common to topics
+        emission = (
+            emission - emission.amax(-1, keepdim=True)
+        ).exp()  # scaled per position: the scale is common to topics
         log_joint = [self._smooth(emission, law[k], start[k]) for k in range(self.topics)]
         return torch.stack(log_joint).logsumexp(0).log_softmax(-1)
 

@@ -112,7 +112,9 @@ def _cuts(text: str) -> list[int]:
     cuts, start = [], 0
     while len(text) - start > PIECE:
         cut = start + PIECE
-        while cut > start + PIECE // 2 and not (text[cut] == " " and not (text[cut - 1] + text[cut + 1 : cut + 2]).isspace()):
+        while cut > start + PIECE // 2 and not (
+            text[cut] == " " and not (text[cut - 1] + text[cut + 1 : cut + 2]).isspace()
+        ):
             cut -= 1
         cuts.append(cut)
         start = cut
@@ -132,12 +134,16 @@ def _text_pieces(file: Path) -> Iterator[Piece]:
                 for text in whole:
                     yield from _documents(iter([text.strip("\n")] if text.strip() else []))
                     ended = True
+                if whole:
+                    rest = rest.lstrip("\n")
                 while len(rest) > 2 * PIECE:  # the document goes on: hand on what is surely in it
                     cut = _cuts(rest)[0]
                     yield Piece(rest[:cut], False)
                     rest, ended = rest[cut:], False
     except UnicodeDecodeError as error:
-        raise InputError(f"--dataset {file} is not UTF-8 text (byte {error.start} is {error.object[error.start]:#x})") from None
+        raise InputError(
+            f"--dataset {file} is not UTF-8 text (byte {error.start} is {error.object[error.start]:#x})"
+        ) from None
     except OSError as error:
         raise InputError(f"--dataset {file} cannot be read: {error.strerror}") from None
     if rest.strip() or not ended:

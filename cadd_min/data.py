@@ -113,8 +113,8 @@ def write_tokens(corpus: Corpus, tokenizer: Tokenizer, path: Path) -> None:
             os.fsync(whole.fileno())
         os.replace(parts["whole"], path)
     finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+        for leftover in parts.values():
+            leftover.unlink(missing_ok=True)
 
 
 def _tokenise(corpus: Corpus, tokenizer: Tokenizer, dtype: np.dtype, train: BinaryIO, val: BinaryIO) -> None:

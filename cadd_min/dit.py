@@ -1,4 +1,4 @@
-"""The text backbone: a bidirectional transformer with rotary positions and adaLN-Zero on t (DiT, Peebles & Xie 2023)."""
+"""The text backbone: a bidirectional transformer, rotary positions, adaLN-Zero on t (DiT, Peebles & Xie 2023)."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ PRESETS = {
 class TimeEmbedding(nn.Module):
     """t (B,) -> c (B, cond): sines of t at many frequencies, then an MLP."""
 
+    frequency: Tensor
+
     def __init__(self, cond: int, frequencies: int = 128):
         super().__init__()
         self.register_buffer(
@@ -47,6 +49,9 @@ class TimeEmbedding(nn.Module):
 
 class Rotary(nn.Module):
     """Rotate queries and keys by their position (Su et al. 2021), so that attention sees distances."""
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, head_dim: int, length: int):
         super().__init__()
@@ -106,8 +111,9 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for ada in [self.ada, *(block.ada for block in self.blocks)]:
-            nn.init.zeros_(ada.weight)
+        nn.init.zeros_(self.ada.weight)
+        for block in self.blocks:
+            nn.init.zeros_(block.get_parameter("ada.weight"))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         c = self.time(t).to(x.dtype)

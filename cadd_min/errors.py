@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+import torch
+
 
 class InputError(ValueError):
     """Bad input from outside: one sentence that names the argument and what was expected."""
@@ -24,6 +26,16 @@ def run(main: Callable[[], None]) -> None:
     except (Interrupted, KeyboardInterrupt) as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def torch_device(name: str) -> torch.device:
+    """The device of that name, if there is one here."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(f"--device must be a device of this machine, like cpu or cuda, not {name!r}") from None
+    return device
 
 
 def choose(name: str, value: str, allowed: object) -> str:

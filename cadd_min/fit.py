@@ -1,4 +1,4 @@
-"""A run: train, log, look at held-out data and samples now and then, save, and stop when asked without losing a step."""
+"""A run: train, log, look at held-out data and samples now and then, save, and stop when asked."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def fit(trainer: Trainer, run: Run, config: FitConfig) -> None:
                 if run.held_out and _due(step, config.eval_every, last):
                     held_out = trainer.evaluate(run.held_out)
                     log.write(step, **held_out)
-                    bar.write(f"step {step}: held-out CE {held_out['val_ce']:.3f}, bound {held_out['val_bound']:.3f} nats/token")
+                    ce, bound = held_out["val_ce"], held_out["val_bound"]
+                    bar.write(f"step {step}: held-out CE {ce:.3f}, bound {bound:.3f} nats/token")
                 if _due(step, config.sample_every, False):
                     bar.write(f"step {step}: {run.show_sample(trainer)}")
                 if _due(step, config.save_every, False):

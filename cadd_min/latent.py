@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cadd_min.errors import InputError, choose
 from cadd_min.schedule import NoiseSchedule, per_token
 
 TABLES = ("tied", "fixed", "free")
@@ -52,6 +51,8 @@ class Latent(nn.Module):
     linear guess of z_0, which is silent where z_t is noise; "posterior", E[w | z_t] under the table.
     """
 
+    directions: Tensor
+
     def __init__(
         self,
         vocab_size: int,
@@ -65,10 +66,7 @@ class Latent(nn.Module):
         hint: str = "linear",
     ):
         super().__init__()
-        self.kind, self.fusion = choose("latent table", table, TABLES), choose("fusion", fusion, FUSIONS)
-        self.hint = choose("hint", hint, HINTS)
-        if table != "fixed" and dim not in (0, width):
-            raise InputError(f"a {table} latent table has the network's width {width}: latent dim must not be {dim}")
+        self.kind, self.fusion, self.hint = table, fusion, hint
         self.dim, self.norm, self.schedule = dim, norm, schedule
         if table == "fixed":
             directions = torch.randn(vocab_size + 1, dim, generator=torch.Generator().manual_seed(0))

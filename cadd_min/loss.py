@@ -152,8 +152,7 @@ def token_losses(
         checkpoint(piece, rows, target, use_reentrant=False)
         for rows, target in zip(features.split(chunk), targets.split(chunk))
     ]
-    ce, mse = zip(*pieces)
-    return torch.cat(ce), torch.cat(mse)
+    return torch.cat([ce for ce, _ in pieces]), torch.cat([mse for _, mse in pieces])
 
 
 def time_weights(t: Tensor, schedule: NoiseSchedule, weighting: str) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ at once and the continuous one is left (`cdm`: discrete schedule "gone"). One wo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from cadd_min.dit import DiT, Size
 from cadd_min.errors import InputError, choose
-from cadd_min.latent import Latent, identify_norm
+from cadd_min.latent import FUSIONS, HINTS, TABLES, Latent, identify_norm
 from cadd_min.options import option
 from cadd_min.schedule import NoiseSchedule, per_token
 
@@ -38,6 +39,22 @@ class ModelConfig:
     hint: str = option("linear", "what of z_t the network reads: raw, linear (shrunk) or posterior (E[w | z_t])")
     bayes_head: bool = option(False, "add the latent's own log-likelihood to the logits")
 
+    def __post_init__(self) -> None:
+        choose("model", self.model, MODELS)
+        for name, allowed in (("latent_table", TABLES), ("fusion", FUSIONS), ("hint", HINTS)):
+            choose(name, getattr(self, name), allowed)
+        if not 0 < self.t_identify < 1:
+            raise InputError(f"t_identify must be between 0 and 1, not {self.t_identify}")
+        if not 0 <= self.latent_norm < math.inf or self.latent_dim < 0:
+            raise InputError(f"latent_norm and latent_dim must be 0 or more, not {self.latent_norm}, {self.latent_dim}")
+        if self.latent_table != "fixed" and self.latent_dim not in (0, self.size.width):
+            raise InputError(
+                f"latent dim {self.latent_dim}: a {self.latent_table} table has the width {self.size.width}"
+            )
+        if self.vocab_size < 2 or self.length < 1:
+            raise InputError(f"a model needs 2 tokens and length 1 at least, not {self.vocab_size}, {self.length}")
+        self.schedule()
+
     def schedule(self) -> NoiseSchedule:
         """The noise schedule of this model."""
         return NoiseSchedule("gone" if self.model == "cdm" else self.discrete, self.continuous)
@@ -48,9 +65,6 @@ class Denoiser(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        choose("model", config.model, MODELS)
-        if config.vocab_size < 2 or config.length < 1:
-            raise InputError(f"a model needs 2 tokens and length 1 at least, not {config.vocab_size}, {config.length}")
         self.config, self.schedule, self.mask_id = config, config.schedule(), config.vocab_size
         dim = 0 if config.model == "mdlm" else config.latent_dim or config.size.width
         norm = config.latent_norm or identify_norm(config.vocab_size, self.schedule, config.t_identify)

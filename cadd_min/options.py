@@ -27,7 +27,9 @@ def add_options(parser: argparse.ArgumentParser, cls: type, **defaults: Any) -> 
         flag = "--" + field.name.replace("_", "-")
         text = field.metadata["help"] + " (default: %(default)s)"
         if field.type == "bool":
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=field.metadata["help"])
+            group.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=default, help=field.metadata["help"]
+            )
         else:
             group.add_argument(flag, type=TYPES[str(field.type)], default=default, help=text)
 

@@ -8,9 +8,7 @@ from torch import Generator, Tensor
 from cadd_min.schedule import NoiseSchedule, per_token
 
 
-def q_posterior_z(
-    z_t: Tensor, z_0: Tensor, s: Tensor, t: Tensor, schedule: NoiseSchedule
-) -> tuple[Tensor, Tensor]:
+def q_posterior_z(z_t: Tensor, z_0: Tensor, s: Tensor, t: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
     """Mean and variance of z_s at a position that stays masked.    (Prop. 2)
 
     With g = gamma_bar_t / gamma_bar_s, the Gaussian latent has

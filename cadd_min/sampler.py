@@ -31,7 +31,7 @@ Temperature = float | Callable[[float], float]
 class Step(NamedTuple):
     """What the callback sees after each step, from time t to s."""
 
-    index: int
+    number: int  # from 0
     t: float
     s: float
     x: Tensor  # (B, L) tokens, mask_id where still masked

@@ -19,7 +19,7 @@ DIM, BRIGHT, RESET, HOME = "\x1b[2m", "\x1b[1;92m", "\x1b[0m", "\x1b[H\x1b[2J"
 
 
 def parse_prompt(prompt: str, tokenizer: Tokenizer, length: int) -> Tensor:
-    """"The [8] of the union" -> (length,) ids: given text stays, [n] is a gap of n tokens, what follows is free.
+    """ "The [8] of the union" -> (length,) ids: given text stays, [n] is a gap of n tokens, what follows is free.
 
     Raises InputError for a prompt longer than `length` tokens.
     """
@@ -49,7 +49,7 @@ class Watch:
 
     def __call__(self, step: Step) -> None:
         masked = int((step.x[0] == self.tokenizer.mask_id).sum())
-        print(f"{self.clear}step {step.index + 1}/{self.steps}  t = {step.s:.3f}  {masked} masked\n")
+        print(f"{self.clear}step {step.number + 1}/{self.steps}  t = {step.s:.3f}  {masked} masked\n")
         print(frame(step.x[0], step.fresh[0], self.tokenizer), flush=True)
         time.sleep(self.pause)
 

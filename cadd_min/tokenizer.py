@@ -63,7 +63,8 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids; masks are shown as [mask] and document ends as <|endoftext|>."""
-        text, run = [], []
+        text: list[str] = []
+        run: list[int] = []
         for i in ids:
             if i >= self.eot_id:
                 text += [self._decode(run), EOT if i == self.eot_id else MASK_TEXT]
@@ -115,7 +116,9 @@ class CharTokenizer(Tokenizer):
         try:
             return [[self._ids[c] for c in text] for text in texts]
         except KeyError as missing:
-            raise InputError(f"the text has {missing.args[0]!r}, which is not in the alphabet {self.alphabet!r}") from None
+            raise InputError(
+                f"the text has {missing.args[0]!r}, which is not in the alphabet {self.alphabet!r}"
+            ) from None
 
     def _decode(self, ids: list[int]) -> str:
         return "".join(self.alphabet[i] for i in ids)

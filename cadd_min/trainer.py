@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,8 +84,12 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def seeded(seed: int, index: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """The generator of micro-batch `index` of a run."""
-    return torch.Generator(device).manual_seed((seed << 40) + index)
+    """The generator of micro-batch `index` of a run.
+
+    The two numbers are hashed: torch's CPU generator looks at the low 32 bits of its seed only.
+    """
+    state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint32)
+    return torch.Generator(device).manual_seed(int(state[0]))
 
 
 def training_loss(
@@ -104,7 +109,9 @@ def training_loss(
     masked = x_t == model.mask_id
     features = model.features(x_t, z_t, t.float())[masked]
     ce, mse = token_losses(features, model.head_matrix(), x_0[masked], table=table if config.mse > 0 else None)
-    ce_weight, mse_weight = (w[:, None].expand_as(x_0)[masked].float() for w in time_weights(t, schedule, config.weighting))
+    ce_weight, mse_weight = (
+        w[:, None].expand_as(x_0)[masked].float() for w in time_weights(t, schedule, config.weighting)
+    )
     loss = (ce_weight * ce + config.mse * mse_weight * mse).sum() / x_0.numel()
     return loss, {"ce": ce.detach().sum(), "masked": masked.sum(), "mse": mse.detach().sum()}
 
@@ -141,7 +148,7 @@ class Trainer:
         return torch.autocast(self.device.type, DTYPES[self.dtype], enabled=self.dtype != "float32")
 
     def train_step(self) -> dict[str, float]:
-        """One optimiser step. Returns its CE per masked token (nats), squared error, gradient norm and learning rate."""
+        """One optimiser step. Returns its CE per masked token (nats), squared error, gradient norm, learning rate."""
         config, totals = self.config, dict.fromkeys(("ce", "masked", "mse"), torch.zeros((), device=self.device))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, config)
@@ -185,9 +192,7 @@ class Trainer:
             x_0, gen = batch.to(self.device), seeded(self.config.seed + 1, i, self.device)
             with self.autocast():
                 _, parts = training_loss(self.ema, x_0, self.config, gen)
-                bound = nelbo_parts(
-                    self.ema, x_0, self.ema.table(), self.ema.schedule, self.ema.mask_id, generator=gen
-                )
+                bound = nelbo_parts(self.ema, x_0, self.ema.table(), self.ema.schedule, self.ema.mask_id, generator=gen)
             ce, masked = ce + float(parts["ce"]), masked + int(parts["masked"])
             discrete, continuous = discrete + float(bound.discrete.sum()), continuous + float(bound.continuous.sum())
             tokens += x_0.numel()

@@ -18,7 +18,9 @@ def chain(z_0: torch.Tensor, times: list[float], schedule: NoiseSchedule, seed: 
     z, when = z_0.expand(COUNT, 1, -1), torch.full((COUNT,), -1)
     for i, (s, t) in enumerate(zip([0.0, *times], times)):
         before = x[:, 0] == MASK
-        x, z = step(x, z, *(torch.full((COUNT,), v, dtype=torch.float64) for v in (s, t)), schedule, MASK, generator=gen)
+        x, z = step(
+            x, z, *(torch.full((COUNT,), v, dtype=torch.float64) for v in (s, t)), schedule, MASK, generator=gen
+        )
         when[(x[:, 0] == MASK) & ~before] = i
     return x[:, 0], z[:, 0], when
 

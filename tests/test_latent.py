@@ -8,7 +8,7 @@ import torch
 from benchmarks.sources import Source
 from cadd_min.dit import PRESETS
 from cadd_min.errors import InputError
-from cadd_min.latent import FUSIONS, HINTS, Latent, identify_norm, log_likelihood
+from cadd_min.latent import FUSIONS, HINTS, identify_norm, log_likelihood
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.sampler import sample
 from cadd_min.schedule import NoiseSchedule
@@ -35,7 +35,9 @@ def test_log_likelihood_is_the_gaussian_density(continuous):
     schedule = NoiseSchedule("linear", continuous)
     z, w = torch.randn(2, 3, 4, generator=rng(0)).double(), torch.randn(5, 4, generator=rng(1)).double()
     t = torch.tensor([0.2, 0.7], dtype=torch.float64)
-    law = torch.distributions.Normal(schedule.signal(t)[:, None, None, None] * w, schedule.noise(t)[:, None, None, None])
+    law = torch.distributions.Normal(
+        schedule.signal(t)[:, None, None, None] * w, schedule.noise(t)[:, None, None, None]
+    )
     exact = law.log_prob(z[:, :, None, :]).sum(-1)
     found = log_likelihood(z, t, w, schedule)
     torch.testing.assert_close(found - found[..., :1], exact - exact[..., :1])
@@ -45,7 +47,7 @@ def test_log_likelihood_is_the_gaussian_density(continuous):
 @pytest.mark.parametrize("hint", HINTS)
 @pytest.mark.parametrize("table, dim", [("tied", 0), ("fixed", 8), ("free", 0)])
 def test_unmasked_positions_see_no_latent(fusion, hint, table, dim):
-    """Where a token is unmasked the network's input, and so its output, does not depend on z_t; where masked it does."""
+    """Where tokens are unmasked the network's output does not depend on z_t; where one is masked it does."""
     net = nano(fusion=fusion, hint=hint, latent_table=table, latent_dim=dim)
     torch.nn.init.normal_(net.head.weight, generator=rng(5))
     x, t = torch.randint(11, (2, 12), generator=rng(0)), torch.tensor([0.3, 0.6])
@@ -67,7 +69,7 @@ def test_masked_model_is_the_latent_of_dimension_zero():
     net = nano("mdlm")
     assert net.table().shape == (12, 0)
     with pytest.raises(InputError, match="width"):
-        Latent(11, 32, 8, 1.0, NoiseSchedule(), table="tied")
+        nano(latent_dim=8)
 
 
 def test_bayes_head_alone_is_the_exact_posterior():

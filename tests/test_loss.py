@@ -52,13 +52,15 @@ def test_kl_continuous_is_the_kl_of_the_posteriors(continuous):
 
 
 def test_lemma_1_against_a_numerical_kl_of_the_joint():
-    """The KL of the joint posterior of (x_s, z_s) is rho_flip CE + rho_keep KL_cont: two branches that do not overlap."""
+    """The KL of the joint posterior of (x_s, z_s): two branches that do not overlap, rho_flip CE + rho_keep KL_cont."""
     schedule, s, t = NoiseSchedule(), torch.tensor([0.25]).double(), torch.tensor([0.5]).double()
     p, flip, keep = 0.37, float(schedule.rho_flip(s, t)), float(schedule.rho_keep(s, t))
     z_0, z_hat, z_t = torch.tensor([0.8, -0.5, 0.3], dtype=torch.float64).view(3, 1, 1, 1)
     (mean, variance), (mean_hat, _) = (q_posterior_z(z_t, z, s, t, schedule) for z in (z_0, z_hat))
     grid = torch.linspace(-9, 9, 200001, dtype=torch.float64)
-    true, model = (torch.distributions.Normal(m.flatten(), variance.sqrt().flatten()).log_prob(grid) for m in (mean, mean_hat))
+    true, model = (
+        torch.distributions.Normal(m.flatten(), variance.sqrt().flatten()).log_prob(grid) for m in (mean, mean_hat)
+    )
     stays = torch.trapezoid(keep * true.exp() * ((math.log(keep) + true) - (math.log(keep) + model)), grid)
     flips = flip * (math.log(flip) - math.log(flip * p))
     split = flip * -math.log(p) + keep * kl_continuous(z_0, z_hat, s, t, schedule).item()
@@ -121,7 +123,9 @@ def test_parts_add_up_and_steps_are_checked():
     table, x_0 = toy(), torch.zeros(8, 2, dtype=torch.int64)
     denoiser = oracle(table, NoiseSchedule())
     parts = nelbo_parts(denoiser, x_0, table, NoiseSchedule(), MASK, steps=8, generator=rng(0))
-    torch.testing.assert_close(sum(parts), nelbo(denoiser, x_0, table, NoiseSchedule(), MASK, steps=8, generator=rng(0)))
+    torch.testing.assert_close(
+        sum(parts), nelbo(denoiser, x_0, table, NoiseSchedule(), MASK, steps=8, generator=rng(0))
+    )
     with pytest.raises(InputError, match="steps"):
         nelbo(denoiser, x_0, table, NoiseSchedule(), MASK, steps=0)
 
@@ -148,7 +152,10 @@ def test_token_losses_equal_the_plain_ones(fused, monkeypatch):
 
     for with_table in (False, True):
         results = []
-        for ce, mse in (token_losses(features, head, targets, table=table if with_table else None, chunk=32), plain(with_table)):
+        for ce, mse in (
+            token_losses(features, head, targets, table=table if with_table else None, chunk=32),
+            plain(with_table),
+        ):
             total = (weight * (ce + mse)).sum()
             results.append((total, *torch.autograd.grad(total, (features, head))))
         for found, expected in zip(*results):

@@ -1,5 +1,6 @@
 """The reverse chain: it draws what it should, in the tail too, and never touches what was given."""
 
+import itertools
 import math
 
 import numpy as np
@@ -166,8 +167,8 @@ def test_chain_promises(zhat, model, num_latents):
         prompt=prompt, generator=rng(0), callback=lambda s: steps.append(s._replace(z=s.z.clone())),
     )  # fmt: skip
     assert ((0 <= x) & (x < mask)).all() and torch.equal(x[:, 3:6], prompt[:, 3:6])
-    assert steps[0].t == 1 and steps[-1].s == 0 and all(a.s == b.t and a.t > a.s for a, b in zip(steps, steps[1:]))
-    for before, after in zip(steps, steps[1:]):
+    assert steps[0].t == 1 and steps[-1].s == 0 and all(a.s == b.t and a.t > a.s for a, b in itertools.pairwise(steps))
+    for before, after in itertools.pairwise(steps):
         done = before.x != mask
         assert torch.equal(after.x[done], before.x[done]) and torch.equal(after.z[:, done], before.z[:, done])
         assert torch.equal(after.fresh, ~done & (after.x != mask))

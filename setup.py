@@ -1,0 +1,5 @@
+"""The project is described in pyproject.toml. Install it with: pip install --no-build-isolation -e ."""
+
+from setuptools import setup
+
+setup()

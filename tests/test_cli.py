@@ -1,0 +1,157 @@
+"""The commands as people type them: what README shows works, and bad input is one clear sentence and exit code 2."""
+
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cadd_min import checkpoint, ops
+from cadd_min.dit import PRESETS
+from cadd_min.model import Denoiser, ModelConfig
+from cadd_min.text import frame, parse_prompt
+from cadd_min.tokenizer import gpt2
+
+ROOT = Path(__file__).parent.parent
+TINY = "--preset nano --length 16 --vocab-size 300 --batch-size 4 --steps 4 --eval-every 2 --sample-every 4"
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Run a script in this process: call("sample.py --zhat soft") -> (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def run(command: str) -> tuple[int, str, str]:
+        script, *arguments = shlex.split(command)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("To be, or not to be, that is the question. " * 300)
+    return path
+
+
+@pytest.mark.parametrize("model", ["cadd", "mdlm", "cdm"])
+def test_train_then_sample_by_changing_one_word(model, call, text):
+    code, out, err = call(f"train_text.py --dataset {text} --model {model} {TINY}")
+    assert code == 0 and "trained: runs/text-" in out, err
+    folder = Path("runs") / f"text-{model}"
+    assert {p.name for p in folder.iterdir()} >= {"checkpoint.pt", "metrics.jsonl", "loss.png"}
+    for options in ("--zhat hard", "--zhat soft --num-latents 4", "--zhat sample --num 2 --top-p 0.9 --temperature 0.7",
+                    "--strength 0 --time-grid cosine --cosine-temperature"):  # fmt: skip
+        code, out, _ = call(f"sample.py --steps 4 --seed 3 {options}")
+        assert code == 0 and out == call(f"sample.py --steps 4 --seed 3 {options}")[1]  # seeds reproduce
+        assert re.search(rf"model {model} at step 4 .* backend \w+, zhat \w+, T 4 .* K \d, temperature .* seed 3", out)
+        assert "[mask]" not in out
+
+
+def test_runs_are_never_overwritten_and_resume_goes_on(call, text):
+    assert call(f"train_text.py --dataset {text} {TINY}")[0] == 0
+    assert call(f"train_text.py --dataset {text} {TINY}")[0] == 0
+    assert Path("runs/text-cadd-2/checkpoint.pt").exists()
+    code, _, err = call(f"train_text.py --dataset {text} {TINY} --out runs/text-cadd")
+    assert code == 2 and "--resume it" in err
+    assert call("train_text.py --resume --out runs/text-cadd --steps 6")[0] == 0
+    assert checkpoint.load(Path("runs/text-cadd"))["trainer"]["step"] == 6
+    code, _, err = call("train_text.py --resume --out runs/text-cadd --preset tiny --steps 8")
+    assert code == 2 and "another shape" in err
+
+
+def test_prompts_keep_what_is_given(call, text):
+    call(f"train_text.py --dataset {text} {TINY}")
+    code, out, _ = call('sample.py --steps 3 --prompt "To be[3] not"')
+    assert code == 0 and out.startswith("To be") and " not" in out
+    code, _, err = call('sample.py --prompt "[17]"')
+    assert code == 2 and "17 tokens" in err and "length is 16" in err
+    words = gpt2(300)
+    ids = parse_prompt("To[2] be", words, 16).tolist()
+    head, tail = words.encode("To"), words.encode(" be")
+    assert ids[: len(head) + 2 + len(tail)] == [*head, 300, 300, *tail] and ids[-1] == 300
+
+
+def test_watch_shows_masks_dim_and_fresh_tokens_bright(call, text):
+    call(f"train_text.py --dataset {text} {TINY}")
+    code, out, _ = call("sample.py --steps 3 --watch")
+    assert code == 0 and "step 1/3" in out and "step 3/3  t = 0.000  0 masked" in out
+    words = gpt2(300)
+    x = torch.tensor([words.encode("A")[0], words.mask_id, words.encode("B")[0]])
+    shown = frame(x, torch.tensor([False, False, True]), words)
+    assert shown == "A\x1b[2m·\x1b[0m \x1b[1;92mB\x1b[0m"
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("train_text.py --dataset nowhere", "--dataset must be one of sotu, shakespeare, text8, owt or a path"),
+        ("train_text.py --dataset {text} --model gan", "model must be one of cadd, mdlm, cdm, not 'gan'"),
+        ("train_text.py --dataset {text} --preset huge", "--preset must be one of nano, tiny, small, medium"),
+        ("train_text.py --dataset {text} --length 0", "length 1 at least"),
+        ("train_text.py --dataset {text} --length 100000", "fewer than one sequence"),
+        ("train_text.py --dataset {text} --vocab-size 10", "vocab size must be from 257"),
+        ("train_text.py --dataset {text} --tokenizer t5", "--tokenizer must be one of gpt2, chars"),
+        ("train_text.py --dataset {text} --steps 0", "steps must be at least 1"),
+        ("train_text.py --dataset {text} --fusion mul", "fusion must be one of add, concat, reweight"),
+        ("train_text.py --dataset {text} --hint none", "hint must be one of"),
+        ("train_text.py --dataset {text} --t-identify 0", "t_identify must be between 0 and 1"),
+        ("train_text.py --dataset {text} --latent-norm -1", "latent_norm and latent_dim must be 0 or more"),
+        ("train_text.py --dataset {text} --latent-dim 7", "latent dim"),
+        ("train_text.py --dataset {text} --continuous log", "continuous schedule must be one of"),
+        ("train_text.py --dataset {empty}", "is empty"),
+        ("train_text.py --dataset x.bin", "cannot read the token file x.bin"),
+        ("train_text.py --resume", "there is no checkpoint"),
+        ("train_text.py --device tpu9", "--device must be"),
+        ("sample.py --ckpt none.pt", "there is no checkpoint at none.pt"),
+        ("sample.py --ckpt {text}", "is not a checkpoint"),
+        ("sample.py --ckpt {good} --zhat mushy", "zhat must be one of hard, soft, sample"),
+        ("sample.py --ckpt {good} --steps 0", "steps must be at least 1"),
+        ("sample.py --ckpt {good} --num-latents 0", "num_latents must be at least 1"),
+        ("sample.py --ckpt {good} --num 0", "--num must be at least 1"),
+        ("sample.py --ckpt {good} --top-p 0", "top_p must be in (0, 1]"),
+        ("sample.py --ckpt {good} --temperature -1", "temperature must be 0 or more"),
+        ("sample.py --ckpt {good} --device tpu9", "--device must be"),
+        ("sample.py --ckpt {other}", "the tokenizer has 300 tokens, the model 11"),
+    ],
+)
+def test_bad_input_is_one_sentence(command, message, call, text, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    files = {
+        "text": text,
+        "empty": tmp_path / "empty.txt",
+        "good": tmp_path / "good.pt",
+        "other": tmp_path / "other.pt",
+    }
+    for name, vocab_size in (("good", 300), ("other", 11)):
+        config = ModelConfig(vocab_size, 8, PRESETS["nano"])
+        state = {"ema": Denoiser(config).state_dict(), "step": 1}
+        content = {"model_config": checkpoint.model_dict(config), "tokenizer": gpt2(300).spec(), "trainer": state}
+        checkpoint.save(files[name], content)
+    code, _, err = call(command.format(**files))
+    shown = err.split("\r")[-1]  # a progress bar before it has erased itself
+    assert code == 2 and message in shown and len(shown.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", ["--steps x", "--unknown 1", "--dtype int7"])
+def test_unparsable_arguments_exit_with_2(arguments, call):
+    code, _, err = call(f"sample.py {arguments}")
+    assert code == 2 and "error:" in err
+
+
+def test_backend_says_what_runs_and_why():
+    name, why = ops.backend()
+    assert name in ("cuda", "cpp", "torch") and why

@@ -1,0 +1,179 @@
+"""From files to token files to batches: nothing lost, nothing half written, the held-out part never seen."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from cadd_min import corpus, data, tokenizer
+from cadd_min.corpus import open_corpus
+from cadd_min.data import Batches, TokenFile, prepare
+from cadd_min.errors import InputError
+
+WORDS = tokenizer.gpt2(300)
+DOCS = [f"Document number {i}. It has a few words, ünïcode too." for i in range(45)]
+
+
+def read(path: Path, cache: Path, words=WORDS) -> TokenFile:
+    return prepare(open_corpus(str(path), cache), words, cache)
+
+
+def texts(tokens: np.ndarray, words=WORDS) -> list[str]:
+    return [text for text in words.decode(tokens.tolist()).split("<|endoftext|>") if text]
+
+
+def write(kind: str, folder: Path) -> Path:
+    path = folder / f"docs.{kind}"
+    if kind == "txt":
+        path.write_text("\n<|endoftext|>\n".join(DOCS), encoding="utf-8")
+    elif kind == "jsonl":
+        path.write_text("\n".join(json.dumps({"text": d, "id": 1}) for d in DOCS), encoding="utf-8")
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": DOCS}), path)
+    else:
+        path = folder / "many"
+        path.mkdir()
+        for i, doc in enumerate(DOCS):
+            (path / f"{i:03}.txt").write_text(doc, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "folder"])
+def test_every_kind_of_file_gives_the_same_documents(kind, tmp_path):
+    tokens = read(write(kind, tmp_path), tmp_path / "cache")
+    held_out = [doc for i, doc in enumerate(DOCS) if i % data.HELD_OUT == data.HELD_OUT - 1]
+    assert texts(tokens.split("val")) == held_out
+    assert texts(tokens.split("train")) == [doc for doc in DOCS if doc not in held_out]
+    assert tokens.split("train")[-1] == tokens.split("val")[-1] == WORDS.eot_id
+
+
+def test_second_run_reads_the_cache(tmp_path, monkeypatch):
+    path = write("txt", tmp_path)
+    first = read(path, tmp_path)
+    monkeypatch.setattr(data, "write_tokens", lambda *a: pytest.fail("tokenised again"))
+    assert read(path, tmp_path).path == first.path
+    assert TokenFile(first.path).tokenizer().fingerprint() == WORDS.fingerprint()  # the file states its tokenizer
+
+
+def test_changed_text_or_tokenizer_is_tokenised_again(tmp_path):
+    path = write("txt", tmp_path)
+    first = read(path, tmp_path).path
+    assert read(path, tmp_path, tokenizer.gpt2(301)).path != first
+    path.write_text("Other text. " * 50)
+    assert read(path, tmp_path).path != first
+
+
+def test_half_written_and_foreign_caches_are_never_used(tmp_path, capsys, monkeypatch):
+    path = write("txt", tmp_path)
+    whole = read(path, tmp_path)
+    content, good = whole.path.read_bytes(), whole.split("train").tolist()
+    for damage in (content[:-7], content[:10], b"", b"garbage" * 100):
+        whole.path.write_bytes(damage)
+        with pytest.raises(InputError):
+            TokenFile(whole.path)
+        assert read(path, tmp_path).split("train").tolist() == good  # made again
+    whole.path.write_bytes(content.replace(b'"bpe"', b'"foo"'))
+    assert read(path, tmp_path).split("train").tolist() == good
+    assert "another tokenizer" in capsys.readouterr().out
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    other = tokenizer.gpt2(302)
+    monkeypatch.setattr(data.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        read(path, tmp_path, other)
+    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("*bpe302*"))
+
+
+def test_long_documents_are_cut_where_tokens_do_not_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "PIECE", 50)
+    text = "The quick  brown fox, it's said, jumps over 12345 lazy dogs.\n\nAnd again " * 30
+    path = tmp_path / "long.txt"
+    path.write_text(text)
+    tokens = read(path, tmp_path)
+    joined = np.concatenate([tokens.split("train"), tokens.split("val")]).tolist()
+    assert joined == [*WORDS.encode(text), WORDS.eot_id]
+    assert len(tokens.split("val")) == len(joined) // data.HELD_OUT  # one document: the last 5% of its tokens
+
+
+def test_characters(tmp_path):
+    path = tmp_path / "c.txt"
+    path.write_text("abba cab")
+    source = open_corpus(str(path), tmp_path)
+    words = tokenizer.chars(corpus.alphabet(source))
+    assert words.alphabet == " abc" and read(path, tmp_path, words).split("train").tolist() == [
+        1,
+        2,
+        2,
+        1,
+        0,
+        3,
+        1,
+        2,
+        4,
+    ]
+
+
+def test_text8_is_read_from_its_archive_and_split_90_5_5(tmp_path):
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "text8.zip", "w") as archive:
+        archive.writestr("text8", "the cat sat on a mat " * 100)
+    source = open_corpus("text8", tmp_path)
+    assert source.tokenizer == "chars"
+    tokens = prepare(source, tokenizer.chars(corpus.alphabet(source)), tmp_path)
+    sizes = [len(tokens.split(s)) for s in ("train", "val", "test")]
+    assert sum(sizes) == 2101 and sizes[0] == 1891 and abs(sizes[1] - sizes[2]) <= 1
+
+
+def test_batches_cover_the_epoch_once_and_are_a_function_of_the_index():
+    tokens = np.arange(1000, dtype=np.uint16)
+    batches = Batches(tokens, 10, 9, seed=3)
+    assert batches.per_epoch == 99
+    seen = np.concatenate([batches(i).numpy() for i in range(11)])
+    assert len(np.unique(seen[:, 0])) == 99 and (np.diff(seen, axis=1) == 1).all()  # an epoch, without replacement
+    assert np.array_equal(Batches(tokens, 10, 9, seed=3)(7), batches(7)) and not np.array_equal(batches(7), batches(8))
+    assert not np.array_equal(Batches(tokens, 10, 9, seed=4)(7), batches(7))
+    with pytest.raises(InputError, match="fewer than one sequence"):
+        Batches(tokens[:9], 10, 1)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("empty.txt", b"", "is empty"),
+        ("binary.txt", b"ab\0cd" * 100, "binary"),
+        ("latin.txt", "café".encode("latin-1") * 10, "not UTF-8"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": ', "line 2: not valid JSON"),
+        ("bad.jsonl", b'{"txt": "a"}\n', "line 1: expected an object with a string 'text'"),
+        ("bad.parquet", b"PAR1 no", "not a readable .parquet"),
+    ],
+)
+def test_bad_files_are_named(name, content, message, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read(path, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*")) if (tmp_path / "cache").exists() else True
+
+
+def test_missing_things_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"sotu, shakespeare, text8, owt or a path"):
+        open_corpus("stou", tmp_path)
+    with pytest.raises(InputError, match=r"folder without \.txt"):
+        open_corpus(str(tmp_path), tmp_path)
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "x.parquet")
+    with pytest.raises(InputError, match="no column 'text'"):
+        read(tmp_path / "x.parquet", tmp_path)
+
+
+def test_a_failed_download_says_how_to_help(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "SHAKESPEARE", "http://127.0.0.1:9/none.txt")
+    with pytest.raises(InputError, match="by hand"):
+        open_corpus("shakespeare", tmp_path)
+    assert os.listdir(tmp_path) == []
