@@ -1,0 +1,89 @@
+"""Where a training step goes: the network, and everything that is not.
+
+    python -m benchmarks.training_step                      the default: tiny, 4,096 tokens a step, vocabulary 4,096
+    python -m benchmarks.training_step --preset nano --models cadd mdlm cdm
+
+Each part is timed by itself, median of --repeat runs, all in one process; shares are of their sum.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from cadd_min.dit import PRESETS
+from cadd_min.forward import q_sample
+from cadd_min.loss import stratified_times, token_losses
+from cadd_min.model import MODELS, Denoiser, ModelConfig
+from cadd_min.trainer import TrainConfig, Trainer, seeded
+
+
+def median_ms(f: Callable[[], object], repeat: int) -> float:
+    """Milliseconds of f(), median of `repeat` after one warm-up."""
+    times = []
+    for _ in range(repeat + 1):
+        start = time.perf_counter()
+        f()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[1:])
+
+
+def parts(model_name: str, preset: str, vocab_size: int, length: int, batch_size: int, repeat: int) -> dict[str, float]:
+    """Milliseconds of each part of a step, and of the step itself."""
+    torch.manual_seed(0)
+    net = Denoiser(ModelConfig(vocab_size, length, PRESETS[preset], model=model_name))
+    data = torch.randint(vocab_size, (batch_size, length))
+    trainer = Trainer(net, lambda index: data, TrainConfig(batch_size=batch_size))
+    gen, table = seeded(0, 0), net.table()
+    t = stratified_times(batch_size, gen)
+    x_t, z_t = q_sample(data, table[data], t, net.schedule, net.mask_id, generator=gen)
+    masked = x_t == net.mask_id
+    features = net.features(x_t, z_t, t.float()).detach()[masked].requires_grad_()
+    weight = torch.randn(batch_size, length, net.head_matrix().shape[1])
+
+    def noise() -> None:
+        q_sample(data, net.table()[data], t, net.schedule, net.mask_id, generator=gen)
+
+    def network() -> None:
+        (net.features(x_t, z_t, t.float()) * weight).sum().backward()
+
+    def head() -> None:
+        token_losses(features, net.head_matrix(), data[masked])[0].sum().backward()
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        trainer.optimizer.step()
+        trainer._update_ema()
+
+    named = {"forward noising": noise, "network": network, "head and CE": head, "clip, AdamW, EMA": update}
+    return {name: median_ms(f, repeat) for name, f in named.items()} | {"step": median_ms(trainer.train_step, repeat)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["cadd", "mdlm"], choices=MODELS)
+    parser.add_argument("--preset", default="tiny", choices=PRESETS)
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--repeat", type=int, default=9)
+    args = parser.parse_args()
+    found = {m: parts(m, args.preset, args.vocab_size, args.length, args.batch_size, args.repeat) for m in args.models}
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.preset}, "
+          f"{args.batch_size} x {args.length} tokens, V = {args.vocab_size}\n")  # fmt: skip
+    print("| part | " + " | ".join(f"{m} ms | share" for m in found) + " |")
+    print("|---" * (1 + 2 * len(found)) + "|")
+    for name in next(iter(found.values())):
+        cells = []
+        for times in found.values():
+            total = sum(v for k, v in times.items() if k != "step")
+            cells.append(f"{times[name]:.1f} | " + ("" if name == "step" else f"{times[name] / total:.0%}"))
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
