@@ -45,7 +45,7 @@ class Latent(nn.Module):
     """The latent table, and the fusion of a latent with its position's embedding.
 
     table: "tied", the directions of the token embedding; "fixed", random directions that never change; "free", the
-    token embedding itself with its gradient, which is trap to look at and not to use. dim = 0 is no latent at all: a
+    token embedding itself with its gradient, which is a trap, to look at and not to use. dim = 0 is no latent at all: a
     masked model runs the same code.
     fusion: "add" (the paper's), "concat" or "reweight". hint: "raw", z_t as it is (the paper's); "linear", the best
     linear guess of z_0, which is silent where z_t is noise; "posterior", E[w | z_t] under the table.

@@ -135,7 +135,7 @@ def token_losses(
     Returns: ce (N,) nats; mse (N,) = ||w[x_0] - sum_v p_v w_v||^2, zero without a table.
     """
     precise = torch.promote_types(features.dtype, torch.float32)
-    head = head.to(features.dtype)  # under autocast the features are bfloat16
+    head = head.to(features.dtype)  # the two may differ under autocast
     if table is None and hasattr(F, "linear_cross_entropy"):
         options = torch.nn.LinearCrossEntropyOptions()
         ce = F.linear_cross_entropy(features, head, targets, reduction="none", options=options)

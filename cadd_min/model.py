@@ -51,6 +51,8 @@ class ModelConfig:
             raise InputError(
                 f"latent dim {self.latent_dim}: a {self.latent_table} table has the width {self.size.width}"
             )
+        if self.bayes_head and self.latent_table == "free":
+            raise InputError("bayes_head needs rows of one length: latent_table must be tied or fixed, not free")
         if self.vocab_size < 2 or self.length < 1:
             raise InputError(f"a model needs 2 tokens and length 1 at least, not {self.vocab_size}, {self.length}")
         self.schedule()

@@ -111,6 +111,7 @@ def test_watch_shows_masks_dim_and_fresh_tokens_bright(call, text):
         ("train_text.py --dataset {text} --t-identify 0", "t_identify must be between 0 and 1"),
         ("train_text.py --dataset {text} --latent-norm -1", "latent_norm and latent_dim must be 0 or more"),
         ("train_text.py --dataset {text} --latent-dim 7", "latent dim"),
+        ("train_text.py --dataset {text} --bayes-head --latent-table free", "bayes_head needs rows of one length"),
         ("train_text.py --dataset {text} --continuous log", "continuous schedule must be one of"),
         ("train_text.py --dataset {empty}", "is empty"),
         ("train_text.py --dataset x.bin", "cannot read the token file x.bin"),
