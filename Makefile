@@ -19,8 +19,8 @@ $(VENV)/ready: requirements.txt requirements-data.txt pyproject.toml setup.py
 	@touch $@
 
 train: $(VENV)/ready
-	$(BIN)/python train_text.py --steps 850 --batch-size 32 --lr 2e-3 --eval-every 425 --sample-every 425 --save-every 425
-	$(BIN)/python sample.py --num 3 --steps 128
+	$(BIN)/python train_text.py
+	$(BIN)/python sample.py --num 3 --top-p 0.9
 	$(BIN)/python sample.py --prompt "I have the honor to[8]the Congress of the United States[16]peace" --top-p 0.9
 
 test: $(VENV)/ready

@@ -24,7 +24,7 @@ class Size:
 
 PRESETS = {
     "nano": Size(layers=2, width=64, heads=2, cond=64),  # tests and benchmarks/markov.py
-    "tiny": Size(layers=4, width=192, heads=4),
+    "tiny": Size(layers=3, width=128, heads=4),
     "small": Size(layers=12, width=768, heads=12),
     "medium": Size(layers=24, width=1024, heads=16),
 }
@@ -55,8 +55,8 @@ class Rotary(nn.Module):
 
     def __init__(self, head_dim: int, length: int):
         super().__init__()
-        frequency = 10000 ** (-torch.arange(0, head_dim, 2) / head_dim)
-        angle = torch.arange(length)[:, None] * frequency  # (L, head_dim / 2)
+        self.frequency = 10000 ** (-torch.arange(0, head_dim, 2) / head_dim)
+        angle = torch.arange(length)[:, None] * self.frequency  # (L, head_dim / 2)
         self.register_buffer("cos", torch.cat([angle.cos()] * 2, -1), persistent=False)
         self.register_buffer("sin", torch.cat([-angle.sin(), angle.sin()], -1), persistent=False)
 
@@ -77,7 +77,7 @@ class Block(nn.Module):
         super().__init__()
         width = size.width
         self.heads = size.heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width, bias=False)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
         self.ada = nn.Linear(size.cond, 6 * width)
@@ -90,6 +90,24 @@ class Block(nn.Module):
         x = x + gate_a * self.out(a.transpose(1, 2).flatten(2))
         return x + gate_m * self.mlp(modulate(x, shift_m, scale_m))
 
+    @torch.no_grad()
+    def look_nearby(self, frequency: Tensor, peak: float = 6.0, bands: int = 8) -> None:
+        """Set the biases so that head 0, 1, 2, 3, ... starts by attending around offset -1, 1, -2, 2, ...
+
+        A bias c of the queries and the same bias turned back by `offset` steps of the rotation for the keys give the
+        logit sum_f c_f^2 cos((i + offset - j) frequency_f), largest, `peak`, at j = i + offset. The network can unlearn
+        it; without it, it stays at the unigram law until it finds by itself that neighbours matter.
+        """
+        self.qkv.bias.zero_()
+        half = len(frequency)
+        query, key, _ = self.qkv.bias.view(3, self.heads, 2 * half)
+        c = torch.zeros(half)
+        c[:bands] = math.sqrt(peak * math.sqrt(2 * half) / min(bands, half))
+        for head in range(self.heads):
+            offset = (head // 2 + 1) * (1 if head % 2 else -1)
+            query[head, :half] = c
+            key[head] = torch.cat([c * (offset * frequency).cos(), -c * (offset * frequency).sin()])
+
 
 class DiT(nn.Module):
     """(B, L, width) inputs and times (B,) -> (B, L, width) features for the head."""
@@ -100,9 +118,12 @@ class DiT(nn.Module):
             raise InputError(f"width must be a multiple of twice the heads ({size.heads}), not {size.width}")
         self.time = TimeEmbedding(size.cond)
         self.rotary = Rotary(size.width // size.heads, length)
-        self.blocks = nn.ModuleList(Block(size) for _ in range(size.layers))
+        blocks = [Block(size) for _ in range(size.layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.ada = nn.Linear(size.cond, 2 * size.width)
         self.initialize_weights()
+        for block in blocks:
+            block.look_nearby(self.rotary.frequency)
 
     def initialize_weights(self) -> None:
         """Xavier for every matrix; zero for the modulation, so that at the start t changes nothing (adaLN-Zero)."""

@@ -25,9 +25,9 @@ class FitConfig:
     """How often a run looks up from training; 0 is never."""
 
     log_every: int = option(10, "steps between rows of metrics.jsonl")
-    eval_every: int = option(500, "steps between evaluations on held-out data")
-    sample_every: int = option(500, "steps between samples")
-    save_every: int = option(500, "steps between checkpoints")
+    eval_every: int = option(1000, "steps between evaluations on held-out data")
+    sample_every: int = option(1000, "steps between samples")
+    save_every: int = option(1000, "steps between checkpoints")
 
 
 @dataclass(frozen=True)

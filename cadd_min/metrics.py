@@ -56,16 +56,20 @@ def loss_curve(path: Path) -> Path | None:
     import matplotlib.pyplot as plt
 
     rows = read_metrics(path)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for axis, names in ((left, ("ce", "val_ce")), (right, ("latent_norm", "val_bound"))):
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    panels = (
+        ("nats per masked token", ("ce", "val_ce")),
+        ("nats per token", ("val_bound", "val_bound_discrete", "val_bound_continuous")),
+        ("mean length of the latents", ("latent_norm",)),
+    )
+    for axis, (unit, names) in zip(axes, panels):
         for name in names:
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
                 axis.plot(*zip(*points), label=name, lw=1, marker="." if len(points) < 30 else None)
-        axis.set_xlabel("step")
-        axis.legend(frameon=False)
-    left.set_ylabel("nats per masked token")
-    right.set_ylabel("nats per token (bound)")
+        axis.set(xlabel="step", ylabel=unit)
+        if axis.lines:
+            axis.legend(frameon=False)
     picture = path.with_name("loss.png")
     figure.savefig(picture, dpi=120)
     plt.close(figure)

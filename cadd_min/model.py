@@ -93,7 +93,8 @@ class Denoiser(nn.Module):
     def features(self, x_t: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         """(B, L, F) with logits = features @ head_matrix().T."""
         masked, table = x_t == self.mask_id, self.table()
-        h = self.backbone(self.latent.fuse(self.embedding(x_t), z_t, masked, t, table), t)
+        z_tilde = self.latent.fuse(self.embedding(x_t), z_t, masked, t, table)
+        h = self.backbone(math.sqrt(self.config.size.width) * z_tilde, t)  # as in Vaswani et al.: entries of about 1
         if not (self.config.bayes_head and self.latent.dim):
             return h
         # log N(z_t; signal w_v, noise^2 I) is linear in w_v (all rows are equally long): two more sets of columns

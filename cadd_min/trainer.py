@@ -30,10 +30,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class TrainConfig:
     """How to train; the model's own shape is in ModelConfig."""
 
-    steps: int = option(1000, "optimiser steps")
-    batch_size: int = option(32, "sequences in a micro-batch")
+    steps: int = option(3000, "optimiser steps")
+    batch_size: int = option(8, "sequences in a micro-batch")
     accumulate: int = option(1, "micro-batches in a step")
-    lr: float = option(1e-3, "peak learning rate")
+    lr: float = option(2e-3, "peak learning rate")
     warmup: int = option(100, "steps of linear warm-up")
     final_lr: float = option(0.1, "share of lr that the cosine decay ends at")
     weight_decay: float = option(0.01, "of the backbone's matrices")

@@ -95,6 +95,37 @@ def test_watch_shows_masks_dim_and_fresh_tokens_bright(call, text):
     assert shown == "A\x1b[2m·\x1b[0m \x1b[1;92mB\x1b[0m"
 
 
+def readme_commands() -> list[str]:
+    """Every command line of README's code blocks, comments cut and continued lines joined."""
+    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.startswith("python ")]
+
+
+def test_every_command_of_readme_works(call, text, capsys):
+    """All of them, in README's order, on a small text and for a few steps; OpenWebText's is parsed only."""
+    commands = readme_commands()
+    assert sum("sample.py" in c for c in commands) >= 4 and sum("train_text.py" in c for c in commands) >= 4
+    for command in commands:
+        command = command.removeprefix("python ")
+        if "owt" in command:
+            parser = runpy.run_path(str(ROOT / "train_text.py"))["build_parser"]()
+            assert parser.parse_args(shlex.split(command)[1:]).preset == "small"
+            continue
+        small = "--steps 4" if "sample.py" in command or "--resume" in command else TINY.replace("16", "64")
+        data = "" if "--dataset" in command or "train" not in command or "--resume" in command else f"--dataset {text}"
+        code, _, err = call(f"{command.replace('my.txt', str(text))} {data} {small}")
+        assert code == 0, (command, err)
+
+
+def test_readme_names_files_and_targets_that_exist():
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^    make (\w+)", readme, re.M):
+        assert f"\n{target}:" in makefile
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", readme)
+    assert len(links) > 10 and all((ROOT / link).exists() for link in links)
+
+
 @pytest.mark.parametrize(
     "command, message",
     [

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,6 +69,15 @@ def test_one_batch_can_be_overfitted(model, monkeypatch):
     fit = trainer(model, lambda i: batch(0), steps=400, lr=3e-3)
     losses = [fit.train_step()["ce"] for _ in range(400)]
     assert losses[0] > 2 and losses[-1] < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler on a CPU")
+def test_compiled_steps_are_the_same_steps():
+    plain, compiled = trainer(), trainer(compile=True)
+    for _ in range(3):
+        a, b = plain.train_step(), compiled.train_step()
+    assert a["ce"] == pytest.approx(b["ce"], rel=1e-4) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
 
 def test_accumulation_equals_the_larger_batch():
@@ -203,6 +213,19 @@ def test_metrics_drop_what_a_resumed_run_does_again(tmp_path):
 
 
 @pytest.mark.slow
+def test_tensorboard_gets_the_same_values(tmp_path):
+    """What TensorBoard itself reads back."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = MetricsLog(tmp_path, 0)
+    for step in (10, 20):
+        log.write(step, ce=2.0 / step)
+    log.close()
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("ce")
+    assert [(e.step, pytest.approx(e.value)) for e in events] == [(10, 0.2), (20, 0.1)]
+
+
 def test_ctrl_c_saves_and_resume_continues_as_if_nothing_had_happened(tmp_path):
     text = tmp_path / "t.txt"
     text.write_text("To be, or not to be, that is the question. " * 400)

@@ -1,0 +1,58 @@
+"""The backbone: where it starts, and what it can see."""
+
+import pytest
+import torch
+
+from cadd_min.dit import PRESETS, Block, DiT, Rotary, Size
+from cadd_min.errors import InputError
+from cadd_min.model import Denoiser, ModelConfig
+from tests.conftest import rng
+
+SIZE = Size(layers=2, width=128, heads=4)
+
+
+def test_starts_as_identity_at_every_time():
+    """adaLN-Zero: the untrained backbone is one LayerNorm, whatever t."""
+    x = torch.randn(3, 10, 128, generator=rng(0))
+    y = DiT(SIZE, 10)(x, torch.tensor([0.0, 0.4, 1.0]))
+    torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (128,)))
+
+
+def test_rotary_sees_distances_only():
+    rotary, (q, k) = Rotary(32, 20), torch.randn(2, 32, generator=rng(0))
+    dots = rotary(q.expand(20, 32)) @ rotary(k.expand(20, 32)).T
+    for distance in (-7, 0, 3):
+        torch.testing.assert_close(*torch.broadcast_tensors(dots.diagonal(distance), dots.diagonal(distance)[0]))
+    assert dots.diagonal(1)[0] != pytest.approx(float(dots.diagonal(-1)[0]))
+
+
+def first_attention(block: Block, rotary: Rotary, length: int) -> torch.Tensor:
+    """Each head's attention (heads, L, L) by the biases alone, as for an input of zeros."""
+    q, k, _ = block.qkv.bias.detach().view(3, block.heads, 1, -1).expand(-1, -1, length, -1)
+    return (rotary(q) @ rotary(k).transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+
+
+@pytest.mark.parametrize("size", [SIZE, PRESETS["nano"], PRESETS["small"]])
+def test_heads_start_by_looking_at_neighbours(size):
+    """Head 0, 1, 2, 3, ... is sharpest at offset -1, 1, -2, 2, ... Power: without the biases it is flat."""
+    net = DiT(size, 64)
+    for block in net.blocks:
+        attention = first_attention(block, net.rotary, 64)
+        for head in range(size.heads):
+            offset = (head // 2 + 1) * (1 if head % 2 else -1)
+            rows = torch.arange(10, 50)
+            assert torch.equal(attention[head, rows].argmax(-1), rows + offset)
+            assert attention[head, rows, rows + offset].min() > 0.1
+        torch.nn.init.zeros_(block.qkv.bias)
+        torch.testing.assert_close(first_attention(block, net.rotary, 64), torch.full((size.heads, 64, 64), 1 / 64))
+
+
+def test_small_is_the_papers_size():
+    with torch.device("meta"):
+        net = Denoiser(ModelConfig(50257, 1024, PRESETS["small"], latent_norm=1.0))
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(168e6, rel=0.02)
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(InputError, match="twice the heads"):
+        DiT(Size(layers=1, width=100, heads=3), 8)
