@@ -127,7 +127,7 @@ def nelbo(
 
 
 def token_losses(
-    features: Tensor, head: Tensor, targets: Tensor, *, table: Tensor | None = None, chunk: int = 1024
+    features: Tensor, head: Tensor, targets: Tensor, *, table: Tensor | None = None, chunk: int = 512
 ) -> tuple[Tensor, Tensor]:
     """CE and squared error of z0_hat for N masked positions, never holding their (N, V) logits at once.
 
@@ -135,9 +135,12 @@ def token_losses(
     Returns: ce (N,) nats; mse (N,) = ||w[x_0] - sum_v p_v w_v||^2, zero without a table.
     """
     precise = torch.promote_types(features.dtype, torch.float32)
-    head = head.to(features.dtype)  # the two may differ under autocast
+    if torch.is_autocast_enabled(features.device.type):  # the fused loss is unknown to autocast
+        features = features.to(torch.get_autocast_dtype(features.device.type))
+    head = head.to(features.dtype)
     if table is None and hasattr(F, "linear_cross_entropy"):
-        options = torch.nn.LinearCrossEntropyOptions()
+        # Its own choice of chunks is made for GPUs: of a few rows each, five times slower on a CPU.
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
         ce = F.linear_cross_entropy(features, head, targets, reduction="none", options=options)
         return ce.to(precise), torch.zeros_like(ce, dtype=precise)
 
