@@ -2,10 +2,11 @@
 
     python -m benchmarks.markov                              exact denoisers, three seeds: isolates the sampler
     python -m benchmarks.markov --train mdlm cadd cdm        networks by the project's own trainer, equal steps
-    python -m benchmarks.markov --train cadd:hint=linear,latent_norm=1 --source topics --seeds 3
+    python -m benchmarks.markov --train cadd:hint=raw,latent_norm=1,preset=tiny --source topics --seeds 3
 
-A model is one of mdlm, cadd, cdm, with any field of ModelConfig or TrainConfig behind a colon. Each run is one line of
-JSON in --out; the table gives mean and spread (the standard deviation over seeds) of
+A model is one of mdlm, cadd, cdm, with any field of ModelConfig or TrainConfig behind a colon, and preset= and
+strength= (of the latent in sampling). What is not named has the project's default. Each run is one line of JSON in
+--out; --table FILE prints what is there. The table gives mean and spread (the standard deviation over seeds) of
 
     bad      share of impossible transitions           tv       total variation of the transition law
     entropy  of the samples' bigrams minus the truth, bits
@@ -37,7 +38,7 @@ from cadd_min.trainer import TrainConfig, Trainer, seeded
 
 SOURCES = {"chain": {"topics": 1}, "topics": {"topics": 8}}
 TIMES = (0.2, 0.4, 0.6, 0.8)
-DEFAULTS = {"latent_table": "fixed", "latent_norm": 2.0}  # what DESIGN's exact rows use: random rows of norm 2
+PAPER = "cadd:continuous=linear,latent_norm=2"  # its schedules; with the exact denoiser only table and schedule matter
 
 
 def parse(spec: str) -> tuple[str, dict[str, Any]]:
@@ -47,9 +48,10 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
     options: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
         name, _, value = item.partition("=")
-        if name not in fields and name != "preset":
+        if name not in fields and name not in ("preset", "strength"):
             raise InputError(f"--train: {name!r} is no field of ModelConfig or TrainConfig")
         kind = {"int": int, "float": float, "bool": lambda v: v == "True"}.get(str(fields.get(name)), str)
+        kind = float if name == "strength" else kind
         options[name] = kind(value)
     return model, options
 
@@ -59,8 +61,8 @@ def build(source: Source, model: str, options: dict[str, Any], seed: int) -> Den
     torch.manual_seed(seed)
     size = PRESETS[options.pop("preset", "nano")]
     shape = {f.name for f in dataclasses.fields(ModelConfig)} & options.keys()
-    merged = DEFAULTS | {name: options.pop(name) for name in shape}
-    return Denoiser(ModelConfig(source.states, source.length, size, model=model, **merged)).eval()
+    chosen = {name: options.pop(name) for name in shape}
+    return Denoiser(ModelConfig(source.states, source.length, size, model=model, **chosen)).eval()
 
 
 def train(source: Source, model: Denoiser, config: TrainConfig) -> Trainer:
@@ -98,6 +100,7 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     seed, options = job["seed"], dict(job["options"])
     source = Source(seed=seed, **SOURCES[job["source"]])
+    strength = options.pop("strength", 1.0)
     model = build(source, job["model"], options, seed)
     row, start = dict(job), time.time()
     denoiser: Any = ExactDenoiser(source, model.table(), model.schedule)
@@ -119,6 +122,7 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
                 model.mask_id,
                 steps=steps,
                 zhat=zhat,
+                strength=strength,
                 generator=seeded(seed, steps),
             )
             score = source.score(x)
@@ -166,7 +170,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--exact", nargs="*", default=["mdlm", "cadd"], help="models with the exact denoiser")
+    parser.add_argument("--exact", nargs="*", default=["mdlm", PAPER, "cadd"], help="models with the exact denoiser")
     parser.add_argument("--train", nargs="*", default=[], help="models to train")
     parser.add_argument("--source", choices=SOURCES, default="chain")
     parser.add_argument("--seeds", type=int, default=3)
@@ -176,7 +180,10 @@ def main() -> None:
     parser.add_argument("--zhat", nargs="+", default=["sample", "soft", "hard"])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--out", type=Path, help="append each run as a line of JSON")
+    parser.add_argument("--table", type=Path, help="only print the table of the runs in this file")
     args = parser.parse_args()
+    if args.table:
+        return print(tables([json.loads(line) for line in args.table.read_text().splitlines()]))
     shared = {"source": args.source, "steps": args.steps, "samples": args.samples, "T": args.T, "zhat": args.zhat}
     jobs = []
     for trained, specs in ((False, args.exact), (True, args.train)):

@@ -5,9 +5,10 @@ gives away is set by one number, the latent's own signal-to-noise ratio ||w||^2 
 table w could learn through the loss, the shortest way down would be to make w longer until z_t spells out x_0: the
 loss goes to zero, the network learns to read instead of to predict, and the samples collapse, for at sampling time z_t
 has nothing to say but what the network itself has put there. So here every row has the same length `norm` and no
-gradient flows into z_0. How long? A code word among V is found in Gaussian noise once ||w||^2 SNR / 2 reaches log V
-nats (the capacity of that channel), so `identify_norm` sets the time at which the latent alone would give the token
-away, whatever the vocabulary: before it the hint is soft, after it the answer is known.
+gradient flows into z_0. How long? To a reader who must tell its token from V others a hint is worth ||w||^2 SNR / 2
+nats (the capacity of that channel) of the log V that would settle it, so `evidence_norm` sets which share of log V the
+latent alone tells at half time, whatever the vocabulary: enough to let neighbours agree, too little to be believed
+against them.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ FUSIONS = ("add", "concat", "reweight")
 HINTS = ("raw", "linear", "posterior")
 
 
-def identify_norm(vocab_size: int, schedule: NoiseSchedule, t_identify: float) -> float:
-    """The norm of w at which ||w||^2 SNR(t) / 2 = log V nats: z_t alone identifies its token before t_identify."""
-    snr = float(schedule.snr(torch.tensor(t_identify, dtype=torch.float64)))
-    return math.sqrt(2 * math.log(vocab_size) / snr)
+def evidence_norm(vocab_size: int, schedule: NoiseSchedule, share: float) -> float:
+    """The norm of w at which the latent alone is worth `share` of log V nats at half time: ||w||^2 SNR(1/2) / 2."""
+    snr = float(schedule.snr(torch.tensor(0.5, dtype=torch.float64)))
+    return math.sqrt(2 * share * math.log(vocab_size) / snr)
 
 
 def log_likelihood(z_t: Tensor, t: Tensor, table: Tensor, schedule: NoiseSchedule) -> Tensor:
@@ -44,14 +45,15 @@ def log_likelihood(z_t: Tensor, t: Tensor, table: Tensor, schedule: NoiseSchedul
 class Latent(nn.Module):
     """The latent table, and the fusion of a latent with its position's embedding.
 
-    table: "tied", the directions of the token embedding; "fixed", random directions that never change; "free", the
-    token embedding itself with its gradient, which is a trap, to look at and not to use. dim = 0 is no latent at all: a
-    masked model runs the same code.
+    table: "tied", the directions of the token embedding, seen through a fixed random matrix where dim is not its width;
+    "fixed", random directions that never change; "free", the token embedding itself with its gradient, which is a
+    trap, to look at and not to use. dim = 0 is no latent at all: a masked model runs the same code.
     fusion: "add" (the paper's), "concat" or "reweight". hint: "raw", z_t as it is (the paper's); "linear", the best
     linear guess of z_0, which is silent where z_t is noise; "posterior", E[w | z_t] under the table.
     """
 
     directions: Tensor
+    mixing: Tensor
 
     def __init__(
         self,
@@ -68,9 +70,13 @@ class Latent(nn.Module):
         super().__init__()
         self.kind, self.fusion, self.hint = table, fusion, hint
         self.dim, self.norm, self.schedule = dim, norm, schedule
+        random = torch.Generator().manual_seed(0)
         if table == "fixed":
-            directions = torch.randn(vocab_size + 1, dim, generator=torch.Generator().manual_seed(0))
+            directions = torch.randn(vocab_size + 1, dim, generator=random)
             self.register_buffer("directions", F.normalize(directions, dim=-1))
+        self.fewer = table == "tied" and 0 < dim != width
+        if self.fewer:
+            self.register_buffer("mixing", torch.randn(width, dim, generator=random) / math.sqrt(width))
         inputs = width + dim if fusion == "concat" else dim
         needs_projection = dim > 0 and (fusion == "concat" or dim != width)
         self.project = nn.Linear(inputs, width, bias=False) if needs_projection else nn.Identity()
@@ -81,8 +87,10 @@ class Latent(nn.Module):
             return embedding.new_zeros(len(embedding), 0)
         if self.kind == "free":
             return embedding
-        directions = self.directions if self.kind == "fixed" else F.normalize(embedding.detach(), dim=-1)
-        return self.norm * directions
+        if self.kind == "fixed":
+            return self.norm * self.directions
+        directions = embedding.detach() @ self.mixing if self.fewer else embedding.detach()
+        return self.norm * F.normalize(directions, dim=-1)
 
     def fuse(self, e: Tensor, z_t: Tensor, masked: Tensor, t: Tensor, table: Tensor) -> Tensor:
         """The network's input z_tilde (B, L, width) from embeddings e = E[x_t] (B, L, width) and latents z_t (B, L, D).

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cadd_min.dit import DiT, Size
 from cadd_min.errors import InputError, choose
-from cadd_min.latent import FUSIONS, HINTS, TABLES, Latent, identify_norm
+from cadd_min.latent import FUSIONS, HINTS, TABLES, Latent, evidence_norm
 from cadd_min.options import option
 from cadd_min.schedule import NoiseSchedule, per_token
 
@@ -30,10 +30,10 @@ class ModelConfig:
     size: Size
     model: str = option("cadd", "cadd, mdlm (no latent) or cdm (everything masked, only latents)")
     discrete: str = option("linear", "schedule of the masks, alpha_t: linear or cosine")
-    continuous: str = option("linear", "schedule of the latent, gamma_bar_t: linear, cosine or flow")
+    continuous: str = option("auto", "schedule of the latent: linear, cosine, capped, flow; auto: capped, cdm linear")
     latent_dim: int = option(0, "dimension of the latent; 0: the network's width")
-    latent_norm: float = option(0.0, "length of the latent table's rows; 0: from --t-identify")
-    t_identify: float = option(0.1, "time at which the latent alone would identify its token")
+    latent_norm: float = option(0.0, "length of the latent table's rows; 0: from --evidence")
+    evidence: float = option(0.1, "share of log V nats that the latent alone tells at half time")
     latent_table: str = option("tied", "directions of the table: tied to the token embedding, fixed, or free (leaks)")
     fusion: str = option("add", "how the latent joins the mask's embedding: add, concat or reweight")
     hint: str = option("linear", "what of z_t the network reads: raw, linear (shrunk) or posterior (E[w | z_t])")
@@ -43,14 +43,12 @@ class ModelConfig:
         choose("model", self.model, MODELS)
         for name, allowed in (("latent_table", TABLES), ("fusion", FUSIONS), ("hint", HINTS)):
             choose(name, getattr(self, name), allowed)
-        if not 0 < self.t_identify < 1:
-            raise InputError(f"t_identify must be between 0 and 1, not {self.t_identify}")
+        if not 0 < self.evidence < math.inf:
+            raise InputError(f"evidence must be greater than 0, not {self.evidence}")
         if not 0 <= self.latent_norm < math.inf or self.latent_dim < 0:
             raise InputError(f"latent_norm and latent_dim must be 0 or more, not {self.latent_norm}, {self.latent_dim}")
-        if self.latent_table != "fixed" and self.latent_dim not in (0, self.size.width):
-            raise InputError(
-                f"latent dim {self.latent_dim}: a {self.latent_table} table has the width {self.size.width}"
-            )
+        if self.latent_table == "free" and self.latent_dim not in (0, self.size.width):
+            raise InputError(f"latent dim {self.latent_dim}: a free table has the width {self.size.width}")
         if self.bayes_head and self.latent_table == "free":
             raise InputError("bayes_head needs rows of one length: latent_table must be tied or fixed, not free")
         if self.vocab_size < 2 or self.length < 1:
@@ -58,8 +56,10 @@ class ModelConfig:
         self.schedule()
 
     def schedule(self) -> NoiseSchedule:
-        """The noise schedule of this model."""
-        return NoiseSchedule("gone" if self.model == "cdm" else self.discrete, self.continuous)
+        """The noise schedule of this model. A continuous model's latent must end by telling its token."""
+        cdm = self.model == "cdm"
+        continuous = self.continuous if self.continuous != "auto" else "linear" if cdm else "capped"
+        return NoiseSchedule("gone" if cdm else self.discrete, continuous)
 
 
 class Denoiser(nn.Module):
@@ -69,7 +69,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.config, self.schedule, self.mask_id = config, config.schedule(), config.vocab_size
         dim = 0 if config.model == "mdlm" else config.latent_dim or config.size.width
-        norm = config.latent_norm or identify_norm(config.vocab_size, self.schedule, config.t_identify)
+        norm = config.latent_norm or evidence_norm(config.vocab_size, self.schedule, config.evidence)
         self.latent = Latent(
             config.vocab_size,
             config.size.width,

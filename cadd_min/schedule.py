@@ -3,11 +3,13 @@
 Time t is in [0, 1], s < t, 0 is clean and 1 is noise. alpha_t is the probability that a token is still unmasked.
 A masked token's latent is z_t = signal_t z_0 + noise_t eps, and gamma_bar_t measures how much of z_0 is left:
 
-    Gaussian latent ("linear", "cosine")    signal_t = sqrt(gamma_bar_t), noise_t = sqrt(1 - gamma_bar_t)
-    flow-matching latent ("flow")           signal_t = 1 - t,             noise_t = t         (paper, App. B.1)
+    Gaussian latent ("linear", "cosine", "capped")   signal_t = sqrt(gamma_bar_t), noise_t = sqrt(1 - gamma_bar_t)
+    flow-matching latent ("flow")                    signal_t = 1 - t,   noise_t = t   (paper, App. B.1)
 
 Both have SNR(t) = signal_t^2 / noise_t^2 = gamma_bar_t / (1 - gamma_bar_t). Every end point is exact in floating
-point: nothing downstream clips.
+point: nothing downstream clips. Under "capped" a masked token's latent is never louder than its noise (SNR <= 1): a
+hint stays a hint until the token is revealed, and the network keeps on learning from the other tokens at small t,
+where the paper's linear schedule shows it the answer.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ CONTINUOUS: dict[str, Curve] = {
         lambda t: torch.sin(math.pi / 2 * (1 - t)) ** 2,
         lambda t: -math.pi / 2 * torch.sin(math.pi * (1 - t)),
     ),
+    "capped": (lambda t: torch.where(t > 0, (1 - t**2) / 2, 1), lambda t: -t),
     "flow": (_flow, lambda t: -2 * t * (1 - t) / ((1 - t) ** 2 + t**2) ** 2),
 }
 
@@ -57,7 +60,7 @@ CONTINUOUS: dict[str, Curve] = {
 class NoiseSchedule:
     """alpha_t and gamma_bar_t with what follows from them. All methods are elementwise on tensors of any shape.
 
-    discrete: "linear", "cosine" or "gone"; continuous: "linear", "cosine" or "flow" (see the module's docstring).
+    discrete: "linear", "cosine" or "gone"; continuous: "linear", "cosine", "capped" or "flow" (see above).
     """
 
     def __init__(self, discrete: str = "linear", continuous: str = "linear"):

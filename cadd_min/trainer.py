@@ -7,6 +7,7 @@ generators seeded by (seed, micro-batch number). So a resumed run needs no rando
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -41,6 +42,7 @@ class TrainConfig:
     ema: float = option(0.999, "decay of the averaged weights that sampling uses")
     weighting: str = option("uniform", "of the loss over t: uniform (the paper's) or elbo")
     mse: float = option(0.0, "weight of the squared error of z0_hat beside the CE (CE + MSE)")
+    wrong_hints: float = option(0.1, "share of the latents that are a random token's: the network learns to doubt them")
     drop_latent: float = option(0.0, "share of the sequences that train without their latent")
     seed: int = option(0, "of data, noise and initial weights")
     dtype: str = option("auto", "of the network: float32, bfloat16, or auto: the faster one here, measured")
@@ -50,7 +52,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("ema", "drop_latent", "final_lr"):
+        for name in ("ema", "wrong_hints", "drop_latent", "final_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
         for name in ("lr", "clip"):
@@ -92,6 +94,19 @@ def seeded(seed: int, index: int, device: torch.device | str = "cpu") -> torch.G
     return torch.Generator(device).manual_seed(int(state[0]))
 
 
+def misled(x_0: Tensor, share: float, vocab_size: int, generator: torch.Generator) -> Tensor:
+    """The tokens whose latents the network is shown: x_0 (B, L), but a `share` of them replaced by random ones.
+
+    A true z_t always tells of x_0, so a network trained on it believes its hint whatever the neighbours say. When it
+    samples, the hint is its own guess of a step ago, and often wrong; one that has met wrong hints weighs the two.
+    """
+    if share == 0:
+        return x_0
+    random = torch.randint(vocab_size, x_0.shape, generator=generator, device=x_0.device)
+    wrong = torch.rand(x_0.shape, generator=generator, device=x_0.device) < share
+    return torch.where(wrong, random, x_0)
+
+
 def training_loss(
     model: Denoiser, x_0: Tensor, config: TrainConfig, generator: torch.Generator
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -102,7 +117,8 @@ def training_loss(
     """
     schedule, table = model.schedule, model.table()
     t = stratified_times(len(x_0), generator, x_0.device)
-    x_t, z_t = q_sample(x_0, table[x_0], t, schedule, model.mask_id, generator=generator)
+    hinted = misled(x_0, config.wrong_hints, model.mask_id, generator)
+    x_t, z_t = q_sample(x_0, table[hinted], t, schedule, model.mask_id, generator=generator)
     if config.drop_latent > 0:
         kept = torch.rand(len(x_0), generator=generator, device=x_0.device) >= config.drop_latent
         z_t = z_t * kept[:, None, None]
@@ -185,13 +201,14 @@ class Trainer:
     def evaluate(self, batches: list[Tensor]) -> dict[str, float]:
         """Held-out CE per masked token, and the valid bound with its parts in nats per token, of the EMA weights.
 
-        The noise is the same at every call. CE is not comparable between models; the bound is.
+        The noise is the same at every call, and no hint is wrong. CE is not comparable between models; the bound is.
         """
+        config = dataclasses.replace(self.config, wrong_hints=0.0, drop_latent=0.0)
         ce, masked, discrete, continuous, tokens = 0.0, 0, 0.0, 0.0, 0
         for i, batch in enumerate(batches):
             x_0, gen = batch.to(self.device), seeded(self.config.seed + 1, i, self.device)
             with self.autocast():
-                _, parts = training_loss(self.ema, x_0, self.config, gen)
+                _, parts = training_loss(self.ema, x_0, config, gen)
                 bound = nelbo_parts(self.ema, x_0, self.ema.table(), self.ema.schedule, self.ema.mask_id, generator=gen)
             ce, masked = ce + float(parts["ce"]), masked + int(parts["masked"])
             discrete, continuous = discrete + float(bound.discrete.sum()), continuous + float(bound.continuous.sum())

@@ -38,7 +38,7 @@ def p_values(x, z, when, z_0, t: float, schedule: NoiseSchedule) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("continuous", ["linear", "cosine", "flow"])
+@pytest.mark.parametrize("continuous", ["linear", "cosine", "capped", "flow"])
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_chain_has_the_closed_forms_law(continuous, seed):
     schedule, z_0 = NoiseSchedule("cosine" if seed == 3 else "linear", continuous), torch.tensor([1.5, -0.7]).double()
@@ -48,7 +48,7 @@ def test_chain_has_the_closed_forms_law(continuous, seed):
         assert torch.equal(z[x != MASK], z_0.expand(int((x != MASK).sum()), -1))  # frozen bitwise while unmasked
 
 
-@pytest.mark.parametrize("continuous", ["linear", "flow"])
+@pytest.mark.parametrize("continuous", ["linear", "capped", "flow"])
 def test_closed_form_has_its_law(continuous):
     schedule, z_0 = NoiseSchedule("linear", continuous), torch.tensor([1.5, -0.7]).double()
     for seed, t in enumerate((0.05, 0.3, 0.7, 1.0)):

@@ -8,7 +8,8 @@ import torch
 from benchmarks.sources import Source
 from cadd_min.dit import PRESETS
 from cadd_min.errors import InputError
-from cadd_min.latent import FUSIONS, HINTS, identify_norm, log_likelihood
+from cadd_min.forward import q_sample
+from cadd_min.latent import FUSIONS, HINTS, evidence_norm, log_likelihood
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.sampler import sample
 from cadd_min.schedule import NoiseSchedule
@@ -16,21 +17,23 @@ from cadd_min.trainer import TrainConfig, Trainer, seeded
 from tests.conftest import nano, rng
 
 
-def test_identify_norm_makes_the_evidence_log_v_nats():
-    """At t_identify the latent alone is worth about log V nats: an ideal reader names the token half of the time."""
-    schedule, vocab, t = NoiseSchedule(), 512, torch.full((4000,), 0.25)
-    norm = identify_norm(vocab, schedule, 0.25)
-    assert norm == pytest.approx(math.sqrt(2 * math.log(vocab) / 3))
-    table = norm * torch.nn.functional.normalize(torch.randn(vocab, 256, generator=rng(0)), dim=-1)
+@pytest.mark.parametrize("continuous", ["linear", "capped"])
+def test_evidence_norm_makes_the_latent_worth_its_share_of_log_v(continuous):
+    """At half time a share of 1 lets an ideal reader name the token half of the time, a quarter of it hardly ever."""
+    schedule, vocab, t = NoiseSchedule("linear", continuous), 512, torch.full((4000,), 0.5)
+    directions = torch.nn.functional.normalize(torch.randn(vocab, 256, generator=rng(0)), dim=-1)
     x = torch.randint(vocab, (4000, 1), generator=rng(1))
     rates = []
-    for scale in (0.5, 1.0, 2.0):
-        z = (scale * table)[x] * 0.75**0.5 + 0.5 * torch.randn(4000, 1, 256, generator=rng(2))
-        rates.append(float((log_likelihood(z, t, scale * table, schedule).argmax(-1) == x).float().mean()))
+    for share in (0.25, 1.0, 4.0):
+        norm = evidence_norm(vocab, schedule, share)
+        assert norm**2 * float(schedule.snr(t[0].double())) / 2 == pytest.approx(share * math.log(vocab))
+        x_t, z = q_sample(x, norm * directions[x], t, schedule, vocab, generator=rng(2))
+        named = log_likelihood(z, t, norm * directions, schedule).argmax(-1) == x
+        rates.append(float(named[x_t == vocab].float().mean()))
     assert rates[0] < 0.2 < 0.25 < rates[1] < 0.9 < 0.99 < rates[2]
 
 
-@pytest.mark.parametrize("continuous", ["linear", "cosine", "flow"])
+@pytest.mark.parametrize("continuous", ["linear", "cosine", "capped", "flow"])
 def test_log_likelihood_is_the_gaussian_density(continuous):
     schedule = NoiseSchedule("linear", continuous)
     z, w = torch.randn(2, 3, 4, generator=rng(0)).double(), torch.randn(5, 4, generator=rng(1)).double()
@@ -45,7 +48,7 @@ def test_log_likelihood_is_the_gaussian_density(continuous):
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("hint", HINTS)
-@pytest.mark.parametrize("table, dim", [("tied", 0), ("fixed", 8), ("free", 0)])
+@pytest.mark.parametrize("table, dim", [("tied", 0), ("tied", 8), ("fixed", 8), ("free", 0)])
 def test_unmasked_positions_see_no_latent(fusion, hint, table, dim):
     """Where tokens are unmasked the network's output does not depend on z_t; where one is masked it does."""
     net = nano(fusion=fusion, hint=hint, latent_table=table, latent_dim=dim)
@@ -58,8 +61,8 @@ def test_unmasked_positions_see_no_latent(fusion, hint, table, dim):
 
 
 def test_held_tables_pass_no_gradient_and_keep_their_norm():
-    for kind in ("tied", "fixed"):
-        table = nano(latent_table=kind, latent_norm=2.5).table()
+    for kind, dim in (("tied", 0), ("tied", 8), ("fixed", 0), ("fixed", 8)):
+        table = nano(latent_table=kind, latent_dim=dim, latent_norm=2.5).table()
         assert not table.requires_grad
         torch.testing.assert_close(table.norm(dim=-1), torch.full((12,), 2.5))
     assert nano(latent_table="free").table().requires_grad
@@ -69,7 +72,7 @@ def test_masked_model_is_the_latent_of_dimension_zero():
     net = nano("mdlm")
     assert net.table().shape == (12, 0)
     with pytest.raises(InputError, match="width"):
-        nano(latent_dim=8)
+        nano(latent_dim=8, latent_table="free")
 
 
 def test_bayes_head_alone_is_the_exact_posterior():
@@ -103,7 +106,7 @@ def samples(trainer: Trainer) -> dict[str, float]:
 def test_a_free_table_leaks_and_a_held_one_does_not():
     """Trap 1. Power: the paper's plain form with a free table, trained alike, must show the leak."""
     held, free = trained(), trained(latent_table="free", hint="raw")
-    assert held.latent_norm() == pytest.approx(identify_norm(64, NoiseSchedule(), 0.1), rel=1e-4)
+    assert held.latent_norm() == pytest.approx(evidence_norm(64, held.model.schedule, 0.1), rel=1e-4)
     assert free.latent_norm() > 2  # from 1, and growing
     assert free.last["ce"] < 0.7 * held.last["ce"]  # its loss looks wonderful
     truth, kept, lost = SOURCE.score(SOURCE.draw(1000, rng(1))), samples(held), samples(free)

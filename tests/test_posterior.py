@@ -15,7 +15,7 @@ def normal(z: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch
 
 
 @pytest.mark.parametrize("discrete", ["linear", "cosine"])
-@pytest.mark.parametrize("continuous", ["linear", "cosine"])
+@pytest.mark.parametrize("continuous", ["linear", "cosine", "capped"])
 @pytest.mark.parametrize("s, t", [(0.2, 0.5), (0.5, 0.51), (0.05, 0.95)])
 def test_joint_posterior_is_bayes_rule(discrete, continuous, s, t):
     """q(x_s, z_s | x_0) q(x_t = m, z_t | x_s, z_s) = q(x_t = m, z_t | x_0) q(x_s, z_s | x_t = m, z_t, x_0), in fp64.
@@ -52,7 +52,7 @@ def test_mu_and_beta_by_conditioning_a_gaussian():
     torch.testing.assert_close(variance.item(), beta.item(), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("continuous", ["linear", "cosine", "flow"])
+@pytest.mark.parametrize("continuous", ["linear", "cosine", "capped", "flow"])
 def test_s_equal_t_is_the_identity_and_s_zero_is_z_0(continuous):
     schedule = NoiseSchedule("linear", continuous)
     z_t, z_0 = torch.randn(2, 3, 4, 5, generator=rng(0), dtype=torch.float64)

@@ -54,5 +54,5 @@ def test_flow_latent_is_the_straight_line():
 def test_unknown_names_are_listed():
     with pytest.raises(InputError, match="linear, cosine"):
         NoiseSchedule("linaer")
-    with pytest.raises(InputError, match="linear, cosine, flow"):
+    with pytest.raises(InputError, match="linear, cosine, capped, flow"):
         NoiseSchedule(continuous="x")
