@@ -98,6 +98,7 @@ def main() -> None:
     print(f"{args.model} {args.preset}, {trainer.parameters():,} parameters, {trainer.dtype} on {device}, "
           f"{len(tokens.split('train')):,} training tokens of {words.vocab_size:,}, run in {out}")  # fmt: skip
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "resume")}
+    settings["dtype"] = trainer.dtype  # a resumed run does not measure again: it goes on as it began
     contents = {"settings": settings, "model_config": checkpoint.model_dict(config), "tokenizer": words.spec()}
     fit(trainer, Run(out, [held_out(i) for i in range(8)], lambda t: preview(t.ema, words), contents), fit_config)
     print(f"trained: {out / checkpoint.FILE}; now: python sample.py --ckpt {out}")

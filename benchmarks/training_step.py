@@ -1,6 +1,6 @@
 """Where a training step goes: the network, and everything that is not.
 
-    python -m benchmarks.training_step                      the default: tiny, 4,096 tokens a step, vocabulary 4,096
+    python -m benchmarks.training_step                      the default: tiny, 8 x 128 tokens, vocabulary 4,096
     python -m benchmarks.training_step --preset nano --models cadd mdlm cdm
 
 Each part is timed by itself, median of --repeat runs, all in one process; shares are of their sum.
@@ -19,7 +19,7 @@ from cadd_min.dit import PRESETS
 from cadd_min.forward import q_sample
 from cadd_min.loss import stratified_times, token_losses
 from cadd_min.model import MODELS, Denoiser, ModelConfig
-from cadd_min.trainer import TrainConfig, Trainer, seeded
+from cadd_min.trainer import TrainConfig, Trainer, best_dtype, seeded
 
 
 def median_ms(f: Callable[[], object], repeat: int) -> float:
@@ -49,10 +49,14 @@ def parts(model_name: str, preset: str, vocab_size: int, length: int, batch_size
         q_sample(data, net.table()[data], t, net.schedule, net.mask_id, generator=gen)
 
     def network() -> None:
-        (net.features(x_t, z_t, t.float()) * weight).sum().backward()
+        with trainer.autocast():
+            out = net.features(x_t, z_t, t.float())
+        (out * weight).sum().backward()
 
     def head() -> None:
-        token_losses(features, net.head_matrix(), data[masked])[0].sum().backward()
+        with trainer.autocast():
+            ce, _ = token_losses(features, net.head_matrix(), data[masked])
+        ce.sum().backward()
 
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -69,11 +73,12 @@ def main() -> None:
     parser.add_argument("--preset", default="tiny", choices=PRESETS)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeat", type=int, default=9)
     args = parser.parse_args()
     found = {m: parts(m, args.preset, args.vocab_size, args.length, args.batch_size, args.repeat) for m in args.models}
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.preset}, "
+    dtype = best_dtype(torch.device("cpu"))
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {dtype}, {args.preset}, "
           f"{args.batch_size} x {args.length} tokens, V = {args.vocab_size}\n")  # fmt: skip
     print("| part | " + " | ".join(f"{m} ms | share" for m in found) + " |")
     print("|---" * (1 + 2 * len(found)) + "|")

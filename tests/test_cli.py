@@ -68,7 +68,9 @@ def test_runs_are_never_overwritten_and_resume_goes_on(call, text):
     code, _, err = call(f"train_text.py --dataset {text} {TINY} --out runs/text-cadd")
     assert code == 2 and "--resume it" in err
     assert call("train_text.py --resume --out runs/text-cadd --steps 6")[0] == 0
-    assert checkpoint.load(Path("runs/text-cadd"))["trainer"]["step"] == 6
+    content = checkpoint.load(Path("runs/text-cadd"))
+    assert content["trainer"]["step"] == 6
+    assert content["settings"]["dtype"] in ("float32", "bfloat16")  # measured once, not again when resumed
     code, _, err = call("train_text.py --resume --out runs/text-cadd --preset tiny --steps 8")
     assert code == 2 and "another shape" in err
 
