@@ -45,13 +45,13 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
     """ "cadd:hint=linear,steps=100" -> ("cadd", {"hint": "linear", "steps": 100})."""
     model, _, rest = spec.partition(":")
     fields = {f.name: f.type for c in (ModelConfig, TrainConfig) for f in dataclasses.fields(c)}
+    fields |= {"preset": "str", "strength": "float"}
     options: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
         name, _, value = item.partition("=")
-        if name not in fields and name not in ("preset", "strength"):
+        if name not in fields:
             raise InputError(f"--train: {name!r} is no field of ModelConfig or TrainConfig")
-        kind = {"int": int, "float": float, "bool": lambda v: v == "True"}.get(str(fields.get(name)), str)
-        kind = float if name == "strength" else kind
+        kind = {"int": int, "float": float, "bool": lambda v: v == "True"}.get(str(fields[name]), str)
         options[name] = kind(value)
     return model, options
 
