@@ -21,6 +21,7 @@ SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/t
 TEXT8 = "http://mattmahoney.net/dc/text8.zip"
 OWT = "Skylion007/openwebtext"
 NAMES = ("sotu", "shakespeare", "text8", "owt")
+ENDINGS = (".txt", ".jsonl", ".parquet")  # what is looked for in a folder
 
 
 class Piece(NamedTuple):
@@ -61,9 +62,9 @@ def open_corpus(dataset: str, cache: Path) -> Corpus:
     path = Path(dataset).expanduser()
     if not path.exists():
         raise InputError(f"--dataset must be one of {', '.join(NAMES)} or a path that exists, not {dataset!r}")
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    files = sorted(f for f in path.rglob("*") if f.suffix in ENDINGS) if path.is_dir() else [path]
     if not files:
-        raise InputError(f"--dataset {path} is a folder without .txt files")
+        raise InputError(f"--dataset {path} is a folder without {', '.join(ENDINGS)} files")
     return _files(path.stem, files)
 
 
@@ -196,9 +197,10 @@ def _owt_pieces() -> Iterator[Piece]:
         rows = load_dataset(OWT, split="train", streaming=True)
         yield from _documents(row["text"] for row in rows)
     except Exception as error:
+        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
         raise InputError(
-            f"could not download {OWT} from the Hugging Face hub ({type(error).__name__}); "
-            "get its parquet files by hand and give one with --dataset FILE.parquet"
+            f"could not read {OWT} from the Hugging Face hub ({why}); "
+            "get it by hand as .parquet, .jsonl or .txt files and give their folder with --dataset"
         ) from None
 
 

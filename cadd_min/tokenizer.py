@@ -18,7 +18,7 @@ from typing import Any
 
 import tiktoken
 
-from cadd_min.errors import InputError, choose
+from cadd_min.errors import InputError
 
 EOT = "<|endoftext|>"
 MASK_TEXT = "[mask]"
@@ -143,12 +143,6 @@ def gpt2(vocab_size: int = GPT2_SIZE) -> BPETokenizer:
 def chars(alphabet: str) -> CharTokenizer:
     """Characters of the given alphabet."""
     return CharTokenizer("".join(sorted(set(alphabet))))
-
-
-def build(name: str, vocab_size: int, alphabet: str) -> Tokenizer:
-    """The tokenizer called `name`: "gpt2" at a size, or "chars" of an alphabet."""
-    choose("tokenizer", name, TOKENIZERS)
-    return gpt2(vocab_size) if name == "gpt2" else chars(alphabet)
 
 
 @functools.cache

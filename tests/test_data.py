@@ -37,8 +37,10 @@ def write(kind: str, folder: Path) -> Path:
     else:
         path = folder / "many"
         path.mkdir()
-        for i, doc in enumerate(DOCS):
+        (path / "notes.md").write_text("not a document")
+        for i, doc in enumerate(DOCS[:-1]):
             (path / f"{i:03}.txt").write_text(doc, encoding="utf-8")
+        (path / "last.jsonl").write_text(json.dumps({"text": DOCS[-1]}), encoding="utf-8")
     return path
 
 
@@ -165,7 +167,7 @@ def test_bad_files_are_named(name, content, message, tmp_path):
 def test_missing_things_are_named(tmp_path):
     with pytest.raises(InputError, match=r"sotu, shakespeare, text8, owt or a path"):
         open_corpus("stou", tmp_path)
-    with pytest.raises(InputError, match=r"folder without \.txt"):
+    with pytest.raises(InputError, match=r"folder without \.txt, \.jsonl, \.parquet"):
         open_corpus(str(tmp_path), tmp_path)
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "x.parquet")
     with pytest.raises(InputError, match="no column 'text'"):
@@ -177,3 +179,9 @@ def test_a_failed_download_says_how_to_help(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="by hand"):
         open_corpus("shakespeare", tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+def test_openwebtext_without_its_library_or_network_says_how_to_help(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match=r"pip install datasets|could not read Skylion007/openwebtext .* by hand"):
+        list(open_corpus("owt", tmp_path).pieces())
