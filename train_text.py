@@ -28,6 +28,7 @@ from cadd_min.text import preview
 from cadd_min.trainer import TrainConfig, Trainer
 
 RUNS = Path("runs")
+HELD_OUT = 4096  # tokens in each of four evaluation batches: the bound looks at all (B, L, V) probabilities at once
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -90,7 +91,7 @@ def main() -> None:
     words = tokens.tokenizer()
     config = dataclasses.replace(config, vocab_size=words.vocab_size)  # the tokenizer may have its own
     data = Batches(tokens.split("train"), args.length, args.batch_size, args.seed, f"--dataset {args.dataset}")
-    held_out = Batches(tokens.split("val"), args.length, min(64, args.batch_size), name="its held-out part")
+    held_out = Batches(tokens.split("val"), args.length, max(1, HELD_OUT // args.length), name="its held-out part")
     torch.manual_seed(args.seed)
     trainer = Trainer(Denoiser(config).to(device), data, train_config)
     if resumed:
@@ -100,7 +101,7 @@ def main() -> None:
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "resume")}
     settings["dtype"] = trainer.dtype  # a resumed run does not measure again: it goes on as it began
     contents = {"settings": settings, "model_config": checkpoint.model_dict(config), "tokenizer": words.spec()}
-    fit(trainer, Run(out, [held_out(i) for i in range(8)], lambda t: preview(t.ema, words), contents), fit_config)
+    fit(trainer, Run(out, [held_out(i) for i in range(4)], lambda t: preview(t.ema, words), contents), fit_config)
     print(f"trained: {out / checkpoint.FILE}; now: python sample.py --ckpt {out}")
 
 
