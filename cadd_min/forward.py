@@ -24,9 +24,16 @@ def q_sample(
     """
     _check(x_0, z_0, t)
     u = torch.rand(x_0.shape, generator=generator, device=x_0.device)
-    masked = u >= per_token(schedule.alpha(t), u)
     eps = torch.randn(z_0.shape, generator=generator, device=z_0.device, dtype=z_0.dtype)
-    noisy = per_token(schedule.signal(t), z_0) * z_0 + per_token(schedule.noise(t), z_0) * eps
+    return noised(x_0, z_0, schedule.alpha(t), schedule.signal(t), schedule.noise(t), u, eps, mask_id)
+
+
+def noised(
+    x_0: Tensor, z_0: Tensor, alpha: Tensor, signal: Tensor, noise: Tensor, u: Tensor, eps: Tensor, mask_id: int
+) -> tuple[Tensor, Tensor]:
+    """Prop. 1 given its randomness, u (B, L) uniform and eps (B, L, D) normal; alpha, signal and noise (B,)."""
+    masked = u >= per_token(alpha, u)
+    noisy = per_token(signal, z_0) * z_0 + per_token(noise, z_0) * eps
     return x_0.masked_fill(masked, mask_id), torch.where(masked[..., None], noisy, z_0)
 
 

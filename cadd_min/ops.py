@@ -1,8 +1,36 @@
-"""The door to the two hot loops: which code runs them here, and why."""
+"""The door to the two hot loops, forward noising and the reverse step: which code runs them here, and why.
+
+    python -m cadd_min.ops            what is active, and how to change it
+    CADD_BACKEND=torch|cpp|cuda       ask for one: an error, not a fallback, where it cannot be had
+
+The fused kernels are in csrc/, the reference in forward.py and reverse.py. Both draw from Philox (philox.py) by (seed,
+offset, position), so a seed gives the same masks and tokens whichever runs.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import importlib
+import os
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cadd_min import philox
+from cadd_min.errors import InputError, choose
+from cadd_min.forward import noised
+from cadd_min.posterior import posterior_coefficients
+from cadd_min.reverse import ZHATS, reverse_rows, token_probs
+from cadd_min.schedule import NoiseSchedule
+
+BACKENDS = ("auto", "torch", "cpp", "cuda")
+BUILD = "pip install --no-build-isolation --no-deps -e ."
+SCHEMAS = (
+    "forward_noising(Tensor x_0, Tensor ids, Tensor table, Tensor clock, Tensor seed, int mask_id) -> (Tensor, Tensor)",
+    "reverse_step(Tensor logits, Tensor rows, Tensor z_t, Tensor table, Tensor step, Tensor seed, int mask_id, "
+    "int zhat, float temperature, float top_p) -> (Tensor, Tensor)",
+)
 
 
 class Backend(NamedTuple):
@@ -12,9 +40,187 @@ class Backend(NamedTuple):
     why: str
 
 
+# ------------------------------------------------------------------------------------------------ the reference
+
+
+def _forward_noising(
+    x_0: Tensor, ids: Tensor, table: Tensor, clock: Tensor, seed: Tensor, mask_id: int
+) -> tuple[Tensor, Tensor]:
+    position = torch.arange(x_0.numel(), device=x_0.device).view(x_0.shape)
+    u, _ = philox.choices(seed, position)
+    eps = philox.normals(seed, position, table.shape[1]).to(table.dtype)
+    alpha, signal, noise = clock.unbind(1)
+    x_t, z_t = noised(x_0, table[ids], alpha, signal, noise, u, eps, mask_id)
+    return z_t, x_t
+
+
+def _reverse_step(
+    logits: Tensor,
+    rows: Tensor,
+    z_t: Tensor,
+    table: Tensor,
+    step: Tensor,
+    seed: Tensor,
+    mask_id: int,
+    zhat: int,
+    temperature: float,
+    top_p: float,
+) -> tuple[Tensor, Tensor]:
+    latents, positions, dim = z_t.shape
+    each = rows + positions * torch.arange(latents, device=rows.device)[:, None]  # (K, N)
+    u = (*philox.choices(seed, rows), philox.hat_choice(seed, each))
+    eps = philox.normals(seed, each, dim).to(z_t.dtype)
+    p = token_probs(logits, mask_id, temperature, top_p)
+    return reverse_rows(p, z_t[:, rows], table, step, mask_id, ZHATS[zhat], u, eps)
+
+
+REFERENCE = {"forward_noising": _forward_noising, "reverse_step": _reverse_step}
+
+# ------------------------------------------------------------------------------------------------ which one runs
+
+
+def _load() -> tuple[ModuleType | None, Backend]:
+    """Load the compiled kernels, or define the same operators by the reference."""
+    asked = choose("CADD_BACKEND", os.environ.get("CADD_BACKEND", "auto"), BACKENDS)
+    if asked == "torch":
+        return None, Backend("torch", "CADD_BACKEND=torch asks for the PyTorch reference")
+    try:
+        module = importlib.import_module("cadd_min._C")
+    except ImportError as error:
+        why = f"the compiled kernels cannot be loaded ({error})"
+        if asked == "auto":
+            return None, Backend("torch", f"{why}; build them with: {BUILD}")
+        try:  # asked for in a source checkout that is not installed: compile now, with ninja
+            from cadd_min.build import just_in_time
+
+            module = just_in_time()
+        except Exception as failure:
+            raise InputError(f"CADD_BACKEND={asked}: {why}, nor built ({failure}); build them with: {BUILD}") from None
+    gpu = bool(module.cuda_architectures) and torch.cuda.is_available()
+    if asked == "cuda" and not gpu:
+        missing = "no GPU is visible" if module.cuda_architectures else f"built without CUDA; CADD_CUDA=1 {BUILD}"
+        raise InputError(f"CADD_BACKEND=cuda: {missing}")
+    return module, Backend(
+        "cuda" if gpu and asked != "cpp" else "cpp",
+        f"compiled by {module.compiler}, CUDA for {module.cuda_architectures or 'none'}",
+    )
+
+
+def _fake_noising(x_0: Tensor, ids: Tensor, table: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return table.new_empty(*x_0.shape, table.shape[1]), torch.empty_like(x_0)
+
+
+def _fake_reverse(logits: Tensor, rows: Tensor, z_t: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(rows), z_t.new_empty(z_t.shape[0], rows.shape[0], z_t.shape[2])
+
+
+def _noising_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, ids, table, clock, _, mask_id = inputs
+    ctx.save_for_backward(ids, clock, output[1])
+    ctx.mask_id, ctx.rows = mask_id, len(table)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _noising_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    """To the table: signal_t grad where masked, grad where not, summed by row."""
+    ids, clock, x_t = ctx.saved_tensors
+    factor = torch.where(x_t == ctx.mask_id, clock[:, 1:2], 1).to(grad)
+    summed = grad.new_zeros(ctx.rows, grad.shape[-1])
+    # sorts before it adds, so the sum has one order on a GPU too
+    summed.index_put_((ids.flatten(),), (factor[..., None] * grad).flatten(0, 1), accumulate=True)
+    return None, None, summed, None, None, None
+
+
+def _register(compiled: ModuleType | None) -> torch.library.Library | None:
+    """Operators under torch.ops.cadd_min, whoever runs them."""
+    library = None
+    if compiled is None:
+        library = torch.library.Library("cadd_min", "DEF")
+        for schema in SCHEMAS:
+            library.define(schema)
+            name = schema.partition("(")[0]
+            library.impl(name, REFERENCE[name], "CompositeExplicitAutograd")
+
+    torch.library.register_fake("cadd_min::forward_noising", _fake_noising, lib=library)
+    torch.library.register_fake("cadd_min::reverse_step", _fake_reverse, lib=library)
+    torch.library.register_autograd(
+        "cadd_min::forward_noising", _noising_backward, setup_context=_noising_setup, lib=library
+    )
+    return library
+
+
+compiled, _backend = _load()
+_library = _register(compiled)
+
+
 def backend() -> Backend:
     """What runs forward noising and the reverse step."""
-    return Backend("torch", "this version has the PyTorch reference only")
+    return _backend
+
+
+# ------------------------------------------------------------------------------------------------ the two loops
+
+
+def draw_seed(generator: torch.Generator | None, device: torch.device | str | None = None) -> Tensor:
+    """(2,) int64: a seed from this generator (or torch's own), and the offset 0."""
+    own = device if generator is None else generator.device
+    seed = torch.randint(2**62, (2,), generator=generator, device=own)
+    seed[1] = 0
+    return seed if device is None else seed.to(device)
+
+
+def forward_noising(
+    x_0: Tensor, ids: Tensor, table: Tensor, t: Tensor, schedule: NoiseSchedule, mask_id: int, seed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Draw (x_t, z_t) ~ q(x_t, z_t | x_0) with z_0 = table[ids], in one pass.    (Prop. 1)
+
+    Args: x_0 (B, L) int64 tokens; ids (B, L), the rows of table (V, D) that their latents are (x_0 itself, but for
+    wrong hints); t (B,); seed (2,) int64, a seed and an offset: the same pair draws the same noise on every backend.
+    Returns: x_t (B, L), z_t (B, L, D) of table's dtype, with a gradient to it.
+    """
+    clock = torch.stack([schedule.alpha(t), schedule.signal(t), schedule.noise(t)], -1).double()
+    z_t, x_t = torch.ops.cadd_min.forward_noising(
+        x_0.contiguous(), ids.contiguous(), table.contiguous(), clock, seed, mask_id
+    )
+    return x_t, z_t
+
+
+def reverse_step(
+    logits: Tensor,
+    rows: Tensor,
+    z_t: Tensor,
+    table: Tensor,
+    s: Tensor,
+    t: Tensor,
+    schedule: NoiseSchedule,
+    mask_id: int,
+    seed: Tensor,
+    *,
+    zhat: str = "hard",
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """One reverse step of the N masked positions, from time t to s (scalars).    (Prop. 2, z0_hat for z_0)
+
+    Args: logits (K, N, V) of the masked positions; rows (N,) int64, their places among the P = B L positions; z_t
+    (K, P, D); table (V, D); seed (2,) int64, as above, with another offset at every step.
+    Returns: x_s (N,), mask_id where a position stays masked; z_s (K, N, D).
+    """
+    pull, keep, variance = posterior_coefficients(s, t, schedule)
+    step = torch.stack([schedule.rho_flip(s, t), pull, keep, variance.sqrt()]).double()
+    if temperature == 0:  # the limit: all mass on the largest logit
+        best = logits.argmax(-1, keepdim=True)
+        logits, temperature = torch.full_like(logits, -torch.inf).scatter_(-1, best, 0.0), 1.0
+    precise = torch.autocast(logits.device.type, enabled=False)
+    arguments = (rows, z_t, table, step, seed, mask_id, ZHATS.index(choose("zhat", zhat, ZHATS)), temperature, top_p)
+    if torch.float64 in (logits.dtype, z_t.dtype, table.dtype):  # the kernels compute in float32
+        with precise:
+            return _reverse_step(logits, *arguments)
+    z, w = z_t.float().contiguous(), table.float().contiguous()
+    narrow = (logits.contiguous(), rows.contiguous(), z, w, *arguments[3:])
+    with precise:
+        x_s, z_s = torch.ops.cadd_min.reverse_step(*narrow)
+    return x_s, z_s.to(z_t.dtype)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,12 @@ def q_posterior_z(z_t: Tensor, z_0: Tensor, s: Tensor, t: Tensor, schedule: Nois
     s = t is the identity, s = 0 returns z_0.
     Args: z_t, z_0 (..., D); s, t (B,). Returns: mean (..., D); variance (B, 1, ..), which broadcasts against it.
     """
+    pull, keep, variance = posterior_coefficients(s, t, schedule)
+    return per_token(pull, z_t) * z_0 + per_token(keep, z_t) * z_t, per_token(variance, z_t)
+
+
+def posterior_coefficients(s: Tensor, t: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor, Tensor]:
+    """(pull, keep, variance) with mean = pull z_0 + keep z_t, each of the shape of s and t."""
     if schedule.continuous == "flow":
         keep = torch.where(t > 0, s / torch.where(t > 0, t, 1), 1)
         pull, variance = 1 - keep, torch.zeros_like(keep)
@@ -31,8 +37,7 @@ def q_posterior_z(z_t: Tensor, z_0: Tensor, s: Tensor, t: Tensor, schedule: Nois
         pull = bar_s.sqrt() * (1 - g) / divide
         keep = torch.where(noisy > 0, g.sqrt() * (1 - bar_s) / divide, 1)
         variance = (1 - bar_s) * (1 - g) / divide
-    mean = per_token(pull, z_t) * z_0 + per_token(keep, z_t) * z_t
-    return mean, per_token(variance, z_t)
+    return pull, keep, variance
 
 
 def q_posterior_sample(

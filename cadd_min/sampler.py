@@ -12,15 +12,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from cadd_min import ops, philox
 from cadd_min.errors import InputError, choose
 from cadd_min.loss import Denoiser
-from cadd_min.posterior import q_posterior_z
+from cadd_min.reverse import ZHATS
 from cadd_min.schedule import NoiseSchedule
 
-ZHATS = ("hard", "soft", "sample")
 TIME_GRIDS: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform": lambda u: u,
     "cosine": lambda u: torch.sin(math.pi / 2 * u),  # few tokens first, many at the end (MaskGIT, Chang et al. 2022)
@@ -42,62 +41,6 @@ class Step(NamedTuple):
 def cosine_temperature(start: float = 2.5, end: float = 1.0) -> Callable[[float], float]:
     """A temperature that falls from `start` at t = 1 to `end` at t = 0 along a half cosine (the paper's for images)."""
     return lambda t: end + (start - end) * (1 - math.cos(math.pi * t)) / 2
-
-
-def token_probs(logits: Tensor, mask_id: int, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
-    """Mean over the K latents of softmax(logits / temperature), (K, N, V) -> (N, V), float32 at least.
-
-    Probabilities are averaged, not logits: p(x_0 | x_t) is the expectation of p(x_0 | x_t, z_t) over z_t. The mask has
-    probability zero, whatever its logit; temperature 0 is the limit, all mass on the largest logit. top_p < 1 keeps
-    the smallest set of tokens whose probabilities reach it (Holtzman et al. 2020).
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if mask_id < logits.shape[-1]:
-        logits = logits.index_fill(-1, torch.tensor([mask_id], device=logits.device), -torch.inf)
-    if temperature > 0:
-        p = (logits / temperature).softmax(-1).mean(0)
-    else:
-        p = F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype).mean(0)
-    if not torch.isfinite(p.sum()):
-        raise InputError("the denoiser returned logits that are NaN or all minus infinity")
-    if top_p < 1:
-        sorted_p, order = p.sort(-1, descending=True)
-        outside = sorted_p.cumsum(-1) - sorted_p >= top_p
-        p = p.scatter(-1, order, sorted_p.masked_fill(outside, 0))
-        p = p / p.sum(-1, keepdim=True)
-    return p
-
-
-def draw(p: Tensor, u: Tensor, block: int = 256) -> Tensor:
-    """One token a row by inverse CDF over block sums, from one uniform a row: (N, V), (N,) in [0, 1) -> (N,) int64.
-
-    Sums are float64, so a token of probability 1e-7 is drawn at its rate; one of probability zero never is. Rows need
-    not be normalised.
-    """
-    blocks = F.pad(p, (0, -p.shape[-1] % block)).unflatten(-1, (-1, block))
-    cdf = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
-    target = u.double() * cdf[:, -1]
-    chosen = (cdf <= target[:, None]).sum(-1, keepdim=True).clamp(max=cdf.shape[1] - 1)
-    before = F.pad(cdf, (1, 0)).gather(1, chosen)[:, 0]
-    inner = blocks.gather(1, chosen[..., None].expand(-1, 1, block))[:, 0].double().cumsum(-1)
-    inside = (inner <= (target - before)[:, None]).sum(-1)
-    last = inner.argmax(-1)  # the last token of the block with any mass: where rounding would step beyond it
-    return chosen[:, 0] * block + torch.minimum(inside, last)
-
-
-def estimate_z_0(p: Tensor, table: Tensor, zhat: str, num_latents: int, generator: Generator | None) -> Tensor:
-    """z0_hat from p (N, V) and the latent table (V, D), (K or 1, N, D).
-
-    "hard": w[argmax p], mode seeking. "soft": sum_v p_v w_v, mode covering. "sample": w[v], v ~ p, one v for each of
-    the K latents: the exact reverse kernel.
-    """
-    table = table[: p.shape[-1]]
-    if zhat == "hard":
-        return table[p.argmax(-1)][None]
-    if zhat == "soft":
-        return (p.to(table.dtype) @ table)[None]
-    u = torch.rand(num_latents, len(p), generator=generator, device=p.device, dtype=torch.float64)
-    return torch.stack([table[draw(p, u_k)] for u_k in u])
 
 
 @torch.no_grad()
@@ -129,8 +72,10 @@ def sample(
     """
     _check(shape, table, steps, zhat, num_latents, temperature, top_p, time_grid, prompt)
     device, (batch, length), dim = table.device, shape, table.shape[1]
+    seed = ops.draw_seed(generator, device)
     x = torch.full(shape, mask_id, device=device) if prompt is None else prompt.to(device).clone()
-    z = torch.randn(num_latents, batch, length, dim, generator=generator, device=device, dtype=table.dtype)
+    positions = torch.arange(num_latents * batch * length, device=device)
+    z = philox.normals(seed, positions, dim).to(table.dtype).view(num_latents, batch, length, dim)
     given = x != mask_id
     z[:, given] = table[x[given]]
 
@@ -142,23 +87,25 @@ def sample(
         logits = denoiser(
             x.repeat(num_latents, 1), strength * z.flatten(0, 1), t.to(table.dtype).expand(num_latents * batch)
         ).unflatten(0, (num_latents, batch))
-        flip = torch.rand(shape, generator=generator, device=device) < schedule.rho_flip(s, t)
-        flip &= masked
-
-        rows = masked if dim else flip  # without a latent only the rows that flip need their probabilities
-        tau = temperature(float(t)) if callable(temperature) else temperature
-        p = token_probs(logits[:, rows], mask_id, tau, top_p)
-        flipped = flip[rows]
-        u = torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
-        x[flip] = draw(p[flipped], u[flip])
-        if dim:
-            z_hat = estimate_z_0(p, table, zhat, num_latents, generator)
-            mean, variance = q_posterior_z(z[:, rows], z_hat, s, t, schedule)
-            eps = torch.randn(mean.shape, generator=generator, device=device, dtype=table.dtype)
-            z[:, rows] = mean + variance.sqrt() * eps
-            z[:, flip] = table[x[flip]]
+        rows = masked.flatten().nonzero()[:, 0]
+        seed[1] = index + 1
+        x_s, z_s = ops.reverse_step(
+            logits.flatten(1, 2)[:, rows],
+            rows,
+            z.flatten(1, 2),
+            table,
+            s,
+            t,
+            schedule,
+            mask_id,
+            seed,
+            zhat=zhat,
+            temperature=temperature(float(t)) if callable(temperature) else temperature,
+            top_p=top_p,
+        )
+        x.view(-1)[rows], z.flatten(1, 2)[:, rows] = x_s, z_s
         if callback is not None:
-            callback(Step(index, float(t), float(s), x.clone(), z, flip))
+            callback(Step(index, float(t), float(s), x.clone(), z, masked & (x != mask_id)))
     return x
 
 

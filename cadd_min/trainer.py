@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cadd_min import ops
 from cadd_min.errors import InputError, choose
-from cadd_min.forward import q_sample
 from cadd_min.loss import WEIGHTINGS, nelbo_parts, stratified_times, time_weights, token_losses
 from cadd_min.model import Denoiser
 from cadd_min.options import option
@@ -118,7 +118,7 @@ def training_loss(
     schedule, table = model.schedule, model.table()
     t = stratified_times(len(x_0), generator, x_0.device)
     hinted = misled(x_0, config.wrong_hints, model.mask_id, generator)
-    x_t, z_t = q_sample(x_0, table[hinted], t, schedule, model.mask_id, generator=generator)
+    x_t, z_t = ops.forward_noising(x_0, hinted, table, t, schedule, model.mask_id, ops.draw_seed(generator))
     if config.drop_latent > 0:
         kept = torch.rand(len(x_0), generator=generator, device=x_0.device) >= config.drop_latent
         z_t = z_t * kept[:, None, None]

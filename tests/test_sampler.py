@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from cadd_min.errors import InputError
-from cadd_min.sampler import TIME_GRIDS, ZHATS, cosine_temperature, draw, estimate_z_0, sample, token_probs
+from cadd_min.reverse import ZHATS, draw, estimate_z_0, token_probs
+from cadd_min.sampler import TIME_GRIDS, cosine_temperature, sample
 from cadd_min.schedule import NoiseSchedule
 from tests.conftest import ALPHA, nano, rng
 from tests.test_loss import LAW, MASK, oracle, toy
@@ -140,9 +141,10 @@ def test_token_probs_average_probabilities():
 
 def test_zhat_estimates():
     p, table = torch.tensor([[0.1, 0.7, 0.2]]), torch.randn(4, 5, generator=rng(0))
-    assert torch.equal(estimate_z_0(p, table, "hard", 2, None)[0, 0], table[1])
-    torch.testing.assert_close(estimate_z_0(p, table, "soft", 2, None)[0, 0], p[0] @ table[:3])
-    drawn = estimate_z_0(p.expand(20_000, -1), table, "sample", 1, rng(1))[0]
+    u = torch.rand(1, 20_000, generator=rng(1), dtype=torch.float64)
+    assert torch.equal(estimate_z_0(p, table, "hard", u)[0, 0], table[1])
+    torch.testing.assert_close(estimate_z_0(p, table, "soft", u)[0, 0], p[0] @ table[:3])
+    drawn = estimate_z_0(p.expand(20_000, -1), table, "sample", u)[0]
     counts = [int((drawn == row).all(-1).sum()) for row in table[:3]]
     assert stats.chisquare(counts, [2000, 14000, 4000]).pvalue > ALPHA
 

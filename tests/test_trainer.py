@@ -97,7 +97,8 @@ def test_loss_is_the_cross_entropy_of_the_logits_at_masked_positions(monkeypatch
 
     model, config, seen = nano(bayes_head=True), TrainConfig(batch_size=8), {}
     torch.nn.init.normal_(model.head.weight, generator=rng(5))
-    monkeypatch.setattr(module, "q_sample", lambda *a, q=module.q_sample, **k: seen.setdefault("x, z", q(*a, **k)))
+    forward = module.ops.forward_noising
+    monkeypatch.setattr(module.ops, "forward_noising", lambda *a: seen.setdefault("x, z", forward(*a)))
     monkeypatch.setattr(module, "stratified_times", lambda *a, f=module.stratified_times: seen.setdefault("t", f(*a)))
     x_0 = batch(0)
     loss, parts = training_loss(model, x_0, config, rng(0))

@@ -1,0 +1,66 @@
+"""Random words that depend on nothing but who asks: Philox4x32-10 (Salmon et al., SC 2011) in PyTorch.
+
+The kernels in csrc draw from the same function, so a seed gives the same masks and tokens on every backend, whatever
+the number of threads. A draw is named by (seed, offset, position, element): a run, its step, a token's place among
+the K B L of a batch, and what is drawn there. One call makes four words of 32 bits; here each is an int64 tensor.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+TOKEN_BLOCK, HAT_BLOCK = 0xFFFFFFFF, 0xFFFFFFFE  # the last two blocks of a position hold its uniforms
+LOW = 0xFFFFFFFF
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def philox(key: Tensor, counter: Words) -> Words:
+    """Ten rounds over four words of 32 bits with a key of 64; all int64, elementwise."""
+    x, y, z, w = counter
+    k_0, k_1 = key & LOW, (key >> 32) & LOW
+    for _ in range(10):
+        a, b = 0xD2511F53 * x, 0xCD9E8D57 * z  # int64 wraps around, which leaves all 64 bits right
+        x, y, z, w = ((b >> 32) & LOW) ^ y ^ k_0, b & LOW, ((a >> 32) & LOW) ^ w ^ k_1, a & LOW
+        k_0, k_1 = (k_0 + 0x9E3779B9) & LOW, (k_1 + 0xBB67AE85) & LOW
+    return x, y, z, w
+
+
+def words(seed: Tensor, position: Tensor, block: Tensor | int) -> Words:
+    """The words of `block` at `position`, broadcast; seed (2,) int64 is (seed, offset)."""
+    position, blocks = torch.broadcast_tensors(position, torch.as_tensor(block, device=position.device))
+    return philox(seed[0], (blocks, position & LOW, position >> 32, (seed[1] & LOW).expand_as(position)))
+
+
+def uniform(high: Tensor, low: Tensor) -> Tensor:
+    """float64 in [0, 1) from the upper 53 bits of two words."""
+    return ((high << 21) | (low >> 11)).double() * 2.0**-53
+
+
+def choices(seed: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """The two uniforms of a token: whether it changes, and to what."""
+    x, y, z, w = words(seed, position, TOKEN_BLOCK)
+    return uniform(x, y), uniform(z, w)
+
+
+def hat_choice(seed: Tensor, position: Tensor) -> Tensor:
+    """The uniform of z0_hat = w[v], v ~ p."""
+    x, y, _, _ = words(seed, position, HAT_BLOCK)
+    return uniform(x, y)
+
+
+def normals(seed: Tensor, position: Tensor, dim: int) -> Tensor:
+    """Standard normals, (...) -> (..., dim) float32, by Box and Muller (1958).
+
+    Element e comes from word e // n of block e % n with n = ceil(dim / 4), which suits vector units.
+    """
+    blocks = torch.arange((dim + 3) // 4, device=position.device)
+    x, y, z, w = words(seed, position[..., None], blocks)
+    pairs = []
+    for a, b in ((x, y), (z, w)):
+        radius = (-2 * ((a >> 1).float() * 2.0**-31 + 2.0**-33).log()).sqrt()
+        angle = b.double() * (2 * math.pi * 2.0**-32)
+        pairs += [radius * angle.cos().float(), radius * angle.sin().float()]
+    return torch.cat(pairs, -1)[..., :dim]

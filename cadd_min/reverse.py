@@ -1,0 +1,100 @@
+"""One reverse step, given its randomness: from the logits of the masked positions to their x_s and z_s.
+
+This is Proposition 2 with the network's estimate z0_hat in the place of z_0: the reference that the fused kernel is
+tested against, and what runs where there is no kernel. Flip first, then draw: one (V + 1)-way draw with the mask as an
+outcome loses the tail in float32 as the steps grow.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cadd_min.errors import InputError
+
+ZHATS = ("hard", "soft", "sample")
+
+
+def token_probs(logits: Tensor, mask_id: int, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+    """Mean over the K latents of softmax(logits / temperature), (K, N, V) -> (N, V), float32 at least.
+
+    Probabilities are averaged, not logits: p(x_0 | x_t) is the expectation of p(x_0 | x_t, z_t) over z_t. The mask has
+    probability zero, whatever its logit; temperature 0 is the limit, all mass on the largest logit. top_p < 1 keeps
+    the most probable tokens that together reach it, and those as probable as the last (Holtzman et al. 2020).
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if mask_id < logits.shape[-1]:
+        logits = logits.index_fill(-1, torch.tensor([mask_id], device=logits.device), -torch.inf)
+    if temperature > 0:
+        p = (logits / temperature).softmax(-1).mean(0)
+    else:
+        p = F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype).mean(0)
+    if not torch.isfinite(p.sum()):
+        raise InputError("the denoiser returned logits that are NaN or all minus infinity")
+    if top_p < 1:
+        falling = p.sort(-1, descending=True).values
+        before = falling.cumsum(-1, dtype=torch.float64) - falling
+        last = (before < top_p).sum(-1, keepdim=True) - 1
+        p = p.masked_fill(p < falling.gather(-1, last), 0)
+        p = p / p.sum(-1, keepdim=True)
+    return p
+
+
+def draw(p: Tensor, u: Tensor, block: int = 256) -> Tensor:
+    """One token a row by inverse CDF over block sums, from one uniform a row: (N, V), (N,) in [0, 1) -> (N,) int64.
+
+    Sums are float64, so a token of probability 1e-7 is drawn at its rate; one of probability zero never is. Rows need
+    not be normalised.
+    """
+    blocks = F.pad(p, (0, -p.shape[-1] % block)).unflatten(-1, (-1, block))
+    cdf = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    target = u.double() * cdf[:, -1]
+    chosen = (cdf <= target[:, None]).sum(-1, keepdim=True).clamp(max=cdf.shape[1] - 1)
+    before = F.pad(cdf, (1, 0)).gather(1, chosen)[:, 0]
+    inner = blocks.gather(1, chosen[..., None].expand(-1, 1, block))[:, 0].double().cumsum(-1)
+    inside = (inner <= (target - before)[:, None]).sum(-1)
+    last = inner.argmax(-1)  # the last token of the block with any mass: where rounding would step beyond it
+    return chosen[:, 0] * block + torch.minimum(inside, last)
+
+
+def estimate_z_0(p: Tensor, table: Tensor, zhat: str, u: Tensor) -> Tensor:
+    """z0_hat from p (N, V) and the latent table (V, D), (K or 1, N, D).
+
+    "hard": w[argmax p], mode seeking. "soft": sum_v p_v w_v, mode covering. "sample": w[v], v ~ p by the uniforms u
+    (K, N), one v for each of the K latents: the exact reverse kernel.
+    """
+    table = table[: p.shape[-1]]
+    if zhat == "hard":
+        return table[p.argmax(-1)][None]
+    if zhat == "soft":
+        return (p.to(table.dtype) @ table)[None]
+    return torch.stack([table[draw(p, u_k)] for u_k in u])
+
+
+def reverse_rows(
+    p: Tensor,
+    z_t: Tensor,
+    table: Tensor,
+    step: Tensor,
+    mask_id: int,
+    zhat: str,
+    u: tuple[Tensor, Tensor, Tensor],
+    eps: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """x_s (N,) and z_s (K, N, D) of N masked positions, (x_t, z_t) = (m, z_t).    (Prop. 2)
+
+    A position flips with probability rho_flip, takes its token from p and the token's latent with it; else it stays
+    masked and z_s = pull z0_hat + keep z_t + std eps.
+    Args: p (N, V); z_t (K, N, D); step (4,) float64 (rho_flip, pull, keep, std); u the uniforms of the flip (N,), the
+    token (N,) and z0_hat (K, N); eps (K, N, D).
+    """
+    rho_flip, pull, keep, std = step
+    u_flip, u_token, u_hat = u
+    flip = u_flip < rho_flip
+    x_s = torch.where(flip, draw(p, u_token), mask_id)
+    if table.shape[1] == 0:
+        return x_s, z_t
+    z_hat = estimate_z_0(p, table, zhat, u_hat)
+    kept = pull.to(z_t) * z_hat + keep.to(z_t) * z_t + std.to(z_t) * eps
+    return x_s, torch.where(flip[:, None], table[x_s.clamp(max=len(table) - 1)], kept)

@@ -1,0 +1,76 @@
+// Loops over one block of 256 tokens, as vector code. Lanes are explicit, so that every vector unit sums in one order.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <limits>
+
+#include "cpu.h"
+#include "reverse_step.h"
+
+namespace cadd {
+
+constexpr int kLanes = 16;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// out = logits / tau for `count` tokens, minus infinity for the rest of the block. Returns the largest, or NaN where a
+// logit is NaN or plus infinity.
+template <typename L>
+CADD_HD float load(const L* __restrict logits, int64_t count, float inv_tau, float* __restrict out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(logits[i]) * inv_tau;
+  for (int64_t i = count; i < kBlock; ++i) out[i] = -kInfinity;
+  float high[kLanes];
+  int32_t good[kLanes];
+  for (int j = 0; j < kLanes; ++j) high[j] = -kInfinity, good[j] = 1;
+  for (int i = 0; i < kBlock; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) {
+      const float v = out[i + j];
+      high[j] = v > high[j] ? v : high[j];
+      good[j] &= v < kInfinity;
+    }
+  for (int j = 1; j < kLanes; ++j) high[0] = high[j] > high[0] ? high[j] : high[0], good[0] &= good[j];
+  return good[0] ? high[0] : std::numeric_limits<float>::quiet_NaN();
+}
+
+CADD_CLONES inline float load_block(const float* logits, int64_t count, float inv_tau, float* out) {
+  return load(logits, count, inv_tau, out);
+}
+CADD_CLONES inline float load_block(const c10::BFloat16* logits, int64_t count, float inv_tau, float* out) {
+  return load(logits, count, inv_tau, out);
+}
+CADD_CLONES inline float load_block(const c10::Half* logits, int64_t count, float inv_tau, float* out) {
+  return load(logits, count, inv_tau, out);
+}
+
+// Sum of exp(v - top) over a block.
+CADD_CLONES inline float sum_exp(const float* v, float top) {
+  float sum[kLanes] = {};
+  for (int i = 0; i < kBlock; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) sum[j] += exp_nonpositive(v[i + j] - top);
+  for (int width = kLanes / 2; width; width /= 2)
+    for (int j = 0; j < width; ++j) sum[j] += sum[j + width];
+  return sum[0];
+}
+
+// p += weight exp(v - top).
+CADD_CLONES inline void add_exp(const float* __restrict v, float top, float weight, float* __restrict p) {
+  for (int i = 0; i < kBlock; ++i) p[i] += weight * exp_nonpositive(v[i] - top);
+}
+
+// Noise of one token's latent of `dim` elements: out has room for 4 * quarter_of(dim).
+CADD_CLONES inline void fill_normals(Stream s, uint64_t position, int64_t dim, float* __restrict out) {
+  const int64_t n = quarter_of(dim);
+  float *second = out + n, *third = out + 2 * n, *fourth = out + 3 * n;
+#pragma GCC ivdep
+  for (int64_t block = 0; block < n; ++block) {
+    float eps[4];
+    four_normals(s, position, static_cast<uint32_t>(block), eps);
+    out[block] = eps[0];
+    second[block] = eps[1];
+    third[block] = eps[2];
+    fourth[block] = eps[3];
+  }
+}
+
+}  // namespace cadd
