@@ -1,0 +1,160 @@
+"""Both kernels against eager PyTorch, torch.compile, and the floor: what the machine needs to move or draw the same.
+
+    python -m benchmarks.kernels                 the table of docs/performance.md, on the CPU or the GPU that is there
+    python -m benchmarks.kernels --json FILE     the same, for a machine to read
+
+Ratios of medians in one run. "copy" is a copy of the bytes that must be moved, "normal" is torch.normal_ of the noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cadd_min import ops
+from cadd_min.errors import InputError, run
+from cadd_min.schedule import NoiseSchedule
+
+SCHEDULE = NoiseSchedule()
+NOISING = [(8, 1024, 768, 50257), (8, 1024, 128, 50257), (8, 128, 128, 4096), (32, 1024, 768, 50257)]  # B, L, D, V
+REVERSE = [(2048, 50258, 768, 1), (512, 50258, 768, 1), (512, 50258, 768, 4), (1024, 4096, 128, 1)]  # N, V, D, K
+
+
+def milliseconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median time of a call, after one that is not counted."""
+    times = []
+    for _ in range(repeats + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[1:])
+
+
+def eager_noising(x_0, table, t, mask_id):
+    """What one writes first, with torch's own generator."""
+    masked = torch.rand(x_0.shape, device=x_0.device) >= SCHEDULE.alpha(t)[:, None]
+    z_0 = table[x_0]
+    signal, noise = SCHEDULE.signal(t)[:, None, None], SCHEDULE.noise(t)[:, None, None]
+    z_t = signal * z_0 + noise * torch.randn_like(z_0)
+    return x_0.masked_fill(masked, mask_id), torch.where(masked[..., None], z_t, z_0)
+
+
+def eager_reverse(logits, z_t, table, step):
+    """The usual step: softmax, multinomial for every row, then choose which rows flip; zhat hard."""
+    p = logits.softmax(-1).mean(0)
+    flip = torch.rand(len(p), device=p.device) < step[0]
+    x_s = torch.where(flip, torch.multinomial(p, 1)[:, 0], len(table) - 1)
+    kept = step[1] * table[p.argmax(-1)] + step[2] * z_t + step[3] * torch.randn_like(z_t)
+    return x_s, torch.where(flip[:, None], table[x_s], kept)
+
+
+def noising(shape: tuple[int, int, int, int], device: torch.device, repeats: int) -> dict[str, float]:
+    batch, length, dim, vocab = shape
+    x_0 = torch.randint(vocab, (batch, length), device=device)
+    table, t = torch.randn(vocab + 1, dim, device=device), torch.rand(batch, device=device)
+    seed, out = torch.tensor([1, 2], device=device), torch.empty(batch, length, dim, device=device)
+    compiled = torch.compile(eager_noising)
+    calls: dict[str, Callable[[], object]] = {
+        "fused": lambda: ops.forward_noising(x_0, x_0, table, t, SCHEDULE, vocab, seed),
+        "eager": lambda: eager_noising(x_0, table, t, vocab),
+        "compile": lambda: compiled(x_0, table, t, vocab),
+        "normal": lambda: out.normal_(),
+        "copy": lambda: out.clone(),
+    }
+    return {name: milliseconds(call, device, repeats) for name, call in calls.items()}
+
+
+def reverse(shape: tuple[int, int, int, int], device: torch.device, repeats: int) -> dict[str, float]:
+    count, vocab, dim, latents = shape
+    logits, table = 3 * torch.randn(latents, count, vocab, device=device), torch.randn(vocab + 1, dim, device=device)
+    z_t, rows = torch.randn(latents, count, dim, device=device), torch.arange(count, device=device)
+    s, t = torch.tensor([0.45, 0.5], dtype=torch.float64, device=device)
+    step, seed = torch.tensor([0.1, 0.1, 0.9, 0.2], device=device), torch.tensor([1, 2], device=device)
+    compiled = torch.compile(eager_reverse)
+    calls: dict[str, Callable[[], object]] = {
+        f"fused {name}": lambda name=name, p=p: ops.reverse_step(
+            logits, rows, z_t, table, s, t, SCHEDULE, vocab, seed, zhat=name.split()[0], top_p=p
+        )
+        for name, p in (("hard", 1.0), ("sample", 1.0), ("soft", 1.0), ("hard top-p", 0.9))
+    }
+    calls |= {
+        "eager": lambda: eager_reverse(logits, z_t, table, step),
+        "compile": lambda: compiled(logits, z_t, table, step),
+        "multinomial": lambda: torch.multinomial(logits[0].softmax(-1), 1),
+        "amax": lambda: logits.amax(-1),
+    }
+    return {name: milliseconds(call, device, repeats) for name, call in calls.items()}
+
+
+def memory_of(shape: tuple[int, int, int, int]) -> dict[str, float]:
+    """MiB by which the largest resident size of this process grows in one fused and one eager reverse step (CPU)."""
+    count, vocab, dim, latents = shape
+    logits, table = torch.zeros(latents, count, vocab), torch.zeros(vocab + 1, dim)
+    z_t, rows, seed = torch.zeros(latents, count, dim), torch.arange(count), torch.tensor([1, 2])
+    s, t, step = *torch.tensor([0.45, 0.5], dtype=torch.float64), torch.tensor([0.1, 0.1, 0.9, 0.2])
+    grown = {}
+    for name, call in (
+        ("fused hard", lambda: ops.reverse_step(logits, rows, z_t, table, s, t, SCHEDULE, vocab, seed)),
+        ("eager", lambda: eager_reverse(logits, z_t, table, step)),
+    ):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        call()
+        grown[name] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return grown
+
+
+def table(title: str, rows: dict[str, dict[str, float]], base: str) -> str:
+    """Milliseconds, and in brackets how many times the fused kernel's."""
+    names = list(next(iter(rows.values())))
+    lines = [f"| {title} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for shape, values in rows.items():
+        cells = [
+            f"{v:.2f}" + ("" if n.startswith("fused") else f" ({v / values[base]:.1f}x)") for n, v in values.items()
+        ]
+        lines.append(f"| {shape} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.repeats < 1:
+        raise InputError(f"--repeats must be at least 1, not {args.repeats}")
+    device = torch.device(args.device)
+    machine = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    )
+    print(f"{ops.backend().name} on {machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"median of {args.repeats}, ms\n")  # fmt: skip
+    grown = memory_of(REVERSE[0]) if device.type == "cpu" else {}
+    result: dict[str, Any] = {"backend": ops.backend().name, "machine": machine, "torch": torch.__version__}
+    result["memory_mib"] = grown
+    result["noising"] = {"B={} L={} D={} V={}".format(*s): noising(s, device, args.repeats) for s in NOISING}
+    print(table("forward noising", result["noising"], "fused"), "\n")
+    result["reverse"] = {"N={} V={} D={} K={}".format(*s): reverse(s, device, args.repeats) for s in REVERSE}
+    print(table("reverse step", result["reverse"], "fused hard"))
+    if grown:
+        print(f"\nmemory of a reverse step, {next(iter(result['reverse']))}: "
+              + ", ".join(f"{name} {mib:.0f} MiB" for name, mib in grown.items()))  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    run(main)
