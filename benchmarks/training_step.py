@@ -1,6 +1,7 @@
 """Where a training step goes: the network, and everything that is not.
 
-    python -m benchmarks.training_step                      the default: tiny, 8 x 128 tokens, vocabulary 4,096
+    python -m benchmarks.training_step                      tiny, 8 x 128 tokens, vocabulary 4,096
+    CADD_BACKEND=torch python -m benchmarks.training_step   the same without the fused kernels
     python -m benchmarks.training_step --preset nano --models cadd mdlm cdm
 
 Each part is timed by itself, median of --repeat runs, all in one process; shares are of their sum.
@@ -15,8 +16,8 @@ from collections.abc import Callable
 
 import torch
 
+from cadd_min import ops
 from cadd_min.dit import PRESETS
-from cadd_min.forward import q_sample
 from cadd_min.loss import stratified_times, token_losses
 from cadd_min.model import MODELS, Denoiser, ModelConfig
 from cadd_min.trainer import TrainConfig, Trainer, best_dtype, seeded
@@ -40,13 +41,13 @@ def parts(model_name: str, preset: str, vocab_size: int, length: int, batch_size
     trainer = Trainer(net, lambda index: data, TrainConfig(batch_size=batch_size))
     gen, table = seeded(0, 0), net.table()
     t = stratified_times(batch_size, gen)
-    x_t, z_t = q_sample(data, table[data], t, net.schedule, net.mask_id, generator=gen)
+    x_t, z_t = ops.forward_noising(data, data, table, t, net.schedule, net.mask_id, ops.draw_seed(gen))
     masked = x_t == net.mask_id
     features = net.features(x_t, z_t, t.float()).detach()[masked].requires_grad_()
     weight = torch.randn(batch_size, length, net.head_matrix().shape[1])
 
     def noise() -> None:
-        q_sample(data, net.table()[data], t, net.schedule, net.mask_id, generator=gen)
+        ops.forward_noising(data, data, net.table(), t, net.schedule, net.mask_id, ops.draw_seed(gen))
 
     def network() -> None:
         with trainer.autocast():
@@ -78,8 +79,8 @@ def main() -> None:
     args = parser.parse_args()
     found = {m: parts(m, args.preset, args.vocab_size, args.length, args.batch_size, args.repeat) for m in args.models}
     dtype = best_dtype(torch.device("cpu"))
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {dtype}, {args.preset}, "
-          f"{args.batch_size} x {args.length} tokens, V = {args.vocab_size}\n")  # fmt: skip
+    print(f"{ops.backend().name}, torch {torch.__version__}, {torch.get_num_threads()} threads, {dtype}, "
+          f"{args.preset}, {args.batch_size} x {args.length} tokens, V = {args.vocab_size}\n")  # fmt: skip
     print("| part | " + " | ".join(f"{m} ms | share" for m in found) + " |")
     print("|---" * (1 + 2 * len(found)) + "|")
     for name in next(iter(found.values())):
