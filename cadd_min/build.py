@@ -39,7 +39,8 @@ def arguments() -> dict[str, Any]:
     flags: dict[str, Any] = {"cxx": FLAGS + extra}
     if wants_cuda():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
-        flags["cxx"] = [*flags["cxx"], "-DCADD_CUDA"]
+        architectures = os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", ",").replace(" ", ",")
+        flags["cxx"] += ["-DCADD_CUDA", f"-DCADD_ARCHITECTURES={architectures}"]
         flags["nvcc"] = ["-O3", "-DCADD_CUDA", "--expt-relaxed-constexpr"]
     return flags
 

@@ -208,12 +208,10 @@ def reverse_step(
     """
     pull, keep, variance = posterior_coefficients(s, t, schedule)
     step = torch.stack([schedule.rho_flip(s, t), pull, keep, variance.sqrt()]).double()
-    if temperature == 0:  # the limit: all mass on the largest logit
-        best = logits.argmax(-1, keepdim=True)
-        logits, temperature = torch.full_like(logits, -torch.inf).scatter_(-1, best, 0.0), 1.0
     precise = torch.autocast(logits.device.type, enabled=False)
     arguments = (rows, z_t, table, step, seed, mask_id, ZHATS.index(choose("zhat", zhat, ZHATS)), temperature, top_p)
-    if torch.float64 in (logits.dtype, z_t.dtype, table.dtype):  # the kernels compute in float32
+    wide = torch.float64 in (logits.dtype, z_t.dtype, table.dtype)
+    if wide or temperature == 0:  # the kernels compute in float32, and divide by the temperature
         with precise:
             return _reverse_step(logits, *arguments)
     z, w = z_t.float().contiguous(), table.float().contiguous()

@@ -6,8 +6,11 @@
 
 #include "philox.h"
 
+// The CUDA architectures come as bare words, 8.0,9.0+PTX: quotes and semicolons do not survive every shell.
+#define CADD_TEXT(...) #__VA_ARGS__
+#define CADD_EXPANDED(...) CADD_TEXT(__VA_ARGS__)
 #ifndef CADD_ARCHITECTURES
-#define CADD_ARCHITECTURES ""  // of CUDA: none
+#define CADD_ARCHITECTURES
 #endif
 
 namespace cadd {
@@ -73,6 +76,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     const cadd::Words w = cadd::philox(key, {a, b, c, d});
     return pybind11::make_tuple(w.x, w.y, w.z, w.w);
   });
-  m.attr("cuda_architectures") = CADD_ARCHITECTURES;
+  m.attr("cuda_architectures") = CADD_EXPANDED(CADD_ARCHITECTURES);
   m.attr("compiler") = __VERSION__;
 }

@@ -270,6 +270,19 @@ def test_backend_says_what_runs_and_why():
     assert "must be one of" in run_python(code, CADD_BACKEND="tpu").stderr
 
 
+def test_the_door_says_what_is_active():
+    found = subprocess.run([sys.executable, "-m", "cadd_min.ops"], capture_output=True, text=True)
+    assert found.returncode == 0 and found.stdout.startswith(f"{ops.backend().name}: ")
+
+
+def test_temperature_zero_takes_the_largest_logit_but_never_the_mask():
+    logits, rows, z_t, table, _, t, schedule = reverse_case(2, 30, 50, 4)
+    logits[..., 7] = 60.0
+    zero = torch.zeros_like(t)  # the last step: all flip
+    x_s, _ = ops.reverse_step(logits[:1], rows, z_t[:1], table, zero, t, schedule, 7, SEED, temperature=0)
+    assert torch.equal(x_s, logits[0].index_fill(-1, torch.tensor([7], device=DEVICE), -torch.inf).argmax(-1))
+
+
 def test_a_backend_asked_for_is_never_replaced():
     """Without its shared library, CADD_BACKEND=cpp is an error that says how to build it."""
     code = (
