@@ -108,5 +108,9 @@ class Denoiser(nn.Module):
             return self.head.weight
         return torch.cat([self.head.weight, self.table()[:-1]], -1)
 
+    def logits_at(self, x_t: Tensor, z_t: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        """(N, V) logits at the flat positions `rows` (N,) only: at a large V the head costs as much as the backbone."""
+        return self.features(x_t, z_t, t).flatten(0, 1)[rows] @ self.head_matrix().T
+
     def forward(self, x_t: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         return self.features(x_t, z_t, t) @ self.head_matrix().T

@@ -43,6 +43,16 @@ def cosine_temperature(start: float = 2.5, end: float = 1.0) -> Callable[[float]
     return lambda t: end + (start - end) * (1 - math.cos(math.pi * t)) / 2
 
 
+def logits_at(denoiser: Denoiser, x_t: Tensor, z_t: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+    """(N, V) logits at the flat positions `rows` (N,), which are the masked ones.
+
+    A denoiser with a method logits_at(x_t, z_t, t, rows) is spared its head at the others; any other callable is not.
+    """
+    if hasattr(denoiser, "logits_at"):
+        return denoiser.logits_at(x_t, z_t, t, rows)
+    return denoiser(x_t, z_t, t).flatten(0, 1)[rows]
+
+
 @torch.no_grad()
 def sample(
     denoiser: Denoiser,
@@ -82,15 +92,14 @@ def sample(
     times = TIME_GRIDS[time_grid](torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device))
     for index, (t, s) in enumerate(zip(times[:-1], times[1:])):
         masked = x == mask_id
-        if not masked.any():
-            break
-        logits = denoiser(
-            x.repeat(num_latents, 1), strength * z.flatten(0, 1), t.to(table.dtype).expand(num_latents * batch)
-        ).unflatten(0, (num_latents, batch))
         rows = masked.flatten().nonzero()[:, 0]
+        if len(rows) == 0:
+            break
+        seen = (x.repeat(num_latents, 1), strength * z.flatten(0, 1), t.to(table.dtype).expand(num_latents * batch))
+        each = rows + batch * length * torch.arange(num_latents, device=device)[:, None]  # (K, N)
         seed[1] = index + 1
         x_s, z_s = ops.reverse_step(
-            logits.flatten(1, 2)[:, rows],
+            logits_at(denoiser, *seen, each.flatten()).unflatten(0, each.shape),
             rows,
             z.flatten(1, 2),
             table,

@@ -185,6 +185,21 @@ def test_seeds_reproduce_and_differ():
     assert torch.equal(one, two) and not torch.equal(one, other)
 
 
+@pytest.mark.parametrize("num_latents", [1, 3])
+def test_the_head_at_masked_positions_only_draws_the_same(num_latents):
+    net = nano()
+    torch.nn.init.normal_(net.head.weight)  # a new head is zero: every row would look alike
+    args = ((3, 12), net.table().detach(), net.schedule, 11)
+    options = {"steps": 5, "num_latents": num_latents}
+    everywhere = sample(lambda x, z, t: net(x, z, t), *args, generator=rng(1), **options)
+    asked, head_at = [], net.logits_at
+    net.logits_at = lambda x, z, t, rows: asked.append((rows, x.flatten())) or head_at(x, z, t, rows)
+    assert torch.equal(sample(net, *args, generator=rng(1), **options), everywhere)
+    assert all(torch.equal(rows, (x == 11).nonzero()[:, 0]) for rows, x in asked) and len(asked[-1][0]) < len(
+        asked[0][0]
+    )
+
+
 def test_strength_zero_hides_the_latent():
     net, seen = nano(), []
 

@@ -1,0 +1,110 @@
+"""Where a sampling step goes: the network, and everything that is not; and what it saves to run the head at masked
+positions only.
+
+    python -m benchmarks.sampling                       tiny, vocabulary 4,096, 64 steps, K = 1
+    CADD_BACKEND=torch python -m benchmarks.sampling    the same without the fused kernels
+    python -m benchmarks.sampling --zhat soft --num-latents 4 --shapes 1x128
+
+The sampler itself runs, with a denoiser that counts the time spent in it. Medians of --repeat runs in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cadd_min import ops
+from cadd_min.dit import PRESETS
+from cadd_min.errors import run, torch_device
+from cadd_min.model import Denoiser, ModelConfig
+from cadd_min.sampler import ZHATS, sample
+from cadd_min.trainer import DTYPES, best_dtype, seeded
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class Timed:
+    """A denoiser that adds up the seconds spent in it."""
+
+    def __init__(self, model: Denoiser):
+        self.model, self.device, self.seconds = model, model.embedding.weight.device, 0.0
+
+    def _timed(self, call: Any, *args: Tensor) -> Tensor:
+        start = now(self.device)
+        logits = call(*args)
+        self.seconds += now(self.device) - start
+        return logits
+
+    def plain(self, x_t: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        return self._timed(self.model, x_t, z_t, t)
+
+    def logits_at(self, x_t: Tensor, z_t: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        return self._timed(self.model.logits_at, x_t, z_t, t, rows)
+
+    __call__ = plain
+
+
+def profile(model: Denoiser, shape: tuple[int, int], steps: int, plain: bool, **options: Any) -> tuple[float, float]:
+    """Milliseconds of a step, and of the network in it."""
+    timed = Timed(model)
+    start = now(timed.device)
+    sample(
+        timed.plain if plain else timed,
+        shape,
+        model.table(),
+        model.schedule,
+        model.mask_id,
+        steps=steps,
+        generator=seeded(0, 0),
+        **options,
+    )
+    return 1e3 * (now(timed.device) - start) / steps, 1e3 * timed.seconds / steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny", choices=PRESETS)
+    parser.add_argument("--model", default="cadd", choices=("cadd", "mdlm"))
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--shapes", nargs="+", default=["1x128", "8x128", "8x1024"], help="BxL")
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--zhat", default="hard", choices=ZHATS)
+    parser.add_argument("--num-latents", type=int, default=1)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    device = torch_device(args.device)
+    dtype = best_dtype(device)
+    options = {"zhat": args.zhat, "num_latents": args.num_latents}
+    print(f"{ops.backend().name}, torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {dtype}, "
+          f"{args.model} {args.preset}, V = {args.vocab_size}, T = {args.steps}, {options}\n")  # fmt: skip
+    print("| B x L | head at | step, ms | network, ms | all else | tokens/s |\n|---|---|---|---|---|---|")
+    for text in args.shapes:
+        batch, length = map(int, text.split("x"))
+        torch.manual_seed(0)
+        model = Denoiser(ModelConfig(args.vocab_size, length, PRESETS[args.preset], model=args.model)).to(device).eval()
+        nn.init.normal_(model.head.weight, std=0.1)  # a new head is zero: give it something to say
+        runs: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+        with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
+            for _ in range(args.repeat + 1):
+                for plain, found in runs.items():
+                    found.append(profile(model, (batch, length), args.steps, plain, **options))
+        for plain, found in runs.items():
+            step, network = (statistics.median(values) for values in zip(*found[1:]))
+            where, speed = "all positions" if plain else "masked ones", 1e3 * batch * length / (step * args.steps)
+            cells = (f"{batch} x {length}", where, f"{step:.2f}", f"{network:.2f}", f"{1 - network / step:.0%}")
+            print("| " + " | ".join((*cells, f"{speed:,.0f}")) + " |")
+
+
+if __name__ == "__main__":
+    run(main)
