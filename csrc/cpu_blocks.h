@@ -4,6 +4,7 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <cstring>
 #include <limits>
 
 #include "cpu.h"
@@ -14,22 +15,30 @@ namespace cadd {
 constexpr int kLanes = 16;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// Written as vectors: as loops over 16 floats the compiler takes nine times as long for the maximum.
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+
 // out = logits / tau for `count` tokens, minus infinity for the rest of the block. Returns the largest, or NaN where a
 // logit is NaN or plus infinity.
 template <typename L>
 CADD_HD float load(const L* __restrict logits, int64_t count, float inv_tau, float* __restrict out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(logits[i]) * inv_tau;
-  for (int64_t i = count; i < kBlock; ++i) out[i] = -kInfinity;
-  float high[kLanes];
-  int32_t good[kLanes];
-  for (int j = 0; j < kLanes; ++j) high[j] = -kInfinity, good[j] = 1;
-  for (int i = 0; i < kBlock; i += kLanes)
-    for (int j = 0; j < kLanes; ++j) {
-      const float v = out[i + j];
-      high[j] = v > high[j] ? v : high[j];
-      good[j] &= v < kInfinity;
-    }
-  for (int j = 1; j < kLanes; ++j) high[0] = high[j] > high[0] ? high[j] : high[0], good[0] &= good[j];
+  if (count == kBlock) {
+    for (int i = 0; i < kBlock; ++i) out[i] = static_cast<float>(logits[i]) * inv_tau;
+  } else {
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(logits[i]) * inv_tau;
+    for (int64_t i = count; i < kBlock; ++i) out[i] = -kInfinity;
+  }
+  Floats high = Floats{} - kInfinity;
+  Ints good = ~Ints{};
+  for (int i = 0; i < kBlock; i += kLanes) {
+    Floats v;
+    std::memcpy(&v, out + i, sizeof v);
+    high = v > high ? v : high;
+    good &= v < kInfinity;
+  }
+  for (int width = kLanes / 2; width; width /= 2)
+    for (int j = 0; j < width; ++j) high[j] = high[j + width] > high[j] ? high[j + width] : high[j], good[j] &= good[j + width];
   return good[0] ? high[0] : std::numeric_limits<float>::quiet_NaN();
 }
 
