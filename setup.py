@@ -25,17 +25,30 @@ def kernels() -> dict:
     try:
         from torch.utils.cpp_extension import BuildExtension
 
-        from cadd_min.build import extension
+        from cadd_min.build import extension, wants_cuda
     except ImportError as error:
         without(error)
         return {}
 
     class Build(BuildExtension):
         def run(self) -> None:
+            inplace = self.inplace  # changed while it runs
             try:
                 super().run()
             except Exception as error:  # whatever a compiler may do, the install goes on
-                without(error)
+                if wants_cuda() and os.environ.get("CADD_CUDA") != "1":
+                    self.run_without_cuda(inplace, error)
+                else:
+                    without(error)
+
+        def run_without_cuda(self, inplace: bool, why: Exception) -> None:
+            print(f"warning: built without CUDA, the C++ kernels only: {why}", file=sys.stderr)
+            os.environ["CADD_CUDA"] = "0"
+            self.distribution.ext_modules = [extension()]
+            again = Build(self.distribution)
+            again.inplace, again.build_lib, again.build_temp = inplace, self.build_lib, self.build_temp
+            again.ensure_finalized()
+            again.run()
 
     return {"ext_modules": [extension()], "cmdclass": {"build_ext": Build}}
 

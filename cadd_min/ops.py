@@ -100,10 +100,8 @@ def _load() -> tuple[ModuleType | None, Backend]:
     if asked == "cuda" and not gpu:
         missing = "no GPU is visible" if module.cuda_architectures else f"built without CUDA; CADD_CUDA=1 {BUILD}"
         raise InputError(f"CADD_BACKEND=cuda: {missing}")
-    return module, Backend(
-        "cuda" if gpu and asked != "cpp" else "cpp",
-        f"compiled by {module.compiler}, CUDA for {module.cuda_architectures or 'none'}",
-    )
+    built = f"compiled by {module.compiler}, {module.vector_code}, CUDA for {module.cuda_architectures or 'none'}"
+    return module, Backend("cuda" if gpu and asked != "cpp" else "cpp", built)
 
 
 def _fake_noising(x_0: Tensor, ids: Tensor, table: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -223,3 +221,5 @@ def reverse_step(
 
 if __name__ == "__main__":
     print(": ".join(backend()))
+    if compiled is not None:
+        print(f"self-test {'passed' if compiled.self_test() else 'FAILED: build again with ' + BUILD}")

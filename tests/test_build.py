@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import cpp_extension
+
+from cadd_min.build import CUDA_FLAGS
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
@@ -17,13 +20,15 @@ CSRC = ROOT / "csrc"
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
 @pytest.mark.parametrize("name", sorted(f.name for f in CSRC.glob("*.cu")))
 def test_cuda_sources_compile(name, tmp_path):
-    """For sm_80 and sm_90, with warnings as errors: a GPU is not needed, nor a CUDA build of torch."""
+    """For sm_80 and sm_90, as setup.py would, warnings as errors: a GPU is not needed, nor a CUDA build of torch."""
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90)]
     command = [
         "nvcc",
         "-std=c++17",
         "-Werror",
         "all-warnings",
+        *cpp_extension.COMMON_NVCC_FLAGS,
+        *CUDA_FLAGS,
         *targets,
         "-c",
         str(CSRC / name),

@@ -122,8 +122,11 @@ def test_every_command_of_readme_works(call, text, capsys):
 
 def test_readme_names_files_and_targets_that_exist():
     readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^    make (\w+)", readme, re.M):
+    for target in re.findall(r"\bmake (train|test|[a-z]+-[a-z]+)\b", readme):
         assert f"\n{target}:" in makefile
+    extras = re.search(r"-e '\.\[(.*?)\]'", readme).group(1).split(",")
+    project = (ROOT / "pyproject.toml").read_text()
+    assert extras and all(f"\n{extra} = [" in project for extra in extras)
     links = re.findall(r"\]\((?!http)([^)#]+)\)", readme)
     assert len(links) > 10 and all((ROOT / link).exists() for link in links)
 

@@ -273,6 +273,7 @@ def test_backend_says_what_runs_and_why():
 def test_the_door_says_what_is_active():
     found = subprocess.run([sys.executable, "-m", "cadd_min.ops"], capture_output=True, text=True)
     assert found.returncode == 0 and found.stdout.startswith(f"{ops.backend().name}: ")
+    assert ("self-test passed" in found.stdout) == (ops.compiled is not None)
 
 
 def test_temperature_zero_takes_the_largest_logit_but_never_the_mask():
