@@ -65,7 +65,7 @@ def main() -> None:
             strength=args.strength,
             time_grid=args.time_grid,
             prompt=prompt,
-            generator=torch.Generator(device).manual_seed(args.seed),
+            generator=torch.Generator().manual_seed(args.seed),  # of the CPU: a seed draws the same on every device
             callback=Watch(tokenizer, args.steps) if args.watch else None,
         )
     for row in x.tolist():

@@ -56,7 +56,6 @@ class Watch:
 
 def preview(model: Denoiser, tokenizer: Tokenizer, steps: int = 64) -> str:
     """One short sample of a model in training."""
-    generator = torch.Generator(model.embedding.weight.device).manual_seed(0)
-    shape = (1, model.config.length)
+    generator, shape = torch.Generator().manual_seed(0), (1, model.config.length)
     x = sample(model, shape, model.table(), model.schedule, model.mask_id, steps=steps, generator=generator)
     return " ".join(tokenizer.decode(x[0].tolist()).split())
