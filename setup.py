@@ -36,7 +36,9 @@ def kernels() -> dict:
             try:
                 super().run()
             except Exception as error:  # whatever a compiler may do, the install goes on
-                if wants_cuda() and os.environ.get("CADD_CUDA") != "1":
+                if os.environ.get("CADD_CUDA") == "1":
+                    raise  # asked for by name: what comes out must have it
+                if wants_cuda():
                     self.run_without_cuda(inplace, error)
                 else:
                     without(error)

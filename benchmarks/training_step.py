@@ -10,27 +10,16 @@ Each part is timed by itself, median of --repeat runs, all in one process; share
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
 
+from benchmarks.kernels import milliseconds
 from cadd_min import ops
 from cadd_min.dit import PRESETS
+from cadd_min.errors import InputError, run
 from cadd_min.loss import stratified_times, token_losses
 from cadd_min.model import MODELS, Denoiser, ModelConfig
 from cadd_min.trainer import TrainConfig, Trainer, best_dtype, seeded
-
-
-def median_ms(f: Callable[[], object], repeat: int) -> float:
-    """Milliseconds of f(), median of `repeat` after one warm-up."""
-    times = []
-    for _ in range(repeat + 1):
-        start = time.perf_counter()
-        f()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[1:])
 
 
 def parts(model_name: str, preset: str, vocab_size: int, length: int, batch_size: int, repeat: int) -> dict[str, float]:
@@ -65,7 +54,7 @@ def parts(model_name: str, preset: str, vocab_size: int, length: int, batch_size
         trainer._update_ema()
 
     named = {"forward noising": noise, "network": network, "head and CE": head, "clip, AdamW, EMA": update}
-    return {name: median_ms(f, repeat) for name, f in named.items()} | {"step": median_ms(trainer.train_step, repeat)}
+    return {name: milliseconds(f, trainer.device, repeat) for name, f in (named | {"step": trainer.train_step}).items()}
 
 
 def main() -> None:
@@ -77,6 +66,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeat", type=int, default=9)
     args = parser.parse_args()
+    if args.repeat < 1:
+        raise InputError(f"--repeat must be at least 1, not {args.repeat}")
     found = {m: parts(m, args.preset, args.vocab_size, args.length, args.batch_size, args.repeat) for m in args.models}
     dtype = best_dtype(torch.device("cpu"))
     print(f"{ops.backend().name}, torch {torch.__version__}, {torch.get_num_threads()} threads, {dtype}, "
@@ -92,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

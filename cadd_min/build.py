@@ -53,10 +53,10 @@ def links() -> list[str]:
 
 
 def extension() -> Any:
-    """For setup.py. Optional: where it cannot be built the reference runs."""
+    """For setup.py. Optional, unless CUDA is asked for: where it cannot be built the reference runs."""
     kind = cpp_extension.CUDAExtension if wants_cuda() else cpp_extension.CppExtension
     made = kind("cadd_min._C", sources(), extra_compile_args=arguments(), extra_link_args=links())
-    made.optional = True
+    made.optional = os.environ.get("CADD_CUDA") != "1"
     return made
 
 

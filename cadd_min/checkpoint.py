@@ -18,7 +18,7 @@ from cadd_min.options import from_dict
 from cadd_min.tokenizer import Tokenizer, from_spec
 from cadd_min.trainer import Trainer
 
-FORMAT, VERSION = "cadd_min", 1
+FORMAT, VERSION = "cadd_min", 2
 FILE = "checkpoint.pt"
 
 

@@ -162,7 +162,7 @@ class Batches:
 
     def __init__(self, tokens: np.ndarray, length: int, batch_size: int, seed: int = 0, name: str = "the corpus"):
         if len(tokens) < length:
-            raise InputError(f"{name} has {len(tokens)} tokens: fewer than one sequence of length {length}")
+            raise InputError(f"{name} has {len(tokens)} tokens: fewer than one sequence of --length {length}")
         self.tokens, self.length, self.batch_size, self.seed = tokens, length, batch_size, seed
         self.per_epoch = max(1, len(tokens) // length - 1)
         self._epoch: tuple[int, int, np.ndarray] = (-1, 0, np.empty(0, np.int64))

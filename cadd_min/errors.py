@@ -35,7 +35,7 @@ def torch_device(name: str) -> torch.device:
     """The device of that name, if there is one here."""
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).tolist()  # the meta device has no values
     except (RuntimeError, AssertionError, NotImplementedError):
         raise InputError(f"--device must be a device of this machine, like cpu or cuda, not {name!r}") from None
     return device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cadd_min import checkpoint
-from cadd_min.errors import Interrupted
+from cadd_min.errors import InputError, Interrupted
 from cadd_min.metrics import MetricsLog
 from cadd_min.options import option
 from cadd_min.trainer import Trainer
@@ -55,8 +56,12 @@ def fit(trainer: Trainer, run: Run, config: FitConfig) -> None:
             while trainer.step < target and not interrupted:
                 values = trainer.train_step()
                 step, last = trainer.step, trainer.step == target
+                if not math.isfinite(values["ce"] + values["grad_norm"]):
+                    raise InputError(
+                        f"the loss is no number at step {step}: lower --lr; the last checkpoint is untouched"
+                    )
                 bar.update()
-                if step % config.log_every == 0 or last:
+                if _due(step, config.log_every, last):
                     speed = (bar.format_dict["rate"] or 0) * tokens
                     bar.set_postfix_str(f"loss {values['ce']:.3f}, {speed:,.0f} tokens/s")
                     log.write(step, **values, tokens_per_second=round(speed))

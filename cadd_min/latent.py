@@ -5,10 +5,10 @@ gives away is set by one number, the latent's own signal-to-noise ratio ||w||^2 
 table w could learn through the loss, the shortest way down would be to make w longer until z_t spells out x_0: the
 loss goes to zero, the network learns to read instead of to predict, and the samples collapse, for at sampling time z_t
 has nothing to say but what the network itself has put there. So here every row has the same length `norm` and no
-gradient flows into z_0. How long? To a reader who must tell its token from V others a hint is worth ||w||^2 SNR / 2
-nats (the capacity of that channel) of the log V that would settle it, so `evidence_norm` sets which share of log V the
-latent alone tells at half time, whatever the vocabulary: enough to let neighbours agree, too little to be believed
-against them.
+gradient flows into z_0. How long? To a reader who must tell its token from V others a hint of D dimensions is worth at
+most D/2 log(1 + ||w||^2 SNR / D) nats (the capacity of that channel, which random directions nearly reach) of the log V
+that would settle it, so `evidence_norm` sets which share of log V the latent alone tells at half time, for any V and
+D: enough to let neighbours agree, too little to be believed against them.
 """
 
 from __future__ import annotations
@@ -26,10 +26,15 @@ FUSIONS = ("add", "concat", "reweight")
 HINTS = ("raw", "linear", "posterior")
 
 
-def evidence_norm(vocab_size: int, schedule: NoiseSchedule, share: float) -> float:
-    """The norm of w at which the latent alone is worth `share` of log V nats at half time: ||w||^2 SNR(1/2) / 2."""
+def evidence_norm(vocab_size: int, schedule: NoiseSchedule, share: float, dim: int) -> float:
+    """The norm of w at which a latent of `dim` dimensions is worth `share` of log V nats at half time.
+
+    Shannon's capacity: dim/2 log(1 + ||w||^2 SNR(1/2) / dim) = share log V; with many dimensions ||w||^2 SNR / 2.
+    """
+    if dim == 0:
+        return 0.0
     snr = float(schedule.snr(torch.tensor(0.5, dtype=torch.float64)))
-    return math.sqrt(2 * share * math.log(vocab_size) / snr)
+    return math.sqrt(dim * math.expm1(2 * share * math.log(vocab_size) / dim) / snr)
 
 
 def log_likelihood(z_t: Tensor, t: Tensor, table: Tensor, schedule: NoiseSchedule) -> Tensor:

@@ -69,7 +69,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.config, self.schedule, self.mask_id = config, config.schedule(), config.vocab_size
         dim = 0 if config.model == "mdlm" else config.latent_dim or config.size.width
-        norm = config.latent_norm or evidence_norm(config.vocab_size, self.schedule, config.evidence)
+        norm = config.latent_norm or evidence_norm(config.vocab_size, self.schedule, config.evidence, dim)
         self.latent = Latent(
             config.vocab_size,
             config.size.width,

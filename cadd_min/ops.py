@@ -21,7 +21,7 @@ from cadd_min import philox
 from cadd_min.errors import InputError, choose
 from cadd_min.forward import noised
 from cadd_min.posterior import posterior_coefficients
-from cadd_min.reverse import ZHATS, reverse_rows, token_probs
+from cadd_min.reverse import COLD, ZHATS, reverse_rows, token_probs
 from cadd_min.schedule import NoiseSchedule
 
 BACKENDS = ("auto", "torch", "cpp", "cuda")
@@ -209,7 +209,7 @@ def reverse_step(
     precise = torch.autocast(logits.device.type, enabled=False)
     arguments = (rows, z_t, table, step, seed, mask_id, ZHATS.index(choose("zhat", zhat, ZHATS)), temperature, top_p)
     wide = torch.float64 in (logits.dtype, z_t.dtype, table.dtype)
-    if wide or temperature == 0:  # the kernels compute in float32, and divide by the temperature
+    if wide or temperature <= COLD:  # the kernels compute in float32, and divide by the temperature
         with precise:
             return _reverse_step(logits, *arguments)
     z, w = z_t.float().contiguous(), table.float().contiguous()

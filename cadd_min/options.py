@@ -17,21 +17,19 @@ def option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-def add_options(parser: argparse.ArgumentParser, cls: type, **defaults: Any) -> None:
-    """Add an option for each field of `cls` made by `option`; `defaults` replaces some of their defaults."""
+def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
+    """Add an option for each field of `cls` made by `option`."""
     group = parser.add_argument_group(cls.__name__)
     for field in dataclasses.fields(cls):
         if "help" not in field.metadata:
             continue
-        default = defaults.get(field.name, field.default)
         flag = "--" + field.name.replace("_", "-")
         text = field.metadata["help"] + " (default: %(default)s)"
         if field.type == "bool":
-            group.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=default, help=field.metadata["help"]
-            )
+            action = argparse.BooleanOptionalAction
+            group.add_argument(flag, action=action, default=field.default, help=field.metadata["help"])
         else:
-            group.add_argument(flag, type=TYPES[str(field.type)], default=default, help=text)
+            group.add_argument(flag, type=TYPES[str(field.type)], default=field.default, help=text)
 
 
 def from_args(cls: type[T], args: argparse.Namespace, **more: Any) -> T:

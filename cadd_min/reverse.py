@@ -14,19 +14,21 @@ from torch import Tensor
 from cadd_min.errors import InputError
 
 ZHATS = ("hard", "soft", "sample")
+COLD = 1e-6  # at and below this temperature all mass is on the largest logit
 
 
 def token_probs(logits: Tensor, mask_id: int, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
     """Mean over the K latents of softmax(logits / temperature), (K, N, V) -> (N, V), float32 at least.
 
     Probabilities are averaged, not logits: p(x_0 | x_t) is the expectation of p(x_0 | x_t, z_t) over z_t. The mask has
-    probability zero, whatever its logit; temperature 0 is the limit, all mass on the largest logit. top_p < 1 keeps
-    the most probable tokens that together reach it, and those as probable as the last (Holtzman et al. 2020).
+    probability zero, whatever its logit; a temperature up to COLD is the limit, all mass on the largest logit.
+    top_p < 1 keeps the most probable tokens that together reach it, and those as probable as the last (Holtzman et al.
+    2020).
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if mask_id < logits.shape[-1]:
         logits = logits.index_fill(-1, torch.tensor([mask_id], device=logits.device), -torch.inf)
-    if temperature > 0:
+    if temperature > COLD:
         p = (logits / temperature).softmax(-1).mean(0)
     else:
         p = F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype).mean(0)

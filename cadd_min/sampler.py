@@ -80,10 +80,10 @@ def sample(
     mask_id where free: the positions given never change; callback sees a `Step` after each step.
     Raises: InputError for an argument out of range.
     """
-    _check(shape, table, steps, zhat, num_latents, temperature, top_p, time_grid, prompt)
+    _check(shape, table, mask_id, steps, zhat, num_latents, top_p, strength, time_grid, prompt)
     device, (batch, length), dim = table.device, shape, table.shape[1]
     seed = ops.draw_seed(generator, device)
-    x = torch.full(shape, mask_id, device=device) if prompt is None else prompt.to(device).clone()
+    x = torch.full(shape, mask_id, device=device) if prompt is None else prompt.to(device, torch.int64, copy=True)
     positions = torch.arange(num_latents * batch * length, device=device)
     z = philox.normals(seed, positions, dim).to(table.dtype).view(num_latents, batch, length, dim)
     given = x != mask_id
@@ -98,34 +98,48 @@ def sample(
         seen = (x.repeat(num_latents, 1), strength * z.flatten(0, 1), t.to(table.dtype).expand(num_latents * batch))
         each = rows + batch * length * torch.arange(num_latents, device=device)[:, None]  # (K, N)
         seed[1] = index + 1
-        x_s, z_s = ops.reverse_step(
-            logits_at(denoiser, *seen, each.flatten()).unflatten(0, each.shape),
-            rows,
-            z.flatten(1, 2),
-            table,
-            s,
-            t,
-            schedule,
-            mask_id,
-            seed,
-            zhat=zhat,
-            temperature=temperature(float(t)) if callable(temperature) else temperature,
-            top_p=top_p,
-        )
+        tau = _temperature(temperature, float(t))
+        logits = logits_at(denoiser, *seen, each.flatten()).unflatten(0, each.shape)
+        try:
+            x_s, z_s = ops.reverse_step(
+                logits,
+                rows,
+                z.flatten(1, 2),
+                table,
+                s,
+                t,
+                schedule,
+                mask_id,
+                seed,
+                zhat=zhat,
+                temperature=tau,
+                top_p=top_p,
+            )
+        except ValueError as error:  # a kernel's: its first line says what is wrong
+            raise InputError(f"step {index + 1}: {str(error).splitlines()[0]}") from None
         x.view(-1)[rows], z.flatten(1, 2)[:, rows] = x_s, z_s
         if callback is not None:
-            callback(Step(index, float(t), float(s), x.clone(), z, masked & (x != mask_id)))
+            callback(Step(index, float(t), float(s), x.clone(), z.clone(), masked & (x != mask_id)))
     return x
+
+
+def _temperature(temperature: Temperature, t: float) -> float:
+    """Its value at time t."""
+    tau = temperature(t) if callable(temperature) else temperature
+    if not 0 <= tau < math.inf:
+        raise InputError(f"temperature must be 0 or more, not {tau}")
+    return tau
 
 
 def _check(
     shape: tuple[int, int],
     table: Tensor,
+    mask_id: int,
     steps: int,
     zhat: str,
     num_latents: int,
-    temperature: Temperature,
     top_p: float,
+    strength: float,
     time_grid: str,
     prompt: Tensor | None,
 ) -> None:
@@ -136,9 +150,11 @@ def _check(
     for name, value in (("steps", steps), ("num_latents", num_latents)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
-    if not callable(temperature) and not 0 <= temperature < math.inf:
-        raise InputError(f"temperature must be 0 or more, not {temperature}")
+    if not math.isfinite(strength):
+        raise InputError(f"strength must be a number, not {strength}")
     if not 0 < top_p <= 1:
         raise InputError(f"top_p must be in (0, 1], not {top_p}")
     if prompt is not None and tuple(prompt.shape) != tuple(shape):
         raise InputError(f"prompt must have the shape {tuple(shape)} of the samples, not {tuple(prompt.shape)}")
+    if prompt is not None and not ((0 <= prompt) & (prompt < max(mask_id + 1, len(table)))).all():
+        raise InputError(f"prompt must hold token ids, or {mask_id} where free")

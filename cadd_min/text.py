@@ -25,7 +25,10 @@ def parse_prompt(prompt: str, tokenizer: Tokenizer, length: int) -> Tensor:
     """
     ids: list[int] = []
     for i, part in enumerate(GAP.split(prompt)):
-        ids += [tokenizer.mask_id] * int(part) if i % 2 else tokenizer.encode(part)
+        gap = int(part[:9]) if i % 2 else 0
+        if gap > length:
+            raise InputError(f"--prompt has a gap of {part} tokens: the model's length is {length}")
+        ids += [tokenizer.mask_id] * gap if i % 2 else tokenizer.encode(part)
     if len(ids) > length:
         raise InputError(f"--prompt has {len(ids)} tokens, gaps included: the model's length is {length}")
     return torch.tensor(ids + [tokenizer.mask_id] * (length - len(ids)))
@@ -41,17 +44,17 @@ def frame(x: Tensor, fresh: Tensor, tokenizer: Tokenizer) -> str:
 
 
 class Watch:
-    """A sampler callback that shows the first sequence after each step, at most `per_second` steps a second."""
+    """A sampler callback that shows the first sequence after each step, at most 20 steps a second."""
 
-    def __init__(self, tokenizer: Tokenizer, steps: int, per_second: float = 20.0):
-        self.tokenizer, self.steps, self.pause = tokenizer, steps, 1 / per_second
+    def __init__(self, tokenizer: Tokenizer, steps: int):
+        self.tokenizer, self.steps = tokenizer, steps
         self.clear = HOME if sys.stdout.isatty() else "\n"
 
     def __call__(self, step: Step) -> None:
         masked = int((step.x[0] == self.tokenizer.mask_id).sum())
         print(f"{self.clear}step {step.number + 1}/{self.steps}  t = {step.s:.3f}  {masked} masked\n")
         print(frame(step.x[0], step.fresh[0], self.tokenizer), flush=True)
-        time.sleep(self.pause)
+        time.sleep(1 / 20)
 
 
 def preview(model: Denoiser, tokenizer: Tokenizer, steps: int = 64) -> str:

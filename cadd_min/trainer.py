@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cadd_min import ops
 from cadd_min.errors import InputError, choose
-from cadd_min.loss import WEIGHTINGS, nelbo_parts, stratified_times, time_weights, token_losses
+from cadd_min.loss import T_MIN, WEIGHTINGS, nelbo_parts, stratified_times, time_weights, token_losses
 from cadd_min.model import Denoiser
 from cadd_min.options import option
 
@@ -55,6 +55,9 @@ class TrainConfig:
         for name in ("ema", "wrong_hints", "drop_latent", "final_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        for name in ("warmup", "weight_decay", "mse", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be 0 or more, not {getattr(self, name)}")
         for name in ("lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be greater than 0, not {getattr(self, name)}")
@@ -116,7 +119,7 @@ def training_loss(
     positions and their number, and the squared error.
     """
     schedule, table = model.schedule, model.table()
-    t = stratified_times(len(x_0), generator, x_0.device)
+    t = T_MIN + (1 - T_MIN) * stratified_times(len(x_0), generator, x_0.device)  # elbo weights grow like 1/t
     hinted = misled(x_0, config.wrong_hints, model.mask_id, generator)
     x_t, z_t = ops.forward_noising(x_0, hinted, table, t, schedule, model.mask_id, ops.draw_seed(generator))
     if config.drop_latent > 0:
@@ -140,6 +143,10 @@ class Trainer:
 
     def __init__(self, model: Denoiser, data: Callable[[int], Tensor], config: TrainConfig):
         self.model, self.data, self.config = model, data, config
+        if model.config.model == "cdm" and config.weighting == "elbo" and config.mse == 0:
+            raise InputError(
+                "weighting elbo gives the CE of a cdm no weight at all: set mse to 1, or weighting uniform"
+            )
         self.device = model.embedding.weight.device
         self.ema = copy.deepcopy(model).requires_grad_(False).eval()
         self.step = 0

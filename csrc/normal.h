@@ -41,7 +41,7 @@ CADD_HD float log_positive(float x) {
   return static_cast<float>(e) * 0.69314718f + 2.0f * (r + r * series);
 }
 
-// Two normals of two words: radius sqrt(-2 ln u), u = (a + 1/2) 2^-32, and angle 2 pi b 2^-32.
+// Two normals of two words: radius sqrt(-2 ln u), u = (a / 2 + 1/4) 2^-31 with a / 2 rounded down, and angle 2 pi b 2^-32.
 // The angle's quarter is in b's top bits, exactly; what is left, in [-1/8, 1/8] turns, goes through Taylor series.
 CADD_HD void normal_pair(uint32_t a, uint32_t b, float& first, float& second) {
   const float u = static_cast<float>(static_cast<int32_t>(a >> 1)) * 0x1p-31f + 0x1p-33f;

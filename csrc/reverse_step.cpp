@@ -292,6 +292,9 @@ std::tuple<at::Tensor, at::Tensor> reverse_step_cpu(const at::Tensor& logits, co
                                                     const at::Tensor& table, const at::Tensor& step, const at::Tensor& seed,
                                                     int64_t mask_id, int64_t zhat, double temperature, double top_p) {
   check_reverse_step(logits, rows, z_t, table, step, seed, zhat, temperature, top_p);
+  const int64_t* position = rows.const_data_ptr<int64_t>();
+  TORCH_CHECK_INDEX(std::all_of(position, position + rows.size(0), [&](int64_t p) { return 0 <= p && p < z_t.size(1); }),
+                    "reverse_step: rows must be from 0 to ", z_t.size(1) - 1, ", the positions of z_t");
   const c10::impl::ExcludeDispatchKeyGuard precise(c10::autocast_dispatch_keyset);  // the product for "soft" too
   at::Tensor x_s = at::empty({rows.size(0)}, rows.options());
   at::Tensor z_s = at::empty({logits.size(0), rows.size(0), table.size(1)}, table.options());

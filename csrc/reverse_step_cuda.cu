@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <cassert>
 
 #include "cuda.h"
 #include "reverse_step.h"
@@ -82,6 +83,7 @@ __global__ void reverse_step_kernel(ReverseArgs a) {
 
   for (int64_t n = blockIdx.x; n < a.count; n += gridDim.x) {
     const int64_t position = a.rows[n];
+    assert(0 <= position && position < a.positions);
     const Choices choice = choices(stream, position);
     const bool flip = choice.flip < step.rho_flip;
     if (!flip && a.dim == 0) {

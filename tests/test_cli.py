@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cadd_min import checkpoint, ops
+from cadd_min import checkpoint
 from cadd_min.dit import PRESETS
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.text import frame, parse_prompt
@@ -73,14 +73,21 @@ def test_runs_are_never_overwritten_and_resume_goes_on(call, text):
     assert content["settings"]["dtype"] in ("float32", "bfloat16")  # measured once, not again when resumed
     code, _, err = call("train_text.py --resume --out runs/text-cadd --preset tiny --steps 8")
     assert code == 2 and "another shape" in err
+    other = "--dataset other.txt --tokenizer chars --out runs/chars --steps 8"
+    Path("other.txt").write_text("abc " * 300)
+    assert call(f"train_text.py {TINY} {other} --log-every 0")[0] == 0
+    Path("other.txt").write_text("xyz " * 300)
+    code, _, err = call("train_text.py --resume --out runs/chars --steps 9")
+    assert code == 2 and "other tokens" in err
 
 
 def test_prompts_keep_what_is_given(call, text):
     call(f"train_text.py --dataset {text} {TINY}")
     code, out, _ = call('sample.py --steps 3 --prompt "To be[3] not"')
     assert code == 0 and out.startswith("To be") and " not" in out
-    code, _, err = call('sample.py --prompt "[17]"')
-    assert code == 2 and "17 tokens" in err and "length is 16" in err
+    for prompt in ("[17]", "[9] and [9]"):
+        code, _, err = call(f'sample.py --prompt "{prompt}"')
+        assert code == 2 and "tokens" in err and "length is 16" in err
     words = gpt2(300)
     ids = parse_prompt("To[2] be", words, 16).tolist()
     head, tail = words.encode("To"), words.encode(" be")
@@ -138,7 +145,10 @@ def test_readme_names_files_and_targets_that_exist():
         ("train_text.py --dataset {text} --model gan", "model must be one of cadd, mdlm, cdm, not 'gan'"),
         ("train_text.py --dataset {text} --preset huge", "--preset must be one of nano, tiny, small, medium"),
         ("train_text.py --dataset {text} --length 0", "length 1 at least"),
-        ("train_text.py --dataset {text} --length 100000", "fewer than one sequence"),
+        ("train_text.py --dataset {text} --length 100000", "fewer than one sequence of --length 100000"),
+        ("train_text.py --dataset {text} --seed -1", "seed must be 0 or more"),
+        ("train_text.py --dataset {text} {tiny} --out {text}", "--out must be a folder"),
+        ("train_text.py --dataset {text} {tiny} --lr 1e30 --clip 1e30", "the loss is no number at step"),
         ("train_text.py --dataset {text} --vocab-size 10", "vocab size must be from 257"),
         ("train_text.py --dataset {text} --tokenizer t5", "--tokenizer must be one of gpt2, chars"),
         ("train_text.py --dataset {text} --steps 0", "steps must be at least 1"),
@@ -161,6 +171,11 @@ def test_readme_names_files_and_targets_that_exist():
         ("sample.py --ckpt {good} --num 0", "--num must be at least 1"),
         ("sample.py --ckpt {good} --top-p 0", "top_p must be in (0, 1]"),
         ("sample.py --ckpt {good} --temperature -1", "temperature must be 0 or more"),
+        ("sample.py --ckpt {good} --temperature 1 --cosine-temperature nan", "temperature must be 0 or more"),
+        ("sample.py --ckpt {good} --strength inf", "strength must be a number"),
+        ("sample.py --ckpt {good} --seed 99999999999999999999", "--seed must be from 0"),
+        ("sample.py --ckpt {good} --prompt [99999999999999999999]", "has a gap of 99999999999999999999 tokens"),
+        ("sample.py --ckpt {good} --device meta", "--device must be"),
         ("sample.py --ckpt {good} --device tpu9", "--device must be"),
         ("sample.py --ckpt {other}", "the tokenizer has 300 tokens, the model 11"),
     ],
@@ -178,17 +193,12 @@ def test_bad_input_is_one_sentence(command, message, call, text, tmp_path):
         state = {"ema": Denoiser(config).state_dict(), "step": 1}
         content = {"model_config": checkpoint.model_dict(config), "tokenizer": gpt2(300).spec(), "trainer": state}
         checkpoint.save(files[name], content)
-    code, _, err = call(command.format(**files))
-    shown = err.split("\r")[-1]  # a progress bar before it has erased itself
-    assert code == 2 and message in shown and len(shown.strip().splitlines()) == 1
+    code, _, err = call(command.format(**files, tiny=TINY))
+    shown = [line for line in err.split("\r")[-1].splitlines() if "step/s]" not in line]  # no progress bar
+    assert code == 2 and len(shown) == 1 and message in shown[0]
 
 
 @pytest.mark.parametrize("arguments", ["--steps x", "--unknown 1", "--dtype int7"])
 def test_unparsable_arguments_exit_with_2(arguments, call):
     code, _, err = call(f"sample.py {arguments}")
     assert code == 2 and "error:" in err
-
-
-def test_backend_says_what_runs_and_why():
-    name, why = ops.backend()
-    assert name in ("cuda", "cpp", "torch") and why

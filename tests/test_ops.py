@@ -217,6 +217,14 @@ def test_ids_beyond_the_table_are_refused():
         ops.forward_noising(x_0, ids + 7, table, t, NoiseSchedule(), 7, SEED)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a device-side assertion there, which ends the process")
+def test_rows_beyond_the_latents_are_refused():
+    logits, rows, *rest = reverse_case(2, 5, 30, 4)
+    for bad in (rows + 10**9, rows - 10):
+        with pytest.raises(IndexError):
+            ops.reverse_step(logits, bad, *rest, 30, SEED)
+
+
 def noising_arguments(dtype=torch.float64, grad=True):
     x_0, ids, table, t = noising_case((3, 6), 5, 3, dtype)
     schedule = NoiseSchedule()

@@ -19,8 +19,8 @@ from tests.test_loss import LAW, MASK, oracle, toy
 
 
 def oracle_law(zhat: str, steps: int, count: int = 200_000, table=None, **options) -> torch.Tensor:
-    """Frequencies of the tokens that the oracle's chain draws, L = 1."""
-    table, schedule = toy() if table is None else table, options.pop("schedule", NoiseSchedule())
+    """Frequencies of the tokens that the oracle's chain draws, L = 1. In float32, so that the kernel runs if built."""
+    table, schedule = toy().float() if table is None else table, options.pop("schedule", NoiseSchedule())
     x = sample(
         oracle(table, schedule), (count, 1), table, schedule, MASK, steps=steps, zhat=zhat, generator=rng(1), **options
     )
@@ -166,7 +166,7 @@ def test_chain_promises(zhat, model, num_latents):
 
     x = sample(
         denoise, (2, 12), net.table().detach(), net.schedule, mask, steps=6, zhat=zhat, num_latents=num_latents,
-        prompt=prompt, generator=rng(0), callback=lambda s: steps.append(s._replace(z=s.z.clone())),
+        prompt=prompt, generator=rng(0), callback=steps.append,
     )  # fmt: skip
     assert ((0 <= x) & (x < mask)).all() and torch.equal(x[:, 3:6], prompt[:, 3:6])
     assert steps[0].t == 1 and steps[-1].s == 0 and all(a.s == b.t and a.t > a.s for a, b in itertools.pairwise(steps))
@@ -229,7 +229,11 @@ def test_temperature_decay_and_time_grids():
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"zhat": "softer"}, "zhat must be one of hard, soft, sample"),
         ({"time_grid": "log"}, "time grid must be one of uniform, cosine"),
+        ({"temperature": lambda t: -1.0}, "temperature must be 0 or more"),
+        ({"strength": math.inf}, "strength must be a number"),
         ({"prompt": torch.zeros(2, 3, dtype=torch.int64)}, "prompt must have the shape"),
+        ({"prompt": torch.full((2, 12), -1)}, "prompt must hold token ids, or 11 where free"),
+        ({"prompt": torch.full((2, 12), 12)}, "prompt must hold token ids"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
@@ -238,7 +242,8 @@ def test_bad_arguments_are_named(options, message):
         sample(net, (2, 12), net.table().detach(), net.schedule, 11, **({"steps": 4} | options))
 
 
-def test_nan_logits_are_refused():
-    table = toy()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # by the kernel, if built, and by the reference
+def test_nan_logits_are_refused(dtype):
+    table = toy().to(dtype)
     with pytest.raises(InputError, match="NaN"):
         sample(lambda x, z, t: torch.full((*x.shape, 3), math.nan), (2, 2), table, NoiseSchedule(), MASK, steps=2)

@@ -16,7 +16,7 @@ import torch
 
 from cadd_min import checkpoint
 from cadd_min.errors import InputError
-from cadd_min.loss import token_losses
+from cadd_min.loss import T_MIN, token_losses
 from cadd_min.metrics import MetricsLog, loss_curve, read_metrics
 from cadd_min.trainer import TrainConfig, Trainer, best_dtype, learning_rate, seeded, training_loss
 from tests.conftest import nano, rng
@@ -41,7 +41,7 @@ def same(a: Trainer, b: Trainer) -> bool:
 
 
 @pytest.mark.parametrize("model", ["cadd", "mdlm", "cdm"])
-@pytest.mark.parametrize("options", [{}, {"mse": 0.1}, {"weighting": "elbo", "drop_latent": 0.3, "accumulate": 2}])
+@pytest.mark.parametrize("options", [{}, {"weighting": "elbo", "mse": 0.1, "drop_latent": 0.3, "accumulate": 2}])
 def test_resume_is_bit_for_bit(model, options, tmp_path):
     straight, first, second = (trainer(model, steps=6, warmup=2, **options) for _ in range(3))
     for _ in range(6):
@@ -56,8 +56,10 @@ def test_resume_is_bit_for_bit(model, options, tmp_path):
     assert same(straight, second) and not same(straight, first)
 
 
-@pytest.mark.parametrize("model", ["cadd", "mdlm", "cdm"])
-def test_one_batch_can_be_overfitted(model, monkeypatch):
+@pytest.mark.parametrize(
+    "model, dtype", [("cadd", "float32"), ("mdlm", "float32"), ("cdm", "float32"), ("cadd", "bfloat16")]
+)
+def test_one_batch_can_be_overfitted(model, dtype, monkeypatch):
     """One batch with its noise, again and again: nothing of it may stay beyond the network's reach.
 
     Rotary positions are relative, so a sequence without a single unmasked token (and without a latent) cannot know
@@ -66,9 +68,10 @@ def test_one_batch_can_be_overfitted(model, monkeypatch):
     import cadd_min.trainer as module
 
     monkeypatch.setattr(module, "seeded", lambda seed, index, device: seeded(341, 0))
-    fit = trainer(model, lambda i: batch(0), steps=400, lr=3e-3, wrong_hints=0.0)
+    fit = trainer(model, lambda i: batch(0), steps=400, lr=3e-3, wrong_hints=0.0, dtype=dtype)
     losses = [fit.train_step()["ce"] for _ in range(400)]
     assert losses[0] > 2 and losses[-1] < 0.02
+    assert fit.model.head.weight.dtype == torch.float32  # whatever the network computes in
 
 
 @pytest.mark.slow
@@ -102,7 +105,7 @@ def test_loss_is_the_cross_entropy_of_the_logits_at_masked_positions(monkeypatch
     monkeypatch.setattr(module, "stratified_times", lambda *a, f=module.stratified_times: seen.setdefault("t", f(*a)))
     x_0 = batch(0)
     loss, parts = training_loss(model, x_0, config, rng(0))
-    (x_t, z_t), t = seen["x, z"], seen["t"].float()
+    (x_t, z_t), t = seen["x, z"], (T_MIN + (1 - T_MIN) * seen["t"]).float()
     masked = x_t == model.mask_id
     ce = torch.nn.functional.cross_entropy(model(x_t, z_t, t)[masked], x_0[masked], reduction="sum")
     assert float(loss) == pytest.approx(float(ce) / x_0.numel(), rel=1e-5)
@@ -135,27 +138,30 @@ def test_learning_rate_warms_up_and_decays():
     )
 
 
-def test_dtype_is_measured_and_bfloat16_trains():
-    assert best_dtype(torch.device("cpu")) in ("float32", "bfloat16")
-    low = trainer(dtype="bfloat16", steps=40, lr=3e-3)
-    losses = [low.train_step()["ce"] for _ in range(40)]
-    assert all(map(math.isfinite, losses)) and low.model.head.weight.dtype == torch.float32
+def test_dtype_is_measured():
+    assert trainer(dtype="auto").dtype == best_dtype(torch.device("cpu")) in ("float32", "bfloat16")
 
 
 def test_evaluation_is_the_same_each_time_and_bounds_the_entropy():
     fit = trainer(steps=1)
-    one, two = (fit.evaluate([batch(100), batch(101)]) for _ in range(2))
-    assert one == two and one["val_bound"] > 0.5 * math.log(11)
+    one, two = (fit.evaluate([batch(100 + i) for i in range(16)]) for _ in range(2))
+    assert one == two and one["val_bound"] > math.log(11) - 0.1  # of uniform tokens; 16 draws of the time err by less
     assert one["val_bound"] == pytest.approx(one["val_bound_discrete"] + one["val_bound_continuous"])
 
 
 def test_bad_settings_are_named():
     for options, message in (
         ({"steps": 0}, "steps"), ({"lr": 0.0}, "lr"), ({"lr": math.nan}, "lr"), ({"drop_latent": 2.0}, "drop_latent"),
-        ({"weighting": "x"}, "uniform, elbo"), ({"dtype": "int8"}, "auto, float32"), ({"batch_size": -1}, "batch_size"),
+        ({"weighting": "x"}, "uniform, elbo"), ({"seed": -1}, "seed"), ({"mse": math.nan}, "mse"),
+        ({"warmup": -5}, "warmup"), ({"dtype": "int8"}, "auto, float32"), ({"batch_size": -1}, "batch_size"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             TrainConfig(**options)
+
+
+def test_elbo_weights_alone_cannot_train_a_cdm():
+    with pytest.raises(InputError, match="no weight at all"):
+        trainer("cdm", weighting="elbo")
 
 
 def test_damaged_checkpoints_are_refused_and_nothing_is_unpickled(tmp_path):
