@@ -15,29 +15,21 @@ import torch
 
 from cadd_min import checkpoint, ops
 from cadd_min.errors import InputError, run, torch_device
+from cadd_min.options import HelpFormatter
 from cadd_min.sampler import TIME_GRIDS, ZHATS, cosine_temperature, sample
 from cadd_min.text import Watch, parse_prompt
 from cadd_min.trainer import DTYPES
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--ckpt",
-        type=Path,
-        default=Path("runs"),
-        help="a checkpoint, its folder, or a folder of runs (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--zhat", default="hard", help=f"estimate of z_0 at each step: {', '.join(ZHATS)} (default: %(default)s)"
-    )
-    parser.add_argument("--steps", type=int, default=128, help="T, steps from noise to text (default: %(default)s)")
-    parser.add_argument(
-        "--num-latents", type=int, default=1, help="K, latents whose predictions are averaged (default: %(default)s)"
-    )
-    parser.add_argument("--num", type=int, default=1, help="samples (default: %(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--ckpt", type=Path, default=Path("runs"), help="a checkpoint, its folder, or a folder of runs")
+    parser.add_argument("--zhat", default="hard", help=f"estimate of z_0 at each step: {', '.join(ZHATS)}")
+    parser.add_argument("--steps", type=int, default=128, help="T, steps from noise to text")
+    parser.add_argument("--num-latents", type=int, default=1, help="K, latents whose predictions are averaged")
+    parser.add_argument("--num", type=int, default=1, help="samples")
     parser.add_argument("--prompt", help='text with gaps, "The [8] of the union [16]"')
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the draws; 0 takes the most probable")
     parser.add_argument(
         "--cosine-temperature",
         type=float,
@@ -46,20 +38,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="START",
         help="let it fall to --temperature along a cosine from START (the paper's for images: 2.5)",
     )
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        help="draw from the smallest set with this probability (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--strength",
-        type=float,
-        default=1.0,
-        help="of the latent that the network sees; 0 ignores it (default: %(default)s)",
-    )
-    parser.add_argument("--time-grid", default="uniform", help=f"{', '.join(TIME_GRIDS)} (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the smallest set with this probability")
+    parser.add_argument("--strength", type=float, default=1.0, help="of the latent that the network sees; 0 ignores it")
+    parser.add_argument("--time-grid", default="uniform", help=f"{', '.join(TIME_GRIDS)}")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: as it was trained")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--watch", action="store_true", help="show the first sample's denoising in the terminal")

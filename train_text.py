@@ -23,7 +23,7 @@ from cadd_min.dit import PRESETS
 from cadd_min.errors import InputError, choose, run, torch_device
 from cadd_min.fit import FitConfig, Run, fit
 from cadd_min.model import Denoiser, ModelConfig
-from cadd_min.options import add_options, from_args
+from cadd_min.options import HelpFormatter, add_options, from_args
 from cadd_min.text import preview
 from cadd_min.trainer import TrainConfig, Trainer
 
@@ -32,18 +32,12 @@ HELD_OUT = 4096  # tokens in each of four evaluation batches: the bound looks at
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--dataset", default="sotu", help=f"{', '.join(corpus.NAMES)}, or a path (default: %(default)s)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--dataset", default="sotu", help=f"{', '.join(corpus.NAMES)}, or a path")
     parser.add_argument("--tokenizer", help="gpt2 or chars (default: the dataset's own)")
-    parser.add_argument(
-        "--vocab-size", type=int, default=8192, help="tokens of the gpt2 tokenizer, 257 to 50257 (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--preset", default="tiny", help=f"size of the network: {', '.join(PRESETS)} (default: %(default)s)"
-    )
-    parser.add_argument("--length", type=int, default=128, help="tokens in a sequence (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=8192, help="tokens of the gpt2 tokenizer, 257 to 50257")
+    parser.add_argument("--preset", default="tiny", help=f"size of the network: {', '.join(PRESETS)}")
+    parser.add_argument("--length", type=int, default=128, help="tokens in a sequence")
     parser.add_argument("--out", type=Path, help="folder of the run (default: a new one in runs/)")
     parser.add_argument("--resume", action="store_true", help="go on with --out, or with the newest run")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "cadd_min", help="for token files")

@@ -12,6 +12,14 @@ T = TypeVar("T")
 TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps a script's description as it is written, and says the default of each option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        silent = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        return (action.help or "") + ("" if silent else " (default: %(default)s)")
+
+
 def option(default: Any, help: str) -> Any:
     """A dataclass field that is also an option `--its-name`."""
     return dataclasses.field(default=default, metadata={"help": help})
@@ -24,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
         if "help" not in field.metadata:
             continue
         flag = "--" + field.name.replace("_", "-")
-        text = field.metadata["help"] + " (default: %(default)s)"
+        text = field.metadata["help"]
         if field.type == "bool":
             action = argparse.BooleanOptionalAction
             group.add_argument(flag, action=action, default=field.default, help=field.metadata["help"])
