@@ -4,7 +4,7 @@
     CADD_BACKEND=torch|cpp|cuda       ask for one: an error, not a fallback, where it cannot be had
 
 The fused kernels are in csrc/, the reference in forward.py and reverse.py. Both draw from Philox (philox.py) by (seed,
-offset, position), so a seed gives the same masks and tokens whichever runs.
+offset, position), so a seed gives the same noise whichever runs, and the same tokens but where rounding decides.
 """
 
 from __future__ import annotations
