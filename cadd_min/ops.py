@@ -71,7 +71,7 @@ def _reverse_step(
     u = (*philox.choices(seed, rows), philox.hat_choice(seed, each))
     eps = philox.normals(seed, each, dim).to(z_t.dtype)
     p = token_probs(logits, mask_id, temperature, top_p)
-    return reverse_rows(p, z_t[:, rows], table, step, mask_id, ZHATS[zhat], u, eps)
+    return reverse_rows(p, z_t.index_select(1, rows), table, step, mask_id, ZHATS[zhat], u, eps)
 
 
 REFERENCE = {"forward_noising": _forward_noising, "reverse_step": _reverse_step}

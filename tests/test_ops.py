@@ -221,7 +221,7 @@ def test_ids_beyond_the_table_are_refused():
 def test_rows_beyond_the_latents_are_refused():
     logits, rows, *rest = reverse_case(2, 5, 30, 4)
     for bad in (rows + 10**9, rows - 10):
-        with pytest.raises(IndexError):
+        with pytest.raises((IndexError, RuntimeError)):  # the kernel, the reference
             ops.reverse_step(logits, bad, *rest, 30, SEED)
 
 
