@@ -1,4 +1,7 @@
-"""The text backbone: a bidirectional transformer, rotary positions, adaLN-Zero on t (DiT, Peebles & Xie 2023)."""
+"""The transformer backbone: bidirectional, rotary positions, adaLN-Zero on t (DiT, Peebles & Xie 2023).
+
+Text goes in token by token, an image patch by patch.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,31 @@ class Size:
     heads: int
     cond: int = 128  # width of the time conditioning
 
+    @property
+    def embed(self) -> int:
+        """Width of a token's embedding, and of its features for the head."""
+        return self.width
+
+    def build(self, shape: tuple[int, ...], classes: int = 0) -> nn.Module:
+        """The backbone for inputs of this shape, (L,)."""
+        return DiT(self, shape[0], classes)
+
+
+@dataclass(frozen=True)
+class PatchSize:
+    """A transformer for images."""
+
+    layers: int
+    width: int
+    heads: int
+    embed: int  # of one value of one colour
+    patch: int
+    cond: int = 128
+
+    def build(self, shape: tuple[int, ...], classes: int = 0) -> nn.Module:
+        """The backbone for images of this shape, (H, W, C)."""
+        return PatchDiT(self, shape, classes)
+
 
 PRESETS = {
     "nano": Size(layers=2, width=64, heads=2, cond=64),  # tests and benchmarks/markov.py
@@ -28,23 +56,37 @@ PRESETS = {
     "small": Size(layers=12, width=768, heads=12),
     "medium": Size(layers=24, width=1024, heads=16),
 }
+PATCH_PRESETS = {
+    "tiny": PatchSize(layers=4, width=128, heads=4, embed=32, patch=1),  # 8x8 digits
+    "cifar10": PatchSize(layers=12, width=512, heads=8, embed=64, patch=2, cond=256),
+    "imagenet32": PatchSize(layers=12, width=768, heads=12, embed=64, patch=2, cond=256),
+}
 
 
 class TimeEmbedding(nn.Module):
-    """t (B,) -> c (B, cond): sines of t at many frequencies, then an MLP."""
+    """t (B,), label (B,) -> c (B, cond): sines of t at many frequencies, an MLP, and what the class adds to it.
+
+    Labels are 0 to classes - 1; `classes`, or no label, is "any class".
+    """
 
     frequency: Tensor
 
-    def __init__(self, cond: int, frequencies: int = 128):
+    def __init__(self, cond: int, classes: int = 0, frequencies: int = 128):
         super().__init__()
+        self.classes = classes
         self.register_buffer(
             "frequency", 1000 * torch.exp(-math.log(10000) * torch.arange(frequencies) / frequencies), persistent=False
         )
-        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, cond), nn.SiLU(), nn.Linear(cond, cond), nn.SiLU())
+        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, cond), nn.SiLU(), nn.Linear(cond, cond))
+        if classes:
+            self.label = nn.Embedding(classes + 1, cond)
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t: Tensor, label: Tensor | None = None) -> Tensor:
         angle = t[:, None].float() * self.frequency
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], -1))
+        c = self.mlp(torch.cat([angle.cos(), angle.sin()], -1))
+        if self.classes:
+            c = c + self.label(torch.full_like(t, self.classes, dtype=torch.int64) if label is None else label)
+        return F.silu(c)
 
 
 class Rotary(nn.Module):
@@ -82,7 +124,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class Block(nn.Module):
     """Attention and MLP, each modulated and gated by the time. The gates start at zero: a block starts as identity."""
 
-    def __init__(self, size: Size):
+    def __init__(self, size: Size | PatchSize):
         super().__init__()
         width = size.width
         self.heads = size.heads
@@ -121,11 +163,11 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """(B, L, width) inputs and times (B,) -> (B, L, width) features for the head."""
 
-    def __init__(self, size: Size, length: int):
+    def __init__(self, size: Size | PatchSize, length: int, classes: int = 0):
         super().__init__()
         if size.width % (2 * size.heads):
             raise InputError(f"width must be a multiple of twice the heads ({size.heads}), not {size.width}")
-        self.time = TimeEmbedding(size.cond)
+        self.time = TimeEmbedding(size.cond, classes)
         self.rotary = Rotary(size.width // size.heads, length)
         blocks = [Block(size) for _ in range(size.layers)]
         self.blocks = nn.ModuleList(blocks)
@@ -145,9 +187,31 @@ class DiT(nn.Module):
         for block in self.blocks:
             nn.init.zeros_(block.get_parameter("ada.weight"))
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        c = self.time(t).to(x.dtype)
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        c = self.time(t, label).to(x.dtype)
         for block in self.blocks:
             x = block(x, c, self.rotary)
         shift, scale = self.ada(c)[:, None].chunk(2, -1)
         return modulate(x, shift, scale)
+
+
+class PatchDiT(nn.Module):
+    """The same for images: (B, H W C, embed) inputs and times (B,) -> (B, H W C, embed), patch by patch."""
+
+    def __init__(self, size: PatchSize, shape: tuple[int, ...], classes: int = 0):
+        super().__init__()
+        height, width, colours = shape
+        if height % size.patch or width % size.patch:
+            raise InputError(f"patches of {size.patch} must tile the images, and these are {height} x {width}")
+        self.grid = (height // size.patch, size.patch, width // size.patch, size.patch, colours * size.embed)
+        inputs = size.patch**2 * colours * size.embed
+        self.enter = nn.Linear(inputs, size.width)
+        self.position = nn.Parameter(torch.zeros(self.grid[0] * self.grid[2], size.width))
+        self.transformer = DiT(size, self.grid[0] * self.grid[2], classes)
+        self.leave = nn.Linear(size.width, inputs)
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        patches = x.reshape(len(x), *self.grid).transpose(2, 3).flatten(3).flatten(1, 2)  # (B, patches, inputs)
+        h = self.leave(self.transformer(self.enter(patches) + self.position, t, label))
+        rows, p, columns, _, entries = self.grid
+        return h.view(len(x), rows, columns, p, p, entries).transpose(2, 3).reshape(x.shape)

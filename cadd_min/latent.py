@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cadd_min.schedule import NoiseSchedule, per_token
 
-TABLES = ("tied", "fixed", "free")
+TABLES = ("tied", "fixed", "ordered", "free")
 FUSIONS = ("add", "concat", "reweight")
 HINTS = ("raw", "linear", "posterior")
 
@@ -35,6 +35,19 @@ def evidence_norm(vocab_size: int, schedule: NoiseSchedule, share: float, dim: i
         return 0.0
     snr = float(schedule.snr(torch.tensor(0.5, dtype=torch.float64)))
     return math.sqrt(dim * math.expm1(2 * share * math.log(vocab_size) / dim) / snr)
+
+
+def ordered_rows(count: int, dim: int) -> Tensor:
+    """(count, dim) unit rows for tokens that are steps of one scale, like grey levels: the nearer, the more alike.
+
+    Points of half a circle, (cos, sin) of pi u for u from 0 to 1, and from dimension 2 on of 2 pi u, 3 pi u, ... too.
+    An odd dimension gets the cosine only; one is the scale itself, from -sqrt(3) to sqrt(3), of mean square 1.
+    """
+    u = torch.linspace(0, 1, count)[:, None]
+    if dim == 1:
+        return math.sqrt(3) * (2 * u - 1)
+    angle = math.pi * u * torch.arange(1, (dim + 3) // 2)
+    return F.normalize(torch.stack([angle.cos(), angle.sin()], -1).flatten(1)[:, :dim], dim=-1)
 
 
 def log_likelihood(z_t: Tensor, t: Tensor, table: Tensor, schedule: NoiseSchedule) -> Tensor:
@@ -51,8 +64,9 @@ class Latent(nn.Module):
     """The latent table, and the fusion of a latent with its position's embedding.
 
     table: "tied", the directions of the token embedding, seen through a fixed random matrix where dim is not its width;
-    "fixed", random directions that never change; "free", the token embedding itself with its gradient, which is a
-    trap, to look at and not to use. dim = 0 is no latent at all: a masked model runs the same code.
+    "fixed", random directions that never change; "ordered", the points of a scale, for pixels; "free", the token
+    embedding itself with its gradient, which is a trap, to look at and not to use. dim = 0 is no latent at all: a
+    masked model runs the same code.
     fusion: "add" (the paper's), "concat" or "reweight". hint: "raw", z_t as it is (the paper's); "linear", the best
     linear guess of z_0, which is silent where z_t is noise; "posterior", E[w | z_t] under the table.
     """
@@ -79,6 +93,8 @@ class Latent(nn.Module):
         if table == "fixed":
             directions = torch.randn(vocab_size + 1, dim, generator=random)
             self.register_buffer("directions", F.normalize(directions, dim=-1))
+        if table == "ordered":
+            self.register_buffer("directions", F.pad(ordered_rows(vocab_size, dim), (0, 0, 0, 1)))
         self.fewer = table == "tied" and 0 < dim != width
         if self.fewer:
             self.register_buffer("mixing", torch.randn(width, dim, generator=random) / math.sqrt(width))
@@ -92,7 +108,7 @@ class Latent(nn.Module):
             return embedding.new_zeros(len(embedding), 0)
         if self.kind == "free":
             return embedding
-        if self.kind == "fixed":
+        if self.kind in ("fixed", "ordered"):
             return self.norm * self.directions
         directions = embedding.detach() @ self.mixing if self.fewer else embedding.detach()
         return self.norm * F.normalize(directions, dim=-1)

@@ -20,6 +20,7 @@ from cadd_min.schedule import NoiseSchedule, per_token
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t (B, L), z_t (B, L, D), t (B,)) -> logits (B, L, V)
 WEIGHTINGS = ("uniform", "elbo")
+LOGITS = 2**22  # as many at once in the cross-entropy: 512 rows of 8,192 tokens, 16,384 of 256 grey levels
 T_MIN = 1e-4  # continuous time: the bound integrates over [T_MIN, 1] and takes [0, T_MIN] as one last step
 
 
@@ -127,14 +128,16 @@ def nelbo(
 
 
 def token_losses(
-    features: Tensor, head: Tensor, targets: Tensor, *, table: Tensor | None = None, chunk: int = 512
+    features: Tensor, head: Tensor, targets: Tensor, *, table: Tensor | None = None, chunk: int = 0
 ) -> tuple[Tensor, Tensor]:
     """CE and squared error of z0_hat for N masked positions, never holding their (N, V) logits at once.
 
-    Args: features (N, F); head (V, F), logits are features @ head.T; targets (N,); table (V, D) for the squared error.
+    Args: features (N, F); head (V, F), logits are features @ head.T; targets (N,); table (V, D) for the squared error;
+    chunk, rows at once (0: by the size of V).
     Returns: ce (N,) nats; mse (N,) = ||w[x_0] - sum_v p_v w_v||^2, zero without a table.
     """
     precise = torch.promote_types(features.dtype, torch.float32)
+    chunk = chunk or max(512, LOGITS // len(head))
     if torch.is_autocast_enabled(features.device.type):  # the fused loss is unknown to autocast
         features = features.to(torch.get_autocast_dtype(features.device.type))
     head = head.to(features.dtype)

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cadd_min.dit import DiT, Size
+from cadd_min.dit import PatchSize, Size
 from cadd_min.errors import InputError, choose
-from cadd_min.latent import FUSIONS, HINTS, TABLES, Latent, evidence_norm
+from cadd_min.latent import FUSIONS, HINTS, TABLES, Latent, evidence_norm, ordered_rows
 from cadd_min.options import option
 from cadd_min.schedule import NoiseSchedule, per_token
+from cadd_min.unet import UNetSize
 
 MODELS = ("cadd", "mdlm", "cdm")
+SIZES = {cls.__name__: cls for cls in (Size, PatchSize, UNetSize)}
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,10 @@ class ModelConfig:
     """Everything that shapes the model; it travels in the checkpoint."""
 
     vocab_size: int  # tokens, the mask not counted: its id is vocab_size
-    length: int
-    size: Size
+    length: int  # tokens in a sequence; of an image H W C
+    size: Size | PatchSize | UNetSize  # of the backbone, and which it is
+    image: tuple[int, int, int] | None = None  # (H, W, C) where the tokens are the values of pixels
+    classes: int = 0  # labels that the model is conditioned on; 0: none
     model: str = option("cadd", "cadd, mdlm (no latent) or cdm (everything masked, only latents)")
     discrete: str = option("linear", "schedule of the masks, alpha_t: linear or cosine")
     continuous: str = option("auto", "schedule of the latent: linear, cosine, capped, flow; auto: capped, cdm linear")
@@ -47,10 +51,14 @@ class ModelConfig:
             raise InputError(f"evidence must be greater than 0, not {self.evidence}")
         if not 0 <= self.latent_norm < math.inf or self.latent_dim < 0:
             raise InputError(f"latent_norm and latent_dim must be 0 or more, not {self.latent_norm}, {self.latent_dim}")
-        if self.latent_table == "free" and self.latent_dim not in (0, self.size.width):
-            raise InputError(f"latent dim {self.latent_dim}: a free table has the width {self.size.width}")
-        if self.bayes_head and self.latent_table == "free":
-            raise InputError("bayes_head needs rows of one length: latent_table must be tied or fixed, not free")
+        if self.latent_table == "free" and self.latent_dim not in (0, self.size.embed):
+            raise InputError(f"latent dim {self.latent_dim}: a free table has the width {self.size.embed}")
+        if self.bayes_head and (self.latent_table == "free" or (self.latent_table, self.latent_dim) == ("ordered", 1)):
+            raise InputError("bayes_head needs rows of one length: not a free table, nor an ordered one of dimension 1")
+        if self.image is not None and self.length != math.prod(self.image):
+            raise InputError(
+                f"images of {self.image} have {math.prod(self.image)} values, not the length {self.length}"
+            )
         if self.vocab_size < 2 or self.length < 1:
             raise InputError(f"a model needs 2 tokens and length 1 at least, not {self.vocab_size}, {self.length}")
         self.schedule()
@@ -68,11 +76,12 @@ class Denoiser(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config, self.schedule, self.mask_id = config, config.schedule(), config.vocab_size
-        dim = 0 if config.model == "mdlm" else config.latent_dim or config.size.width
+        width = config.size.embed
+        dim = 0 if config.model == "mdlm" else config.latent_dim or width
         norm = config.latent_norm or evidence_norm(config.vocab_size, self.schedule, config.evidence, dim)
         self.latent = Latent(
             config.vocab_size,
-            config.size.width,
+            width,
             dim,
             norm,
             self.schedule,
@@ -80,21 +89,24 @@ class Denoiser(nn.Module):
             fusion=config.fusion,
             hint=config.hint,
         )
-        self.embedding = nn.Embedding(config.vocab_size + 1, config.size.width)
-        nn.init.normal_(self.embedding.weight, std=config.size.width**-0.5)  # rows of length about 1
-        self.backbone = DiT(config.size, config.length)
-        self.head = nn.Linear(config.size.width, config.vocab_size, bias=False)
+        self.embedding = nn.Embedding(config.vocab_size + 1, width)
+        nn.init.normal_(self.embedding.weight, std=width**-0.5)  # rows of length about 1
+        if config.image is not None:  # the values of a pixel are steps of one scale
+            self.embedding.weight.data[:-1] = ordered_rows(config.vocab_size, width)
+        self.backbone = config.size.build(config.image or (config.length,), config.classes)
+        self.head = nn.Linear(width, config.vocab_size, bias=False)
         nn.init.zeros_(self.head.weight)
 
     def table(self) -> Tensor:
         """The latent table w (V + 1, D)."""
         return self.latent.table(self.embedding.weight)
 
-    def features(self, x_t: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        """(B, L, F) with logits = features @ head_matrix().T."""
+    def features(self, x_t: Tensor, z_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """(B, L, F) with logits = features @ head_matrix().T. Without a label (B,) for any class."""
         masked, table = x_t == self.mask_id, self.table()
         z_tilde = self.latent.fuse(self.embedding(x_t), z_t, masked, t, table)
-        h = self.backbone(math.sqrt(self.config.size.width) * z_tilde, t)  # as in Vaswani et al.: entries of about 1
+        # entries of about 1, as in Vaswani et al.
+        h = self.backbone(math.sqrt(self.config.size.embed) * z_tilde, t, label)
         if not (self.config.bayes_head and self.latent.dim):
             return h
         # log N(z_t; signal w_v, noise^2 I) is linear in w_v (all rows are equally long): two more sets of columns
@@ -108,9 +120,9 @@ class Denoiser(nn.Module):
             return self.head.weight
         return torch.cat([self.head.weight, self.table()[:-1]], -1)
 
-    def logits_at(self, x_t: Tensor, z_t: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+    def logits_at(self, x_t: Tensor, z_t: Tensor, t: Tensor, rows: Tensor, label: Tensor | None = None) -> Tensor:
         """(N, V) logits at the flat positions `rows` (N,) only: at a large V the head costs as much as the backbone."""
-        return self.features(x_t, z_t, t).flatten(0, 1)[rows] @ self.head_matrix().T
+        return self.features(x_t, z_t, t, label).flatten(0, 1)[rows] @ self.head_matrix().T
 
-    def forward(self, x_t: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        return self.features(x_t, z_t, t) @ self.head_matrix().T
+    def forward(self, x_t: Tensor, z_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.features(x_t, z_t, t, label) @ self.head_matrix().T

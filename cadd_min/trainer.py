@@ -20,11 +20,13 @@ from torch import Tensor
 
 from cadd_min import ops
 from cadd_min.errors import InputError, choose
+from cadd_min.guidance import Guided
 from cadd_min.loss import T_MIN, WEIGHTINGS, nelbo_parts, stratified_times, time_weights, token_losses
 from cadd_min.model import Denoiser
 from cadd_min.options import option
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Batch = Tensor | tuple[Tensor, Tensor]  # x_0 (B, L) int64, or with it the label (B,) of each sequence
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class TrainConfig:
     mse: float = option(0.0, "weight of the squared error of z0_hat beside the CE (CE + MSE)")
     wrong_hints: float = option(0.1, "share of the latents that are a random token's: the network learns to doubt them")
     drop_latent: float = option(0.0, "share of the sequences that train without their latent")
+    drop_label: float = option(0.1, "share that trains without its label, where there are labels (for guidance)")
     seed: int = option(0, "of data, noise and initial weights")
     dtype: str = option("auto", "of the network: float32, bfloat16, or auto: the faster one here, measured")
     compile: bool = option(False, "compile the backbone")
@@ -52,7 +55,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("ema", "wrong_hints", "drop_latent", "final_lr"):
+        for name in ("ema", "wrong_hints", "drop_latent", "drop_label", "final_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
         for name in ("warmup", "weight_decay", "mse", "seed"):
@@ -110,13 +113,19 @@ def misled(x_0: Tensor, share: float, vocab_size: int, generator: torch.Generato
     return torch.where(wrong, random, x_0)
 
 
+def unpack(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """x_0 and the labels, or None, of a batch, on the device."""
+    x_0, label = batch if isinstance(batch, tuple) else (batch, None)
+    return x_0.to(device, non_blocking=True), None if label is None else label.to(device, non_blocking=True)
+
+
 def training_loss(
-    model: Denoiser, x_0: Tensor, config: TrainConfig, generator: torch.Generator
+    model: Denoiser, x_0: Tensor, config: TrainConfig, generator: torch.Generator, label: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """E_t E_q [-sum over masked i of log p(x_0^i | x_t, z_t)] per token, plus the weighted squared error if asked for.
 
-    Args: x_0 (B, L). Returns: the scalar loss, divided by B L; its parts, detached: the CE summed over masked
-    positions and their number, and the squared error.
+    Args: x_0 (B, L); label (B,) or None. Returns: the scalar loss, divided by B L; its parts, detached: the CE summed
+    over masked positions and their number, and the squared error.
     """
     schedule, table = model.schedule, model.table()
     t = T_MIN + (1 - T_MIN) * stratified_times(len(x_0), generator, x_0.device)  # elbo weights grow like 1/t
@@ -125,8 +134,11 @@ def training_loss(
     if config.drop_latent > 0:
         kept = torch.rand(len(x_0), generator=generator, device=x_0.device) >= config.drop_latent
         z_t = z_t * kept[:, None, None]
+    if label is not None and config.drop_label > 0:  # so that one network knows p(x) beside p(x | label)
+        known = torch.rand(len(x_0), generator=generator, device=x_0.device) >= config.drop_label
+        label = torch.where(known, label, model.config.classes)
     masked = x_t == model.mask_id
-    features = model.features(x_t, z_t, t.float())[masked]
+    features = model.features(x_t, z_t, t.float(), label)[masked]
     ce, mse = token_losses(features, model.head_matrix(), x_0[masked], table=table if config.mse > 0 else None)
     ce_weight, mse_weight = (
         w[:, None].expand_as(x_0)[masked].float() for w in time_weights(t, schedule, config.weighting)
@@ -138,10 +150,10 @@ def training_loss(
 class Trainer:
     """A model, its optimiser, its EMA and the number of the next step.
 
-    data(index) gives micro-batch `index`, (B, L) int64 on any device.
+    data(index) gives micro-batch `index`, (B, L) int64 on any device, with labels (B,) where the model has classes.
     """
 
-    def __init__(self, model: Denoiser, data: Callable[[int], Tensor], config: TrainConfig):
+    def __init__(self, model: Denoiser, data: Callable[[int], Batch], config: TrainConfig):
         self.model, self.data, self.config = model, data, config
         if model.config.model == "cdm" and config.weighting == "elbo" and config.mse == 0:
             raise InputError(
@@ -151,7 +163,7 @@ class Trainer:
         self.ema = copy.deepcopy(model).requires_grad_(False).eval()
         self.step = 0
         self.dtype = best_dtype(self.device) if config.dtype == "auto" else config.dtype
-        decay = [p for p in model.backbone.parameters() if p.dim() == 2]
+        decay = [p for p in model.backbone.parameters() if p.dim() >= 2]
         rest = [p for p in model.parameters() if not any(p is d for d in decay)]
         self.optimizer = torch.optim.AdamW(
             [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}],
@@ -177,9 +189,9 @@ class Trainer:
             group["lr"] = learning_rate(self.step, config)
         for micro in range(config.accumulate):
             index = self.step * config.accumulate + micro
-            x_0 = self.data(index).to(self.device, non_blocking=True)
+            x_0, label = unpack(self.data(index), self.device)
             with self.autocast():
-                loss, parts = training_loss(self.model, x_0, config, seeded(config.seed, index, self.device))
+                loss, parts = training_loss(self.model, x_0, config, seeded(config.seed, index, self.device), label)
             (loss / config.accumulate).backward()
             totals = {name: totals[name] + parts[name] for name in totals}
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
@@ -205,18 +217,19 @@ class Trainer:
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
 
     @torch.no_grad()
-    def evaluate(self, batches: list[Tensor]) -> dict[str, float]:
+    def evaluate(self, batches: list[Batch]) -> dict[str, float]:
         """Held-out CE per masked token, and the valid bound with its parts in nats per token, of the EMA weights.
 
         The noise is the same at every call, and no hint is wrong. CE is not comparable between models; the bound is.
         """
-        config = dataclasses.replace(self.config, wrong_hints=0.0, drop_latent=0.0)
+        config = dataclasses.replace(self.config, wrong_hints=0.0, drop_latent=0.0, drop_label=0.0)
         ce, masked, discrete, continuous, tokens = 0.0, 0, 0.0, 0.0, 0
         for i, batch in enumerate(batches):
-            x_0, gen = batch.to(self.device), seeded(self.config.seed + 1, i, self.device)
+            (x_0, label), gen = unpack(batch, self.device), seeded(self.config.seed + 1, i, self.device)
+            denoiser = self.ema if label is None else Guided(self.ema, label)
             with self.autocast():
-                _, parts = training_loss(self.ema, x_0, config, gen)
-                bound = nelbo_parts(self.ema, x_0, self.ema.table(), self.ema.schedule, self.ema.mask_id, generator=gen)
+                _, parts = training_loss(self.ema, x_0, config, gen, label)
+                bound = nelbo_parts(denoiser, x_0, self.ema.table(), self.ema.schedule, self.ema.mask_id, generator=gen)
             ce, masked = ce + float(parts["ce"]), masked + int(parts["masked"])
             discrete, continuous = discrete + float(bound.discrete.sum()), continuous + float(bound.continuous.sum())
             tokens += x_0.numel()

@@ -9,7 +9,7 @@ from benchmarks.sources import Source
 from cadd_min.dit import PRESETS
 from cadd_min.errors import InputError
 from cadd_min.forward import q_sample
-from cadd_min.latent import FUSIONS, HINTS, evidence_norm, log_likelihood
+from cadd_min.latent import FUSIONS, HINTS, Latent, evidence_norm, log_likelihood, ordered_rows
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.sampler import sample
 from cadd_min.schedule import NoiseSchedule
@@ -133,3 +133,27 @@ def test_a_free_table_leaks_and_a_held_one_does_not():
               f"bigram entropy {score['entropy']:.2f} bits of {truth['entropy']:.2f}")  # fmt: skip
     assert abs(kept["entropy"] - truth["entropy"]) < 1.5 and kept["bad"] < 0.2
     assert lost["bad"] > 1.5 * kept["bad"]
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 4, 8])
+def test_ordered_rows_are_a_scale(dim):
+    """Neighbours are nearest, the ends farthest; all rows have one length, but on a line a mean square of 1."""
+    rows = ordered_rows(256, dim)
+    assert rows.shape == (256, dim)
+    far = torch.cdist(rows, rows)
+    for i in (0, 100, 255):
+        order = far[i].argsort()
+        assert (order[:3] - i).abs().max() <= 2  # itself and what is next to it
+    if dim <= 2:  # on a line and on half a circle every step leads away
+        assert (far[0].diff() > 0).all() and (far[-1].diff() < 0).all()
+    if dim > 1:
+        torch.testing.assert_close(rows.norm(dim=-1), torch.ones(256))
+    else:
+        assert float(rows.square().mean()) == pytest.approx(1, rel=0.01)
+
+
+def test_an_ordered_table_never_moves_and_ends_with_the_mask():
+    latent = Latent(17, 8, 4, 2.5, NoiseSchedule(), table="ordered")
+    table = latent.table(torch.randn(18, 8, requires_grad=True))
+    torch.testing.assert_close(table[:17], 2.5 * ordered_rows(17, 4))
+    assert not table.requires_grad and (table[17] == 0).all()

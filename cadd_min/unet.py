@@ -1,0 +1,153 @@
+"""The image backbone: a U-Net of residual blocks whose norms the time scales and shifts, with attention inside.
+
+Ho et al. 2020 (DDPM) with the time conditioning of Nichol & Dhariwal 2021. What differs from them is only the door: a
+pixel comes in as the embeddings of its colours' values, side by side, and leaves as as many features for the head. In
+memory (B, H, W, C * embed) is what PyTorch calls channels last, which is the layout that convolutions are fastest in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cadd_min.dit import TimeEmbedding, attend
+from cadd_min.errors import InputError
+
+
+@dataclass(frozen=True)
+class UNetSize:
+    """What makes a U-Net small or large. Level i has 1 / 2^i of the resolution, and channels * mults[i] channels."""
+
+    embed: int  # width of the embedding of one value of one colour, and of its features for the head
+    channels: int
+    mults: tuple[int, ...]
+    blocks: int  # residual blocks a level
+    attention: tuple[int, ...]  # the levels that attend
+    heads: int = 1
+    dropout: float = 0.0
+    cond: int = 512  # width of the time conditioning
+
+    def build(self, shape: tuple[int, ...], classes: int = 0) -> nn.Module:
+        """The backbone for images of this shape, (H, W, C)."""
+        return UNet(self, shape, classes)
+
+
+UNET_PRESETS = {
+    "nano": UNetSize(embed=16, channels=16, mults=(1, 2), blocks=1, attention=(1,), cond=32),  # tests
+    "tiny": UNetSize(embed=32, channels=32, mults=(1, 2), blocks=1, attention=(1,), heads=2, cond=128),  # 8x8 digits
+    # Ho et al. 2020, appendix B: 4 levels, 2 blocks, attention at 16x16, dropout 0.1
+    "cifar10": UNetSize(embed=64, channels=128, mults=(1, 2, 2, 2), blocks=2, attention=(1,), dropout=0.1),
+    # Nichol & Dhariwal 2021 for ImageNet 64x64, one level less for half the resolution
+    "imagenet32": UNetSize(embed=64, channels=192, mults=(1, 2, 2, 2), blocks=3, attention=(1, 2), heads=4, cond=768),
+}
+
+
+class ResidualBlock(nn.Module):
+    """(B, in, H, W), c (B, cond) -> (B, out, H, W). Its last convolution starts at zero: a block starts as its skip."""
+
+    def __init__(self, inputs: int, outputs: int, size: UNetSize):
+        super().__init__()
+        self.norm_in, self.norm_out = norm(inputs), norm(outputs)
+        self.conv_in = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.ada = nn.Linear(size.cond, 2 * outputs)
+        self.dropout = nn.Dropout(size.dropout)
+        self.conv_out = zero(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        h = self.conv_in(F.silu(self.norm_in(x)))
+        scale, shift = self.ada(c)[:, :, None, None].chunk(2, 1)
+        h = self.norm_out(h) * (1 + scale) + shift
+        return self.skip(x) + self.conv_out(self.dropout(F.silu(h)))
+
+
+class Attention(nn.Module):
+    """Every pixel attends to every pixel: (B, channels, H, W) to the same."""
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__()
+        if channels % heads:
+            raise InputError(f"the channels of a level that attends must be a multiple of its {heads} heads")
+        self.norm, self.heads = norm(channels), heads
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1))  # (B, 3, heads, head_dim, H W)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)
+        return x + self.out(attend(q, k, v).transpose(-1, -2).reshape(x.shape))
+
+
+class Stage(nn.Module):
+    """A residual block, and attention where the level has it."""
+
+    def __init__(self, inputs: int, outputs: int, size: UNetSize, attends: bool):
+        super().__init__()
+        self.block = ResidualBlock(inputs, outputs, size)
+        self.attention = Attention(outputs, size.heads) if attends else nn.Identity()
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return self.attention(self.block(x, c))
+
+
+class UNet(nn.Module):
+    """(B, H W C, embed) inputs, times (B,), labels (B,) or None -> (B, H W C, embed) features. Any H and W will do."""
+
+    def __init__(self, size: UNetSize, shape: tuple[int, ...], classes: int = 0):
+        super().__init__()
+        self.shape, colours = (*shape[:2], shape[2] * size.embed), shape[2] * size.embed
+        self.time = TimeEmbedding(size.cond, classes)
+        self.enter = nn.Conv2d(colours, size.channels, 3, padding=1)
+        widths = [size.channels * mult for mult in size.mults]
+        channels, skips = size.channels, [size.channels]
+
+        self.down = nn.ModuleList()
+        for level, width in enumerate(widths):
+            if level > 0:
+                self.down.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1))
+                skips.append(channels)
+            for _ in range(size.blocks):
+                self.down.append(Stage(channels, width, size, level in size.attention))
+                channels = width
+                skips.append(channels)
+        self.middle = Stage(channels, channels, size, True)
+        self.after = ResidualBlock(channels, channels, size)
+        self.up = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(size.blocks + 1):
+                self.up.append(Stage(channels + skips.pop(), width, size, level in size.attention))
+                channels = width
+            if level > 0:
+                self.up.append(nn.Conv2d(channels, channels, 3, padding=1))
+        self.norm = norm(channels)
+        self.leave = nn.Conv2d(channels, colours, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        c = self.time(t, label)
+        h = self.enter(x.view(len(x), *self.shape).permute(0, 3, 1, 2))
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, c) if isinstance(layer, Stage) else layer(h)
+            skips.append(h)
+        h = self.after(self.middle(h, c), c)
+        for layer in self.up:
+            if isinstance(layer, Stage):
+                h = layer(torch.cat([h, skips.pop()], 1), c)
+            else:  # back to the size of the level above, which may be odd
+                h = layer(F.interpolate(h, size=skips[-1].shape[-2:], mode="nearest"))
+        return self.leave(F.silu(self.norm(h))).permute(0, 2, 3, 1).reshape(x.shape)
+
+
+def norm(channels: int) -> nn.GroupNorm:
+    """Group norm over 32 groups, or as many as the channels allow."""
+    return nn.GroupNorm(next(groups for groups in (32, 16, 8, 4, 2, 1) if channels % groups == 0), channels)
+
+
+def zero(layer: nn.Conv2d) -> nn.Conv2d:
+    """The same layer, with zeros for weights."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    return layer
