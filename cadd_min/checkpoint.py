@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from cadd_min.dit import Size
 from cadd_min.errors import InputError
-from cadd_min.model import Denoiser, ModelConfig
+from cadd_min.model import SIZES, Denoiser, ModelConfig
 from cadd_min.options import from_dict
+from cadd_min.pixels import Pixels
 from cadd_min.tokenizer import Tokenizer, from_spec
 from cadd_min.trainer import Trainer
 
@@ -67,13 +67,21 @@ def find(path: Path) -> Path:
 
 def model_dict(config: ModelConfig) -> dict[str, Any]:
     """The model's configuration as plain values."""
-    return dataclasses.asdict(config)
+    values = dataclasses.asdict(config)
+    values["size"]["kind"] = type(config.size).__name__
+    return values
+
+
+def kind(content: dict[str, Any]) -> str:
+    """ "text" or "image": what this checkpoint's model draws."""
+    return "image" if content["tokenizer"]["kind"] == Pixels.kind else "text"
 
 
 def build_model(content: dict[str, Any], where: Path) -> Denoiser:
     """A denoiser of the checkpoint's shape, without its weights."""
     config = dict(content["model_config"])
-    config["size"] = from_dict(Size, config["size"], str(where))
+    size = dict(config["size"])
+    config["size"] = from_dict(SIZES[size.pop("kind", "Size")], size, str(where))
     return Denoiser(from_dict(ModelConfig, config, str(where)))
 
 
@@ -95,13 +103,16 @@ def load_trainer(trainer: Trainer, content: dict[str, Any], where: Path) -> None
         raise error if isinstance(error, InputError) else InputError(f"{where} is not a whole checkpoint") from None
 
 
-def load_denoiser(path: Path, device: torch.device | str = "cpu") -> tuple[Denoiser, Tokenizer, dict[str, Any]]:
-    """The trained model (EMA weights), the tokenizer that decodes its samples, and all else in the checkpoint."""
+def load_denoiser(
+    path: Path, device: torch.device | str = "cpu"
+) -> tuple[Denoiser, Tokenizer | Pixels, dict[str, Any]]:
+    """The trained model (EMA weights), what decodes its samples to text or images, and all else in the checkpoint."""
     content, where = load(path), find(path)
     try:
         model = build_model(content, where)
         load_state(model, content["trainer"]["ema"], where)
-        tokenizer = from_spec(content["tokenizer"])
+        spec = content["tokenizer"]
+        tokenizer = Pixels.from_spec(spec) if kind(content) == "image" else from_spec(spec)
     except (KeyError, TypeError, AttributeError) as missing:
         raise InputError(f"{where} is not a whole checkpoint: {missing} is missing or malformed") from None
     if tokenizer.vocab_size != model.config.vocab_size:

@@ -11,14 +11,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from cadd_min import checkpoint
 from cadd_min.errors import InputError, Interrupted
 from cadd_min.metrics import MetricsLog
 from cadd_min.options import option
-from cadd_min.trainer import Trainer
+from cadd_min.trainer import Batch, Trainer
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Run:
     """What `fit` needs beside the trainer: where to write, what to look at, what travels in the checkpoint."""
 
     out: Path
-    held_out: list[Tensor]
+    held_out: list[Batch]
     show_sample: Callable[[Trainer], str]
     contents: dict[str, Any]  # model_config, tokenizer, settings: plain values
 
@@ -69,8 +68,9 @@ def fit(trainer: Trainer, run: Run, config: FitConfig) -> None:
                     held_out = trainer.evaluate(run.held_out)
                     log.write(step, **held_out)
                     ce, bound = held_out["val_ce"], held_out["val_bound"]
-                    bar.write(f"step {step}: held-out CE {ce:.3f}, bound {bound:.3f} nats/token")
-                if _due(step, config.sample_every, False):
+                    bits = bound / math.log(2)
+                    bar.write(f"step {step}: held-out CE {ce:.3f}, bound {bound:.3f} nats/token ({bits:.3f} bits)")
+                if _due(step, config.sample_every, last):
                     bar.write(f"step {step}: {run.show_sample(trainer)}")
                 if _due(step, config.save_every, False):
                     save()

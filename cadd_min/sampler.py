@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Generator, Tensor
 from cadd_min import ops, philox
 from cadd_min.errors import InputError, choose
 from cadd_min.loss import Denoiser
-from cadd_min.reverse import ZHATS
+from cadd_min.reverse import ZHATS, estimate_z_0, token_probs
 from cadd_min.schedule import NoiseSchedule
 
 TIME_GRIDS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -36,6 +37,7 @@ class Step(NamedTuple):
     x: Tensor  # (B, L) tokens, mask_id where still masked
     z: Tensor  # (K, B, L, D) latents
     fresh: Tensor  # (B, L) bool: unmasked in this step
+    belief: Callable[[], Tensor]  # -> (B, L) tokens, where masked at t those that z0_hat looks like, computed on demand
 
 
 def cosine_temperature(start: float = 2.5, end: float = 1.0) -> Callable[[float], float]:
@@ -119,8 +121,22 @@ def sample(
             raise InputError(f"step {index + 1}: {str(error).splitlines()[0]}") from None
         x.view(-1)[rows], z.flatten(1, 2)[:, rows] = x_s, z_s
         if callback is not None:
-            callback(Step(index, float(t), float(s), x.clone(), z.clone(), masked & (x != mask_id)))
+            u = philox.hat_choice(seed, each)
+            belief = partial(_belief, x.clone(), rows, logits, table, zhat, mask_id, tau, top_p, u)
+            callback(Step(index, float(t), float(s), x.clone(), z.clone(), masked & (x != mask_id), belief))
     return x
+
+
+def _belief(
+    x: Tensor, rows: Tensor, logits: Tensor, table: Tensor, zhat: str, mask_id: int, tau: float, top_p: float, u: Tensor
+) -> Tensor:
+    """x (B, L) with the token at `rows` whose latent is nearest to z0_hat; without latents the most probable one."""
+    p = token_probs(logits, mask_id, tau, top_p)
+    tokens = p.argmax(-1)
+    if table.shape[1]:
+        z_hat = estimate_z_0(p.to(table.dtype), table, zhat, u)[0]
+        tokens = torch.cdist(z_hat, table[: p.shape[-1]]).argmin(-1)
+    return x.flatten().index_copy(0, rows, tokens).view_as(x)
 
 
 def _temperature(temperature: Temperature, t: float) -> float:

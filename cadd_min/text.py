@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 import time
@@ -41,6 +42,39 @@ def frame(x: Tensor, fresh: Tensor, tokenizer: Tokenizer) -> str:
         text = f"{DIM}·{RESET} " if token == tokenizer.mask_id else tokenizer.decode([token])
         parts.append(f"{BRIGHT}{text}{RESET}" if new else text)
     return "".join(parts)
+
+
+class TextTask:
+    """What sample.py is asked for of a model of text."""
+
+    zhat, num = "hard", 1
+
+    def __init__(self, model: Denoiser, tokenizer: Tokenizer, args: argparse.Namespace):
+        self.model, self.tokenizer, self.args = model, tokenizer, args
+        for name in ("out", "gif", "classes", "guidance", "inpaint", "mask"):
+            if getattr(args, name) is not None:
+                raise InputError(f"--{name} is for models of images, and --ckpt {args.ckpt} is one of text")
+
+    def denoiser(self, count: int) -> Denoiser:
+        return self.model
+
+    def prompt(self, count: int) -> Tensor | None:
+        """(count, L), or None."""
+        if not self.args.prompt:
+            return None
+        return parse_prompt(self.args.prompt, self.tokenizer, self.model.config.length).expand(count, -1)
+
+    def callback(self, steps: int) -> Watch | None:
+        return Watch(self.tokenizer, steps) if self.args.watch else None
+
+    def show(self, x: Tensor) -> None:
+        """Print the samples (B, L)."""
+        for row in x.tolist():
+            print(self.tokenizer.decode(row), end="\n\n")
+
+    def settings(self) -> str:
+        """What else there is to say of these samples."""
+        return ""
 
 
 class Watch:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from cadd_min.dit import Size
 from cadd_min.model import Denoiser, ModelConfig
 
+ROOT = Path(__file__).parent.parent
 ALPHA = 1e-4  # a correct implementation fails a statistical check at one seed in 10,000; the seeds are fixed
 NANO = Size(layers=2, width=32, heads=2, cond=32)
 
@@ -25,3 +31,24 @@ def rng(seed: int) -> torch.Generator:
 def nano(model: str = "cadd", vocab_size: int = 11, length: int = 12, seed: int = 0, **options: object) -> Denoiser:
     torch.manual_seed(seed)
     return Denoiser(ModelConfig(vocab_size, length, NANO, model=model, **options))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Run a script in this process: call("sample.py --zhat soft") -> (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def run(command: str) -> tuple[int, str, str]:
+        script, *arguments = shlex.split(command)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return code, captured.out, captured.err
+
+    return run

@@ -1,0 +1,103 @@
+"""What the training scripts share: settings from the command line or from a checkpoint, a folder, and the run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cadd_min import checkpoint, ops
+from cadd_min.errors import InputError, torch_device
+from cadd_min.fit import FitConfig, Run, fit
+from cadd_min.model import Denoiser, ModelConfig
+from cadd_min.options import HelpFormatter, add_options, from_args
+from cadd_min.trainer import Batch, TrainConfig, Trainer
+
+RUNS = Path("runs")
+
+
+def build_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every training has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder of the run (default: a new one in runs/)")
+    parser.add_argument("--resume", action="store_true", help="go on with --out, or with the newest run")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "cadd_min", help="for prepared data")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for config in (ModelConfig, TrainConfig, FitConfig):
+        add_options(parser, config)
+    return parser
+
+
+def parse_args(parser: argparse.ArgumentParser, kind: str) -> tuple[argparse.Namespace, dict[str, Any] | None]:
+    """The settings, and the checkpoint to resume from: its settings hold unless the command line says otherwise.
+
+    kind: "text" or "image", which the checkpoint must be of.
+    """
+    args = parser.parse_args()
+    if not args.resume:
+        return args, None
+    content, where = checkpoint.load(args.out or RUNS), checkpoint.find(args.out or RUNS)
+    found = checkpoint.kind(content)
+    if found != kind:
+        raise InputError(f"--resume: {where} was trained by train_{found}.py: resume it with that")
+    parser.set_defaults(**content["settings"], out=where.parent)
+    return parser.parse_args(), content
+
+
+def new_folder(args: argparse.Namespace) -> Path:
+    """--out if it is free, or the next free name in runs/: made here, so that no other run takes it."""
+    name = f"{Path(args.dataset).stem}-{args.model}"
+    names = [args.out] if args.out else [RUNS / (name + (f"-{n}" if n > 1 else "")) for n in range(1, 1000)]
+    for folder in names:
+        try:
+            folder.mkdir(parents=True, exist_ok=args.out is not None)
+        except FileExistsError:
+            if args.out:
+                raise InputError(f"--out must be a folder, and {folder} is a file") from None
+            continue
+        except OSError as error:
+            raise InputError(f"--out {folder} cannot be made: {error.strerror}") from None
+        if (folder / checkpoint.FILE).exists():
+            raise InputError(f"--out {folder} holds a run already: --resume it, or name another folder")
+        return folder
+    raise InputError(f"--out: {names[0]} and the next {len(names)} names are taken; give one")
+
+
+def train(
+    args: argparse.Namespace,
+    resumed: dict[str, Any] | None,
+    config: ModelConfig,
+    data: Callable[[int], Batch],
+    held_out: Sequence[Batch],
+    codec: Any,
+    show_sample: Callable[[Trainer, Path], str],
+    what: str,
+) -> None:
+    """Train on `data` by these settings, from the start or from where `resumed` left off.
+
+    codec: the tokenizer, or what stands for it: its spec() goes into the checkpoint; show_sample(trainer, folder): a
+    line about a sample; what: the data, in words.
+    """
+    if resumed and codec.spec() != resumed["tokenizer"]:
+        raise InputError(
+            f"--dataset {args.dataset} has other tokens than the run had: resume on the same data, or anew"
+        )
+    device = torch_device(args.device)
+    train_config, fit_config = from_args(TrainConfig, args), from_args(FitConfig, args)
+    torch.manual_seed(args.seed)
+    trainer = Trainer(Denoiser(config).to(device), data, train_config)
+    out = args.out if resumed else new_folder(args)
+    if resumed:
+        checkpoint.load_trainer(trainer, resumed, out)
+    print(
+        f"{args.model} {args.preset}, {trainer.parameters():,} parameters, {trainer.dtype} on {device}, backend "
+        f"{ops.backend().name}, {what}, run in {out}"
+    )
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "resume")}
+    settings["dtype"] = trainer.dtype  # a resumed run does not measure again: it goes on as it began
+    contents = {"settings": settings, "model_config": checkpoint.model_dict(config), "tokenizer": codec.spec()}
+    fit(trainer, Run(out, list(held_out), lambda trainer: show_sample(trainer, out), contents), fit_config)
+    print(f"trained: {out / checkpoint.FILE}; now: python sample.py --ckpt {out}")
