@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
 import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -29,45 +28,27 @@ from typing import Any
 import torch
 
 from benchmarks.sources import ExactDenoiser, Source
+from benchmarks.specs import parse, pop_fields, spread
 from cadd_min.dit import PRESETS
 from cadd_min.errors import InputError, choose, run
 from cadd_min.forward import q_sample
 from cadd_min.loss import log_probs
-from cadd_min.model import MODELS, Denoiser, ModelConfig
+from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.sampler import sample
 from cadd_min.trainer import TrainConfig, Trainer, seeded
 
 SOURCES = {"chain": {"topics": 1}, "topics": {"topics": 8}}
 TIMES = (0.2, 0.4, 0.6, 0.8)
+EXTRA = {"preset": "str", "layers": "int", "width": "int", "heads": "int", "strength": "float"}
 PAPER = "cadd:continuous=linear,latent_norm=2"  # its schedules; with the exact denoiser only table and schedule matter
-
-
-def parse(spec: str) -> tuple[str, dict[str, Any]]:
-    """ "cadd:hint=linear,steps=100" -> ("cadd", {"hint": "linear", "steps": 100})."""
-    model, _, rest = spec.partition(":")
-    fields = {f.name: f.type for c in (ModelConfig, TrainConfig) for f in dataclasses.fields(c)}
-    fields |= {"preset": "str", "layers": "int", "width": "int", "heads": "int", "strength": "float"}
-    options: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
-        name, _, value = item.partition("=")
-        if name not in fields:
-            raise InputError(f"--train: {name!r} is no field of ModelConfig or TrainConfig")
-        kind = {"int": int, "float": float, "bool": lambda v: v == "True"}.get(str(fields[name]), str)
-        try:
-            options[name] = kind(value)
-        except ValueError:
-            raise InputError(f"--train: {name} must be of type {fields[name]}, not {value!r}") from None
-    choose("preset", options.get("preset", "nano"), PRESETS)
-    return choose("model", model, MODELS), options
 
 
 def build(source: Source, model: str, options: dict[str, Any], seed: int) -> Denoiser:
     """A denoiser for this source; its table and schedule serve the exact denoiser too."""
     torch.manual_seed(seed)
-    size = PRESETS[options.pop("preset", "nano")]
+    size = PRESETS[choose("preset", options.pop("preset", "nano"), PRESETS)]
     size = dataclasses.replace(size, **{k: options.pop(k) for k in ("layers", "width", "heads") if k in options})
-    shape = {f.name for f in dataclasses.fields(ModelConfig)} & options.keys()
-    chosen = {name: options.pop(name) for name in shape}
+    chosen = pop_fields(ModelConfig, options)
     return Denoiser(ModelConfig(source.states, source.length, size, model=model, **chosen)).eval()
 
 
@@ -138,12 +119,6 @@ def draw(denoiser: Any, model: Denoiser, job: dict[str, Any], steps: int, **opti
     return torch.cat(parts)
 
 
-def spread(values: list[float], digits: int = 3) -> str:
-    """mean ± standard deviation."""
-    dev = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{dev}"
-
-
 def tables(rows: list[dict[str, Any]]) -> str:
     """The results as Markdown: samples, then CE gaps."""
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -197,7 +172,7 @@ def main() -> None:
     jobs = []
     for trained, specs in ((False, args.exact), (True, args.train)):
         for spec in specs:
-            model, options = parse(spec)
+            model, options = parse(spec, **EXTRA)
             for seed in range(args.seeds):
                 jobs.append(
                     shared | {"spec": spec, "model": model, "options": options, "trained": trained, "seed": seed}

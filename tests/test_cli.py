@@ -3,41 +3,21 @@
 import re
 import runpy
 import shlex
-import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cadd_min import checkpoint
 from cadd_min.dit import PRESETS
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.text import frame, parse_prompt
 from cadd_min.tokenizer import gpt2
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
 TINY = "--preset nano --length 16 --vocab-size 300 --batch-size 4 --steps 4 --eval-every 2 --sample-every 4"
-
-
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """Run a script in this process: call("sample.py --zhat soft") -> (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-
-    def run(command: str) -> tuple[int, str, str]:
-        script, *arguments = shlex.split(command)
-        monkeypatch.setattr(sys, "argv", [script, *arguments])
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture
@@ -111,19 +91,41 @@ def readme_commands() -> list[str]:
     return [line.split("  #")[0].strip() for line in lines if line.startswith("python ")]
 
 
-def test_every_command_of_readme_works(call, text, capsys):
-    """All of them, in README's order, on a small text and for a few steps; OpenWebText's is parsed only."""
+@pytest.fixture
+def photos(tmp_path):
+    """What README's image commands name: a folder of two classes, an image of their size and a mask."""
+    rng = np.random.default_rng(0)
+    for name in ("photos/cats/", "photos/dogs/"):
+        (tmp_path / name).mkdir(parents=True)
+    for path in [*(f"photos/{'cats' if i % 2 else 'dogs'}/{i}.png" for i in range(20)), "image.png", "mask.png"]:
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / path)
+
+
+def few(command: str, text: Path) -> str:
+    """The same command with little to do."""
+    script = command.split()[0]
+    if script == "train_text.py" and "--resume" not in command:
+        data = "" if "--dataset" in command else f" --dataset {text}"
+        return f"{command.replace('my.txt', str(text))}{data} {TINY.replace('16', '64')}"
+    if script == "train_image.py":
+        return f"{command} --preset nano --batch-size 4 --steps 4"
+    if script == "evaluate.py":
+        return f"{command} --num 12 --steps 2"
+    return f"{command} --steps 4"
+
+
+def test_every_command_of_readme_works(call, text, photos, capsys):
+    """All of them, in README's order, on little data and for a few steps; OpenWebText's is parsed only."""
     commands = readme_commands()
-    assert sum("sample.py" in c for c in commands) >= 4 and sum("train_text.py" in c for c in commands) >= 4
+    for script in ("sample.py", "train_text.py", "train_image.py", "evaluate.py"):
+        assert sum(script in c for c in commands) >= 2
     for command in commands:
         command = command.removeprefix("python ")
         if "owt" in command:
             parser = runpy.run_path(str(ROOT / "train_text.py"))["build_parser"]()
             assert parser.parse_args(shlex.split(command)[1:]).preset == "small"
             continue
-        small = "--steps 4" if "sample.py" in command or "--resume" in command else TINY.replace("16", "64")
-        data = "" if "--dataset" in command or "train" not in command or "--resume" in command else f"--dataset {text}"
-        code, _, err = call(f"{command.replace('my.txt', str(text))} {data} {small}")
+        code, _, err = call(few(command, text))
         assert code == 0, (command, err)
 
 

@@ -1,0 +1,168 @@
+"""Does the latent help on images? Models trained at equal steps, sampled at several T and zhat, judged.
+
+    python -m benchmarks.images                                     mdlm, cadd and cdm on digits, three seeds
+    python -m benchmarks.images --train cadd:latent_dim=4,evidence=0.2 --seeds 1
+    python -m benchmarks.images --dataset fashion-mnist --archive /usr/share/datasets/fashion-mnist
+
+A model is one of mdlm, cadd, cdm, with any field of ModelConfig or TrainConfig behind a colon, and preset=. What is not
+named has train_image.py's default. Samples are judged in the features of a small classifier (cadd_min/judge.py). Each
+run is one line of JSON in --out; --table FILE prints what is there. The table gives mean and spread over seeds of
+
+    FD        Fréchet distance to the training images; the first rows are what real images score
+    variety   entropy of the classes of all samples, nats          doubt   mean entropy of each sample's class, nats
+    P / R     precision and recall                                 copies  share that is a training image, exactly
+    bits      the likelihood bound on held-out images, bits per dimension
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.specs import parse, pop_fields, spread
+from cadd_min.errors import InputError, run
+from cadd_min.images import open_images
+from cadd_min.judge import class_entropies, frechet_distance, judged, open_judge, precision_recall
+from cadd_min.model import Denoiser, ModelConfig
+from cadd_min.pixels import ImageBatches
+from cadd_min.sampler import cosine_temperature, sample
+from cadd_min.trainer import TrainConfig, Trainer, seeded
+from cadd_min.unet import UNET_PRESETS
+from train_image import DEFAULTS
+
+COLUMNS = {"FD": 2, "variety": 2, "doubt": 2, "precision": 2, "recall": 2, "copies": 3}
+
+
+def score(job: dict[str, Any], images: np.ndarray) -> dict[str, float]:
+    """These images (N, H, W, C) against the training ones."""
+    data = open_images(job["dataset"], Path(job["cache"]), job["archive"])
+    judge, _ = open_judge(data, Path(job["cache"]))
+    (real, _), (fake, logits) = judged(judge, data.train), judged(judge, images)
+    variety, doubt = class_entropies(logits)
+    precision, recall = precision_recall(real[: len(fake)], fake)
+    known = {image.tobytes() for image in data.train}
+    copies = sum(image.tobytes() in known for image in images) / len(images)
+    values = (frechet_distance(real, fake), variety, doubt, precision, recall, copies)
+    return dict(zip(COLUMNS, values))
+
+
+def one_run(job: dict[str, Any]) -> dict[str, Any]:
+    """One model, one seed: train, then sample at every T and zhat, and judge."""
+    torch.set_num_threads(job["threads"])
+    data, seed, options = open_images(job["dataset"], Path(job["cache"]), job["archive"]), job["seed"], job["options"]
+    options = DEFAULTS | {"dtype": "float32", "steps": job["steps"]} | options
+    size, pixels, row = UNET_PRESETS[options.pop("preset", "tiny")], data.pixels(), dict(job)
+    torch.manual_seed(seed)
+    config = ModelConfig(
+        pixels.levels, pixels.length, size, pixels.shape, model=job["model"], **pop_fields(ModelConfig, options)
+    )
+    train = TrainConfig(**pop_fields(TrainConfig, options) | {"seed": seed})
+    batches = ImageBatches(data.train, None, pixels, train.batch_size, seed, data.flip)
+    trainer, start = Trainer(Denoiser(config), batches, train), time.time()
+    for _ in range(train.steps):
+        trainer.train_step()
+    row["train_seconds"] = time.time() - start
+    held_out = pixels.encode(data.held_out[: job["samples"]])
+    row["bits"] = trainer.evaluate(list(held_out.repeat(4, 1).split(256)))["val_bound"] / math.log(2)
+    row["scores"] = {}
+    for zhat in job["zhat"] if trainer.ema.latent.dim else ["hard"]:
+        for steps in job["T"]:
+            row["scores"][f"{zhat} {steps}"] = score(job, draw(trainer.ema, job, pixels.decode, steps, zhat))
+    return row
+
+
+def draw(model: Denoiser, job: dict[str, Any], decode: Any, steps: int, zhat: str) -> np.ndarray:
+    """(samples, H, W, C) images, 256 at a time."""
+    parts = []
+    for first in range(0, job["samples"], 256):
+        shape = (min(256, job["samples"] - first), model.config.length)
+        x = sample(
+            model,
+            shape,
+            model.table(),
+            model.schedule,
+            model.mask_id,
+            steps=steps,
+            zhat=zhat,
+            temperature=cosine_temperature(job["hot"]) if job["hot"] else job["temperature"],
+            time_grid=job["time_grid"],
+            generator=seeded(job["seed"], 10_000 * steps + first),
+        )
+        parts.append(decode(x))
+    return np.concatenate(parts)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The results as Markdown, real images first."""
+    head = ["FD", "variety", "doubt", "P / R", "copies"]
+    lines = ["| model | zhat | T | bits | " + " | ".join(head) + " |", "|---" * (4 + len(head)) + "|"]
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["spec"]].append(row)
+    for name, group in groups.items():
+        for key in group[0]["scores"]:
+            cell = {c: spread([r["scores"][key][c] for r in group], digits) for c, digits in COLUMNS.items()}
+            zhat, _, steps = key.partition(" ")
+            bits = spread([r["bits"] for r in group], 2) if "bits" in group[0] else ""
+            lines.append(
+                f"| {name} | {zhat} | {steps} | {bits} | {cell['FD']} | {cell['variety']} | {cell['doubt']} | "
+                f"{cell['precision']} / {cell['recall']} | {cell['copies']} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", nargs="*", default=["mdlm", "cadd", "cdm"], help="models to train")
+    parser.add_argument("--dataset", default="digits")
+    parser.add_argument("--archive", type=Path)
+    parser.add_argument("--cache", default=str(Path.home() / ".cache" / "cadd_min"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=DEFAULTS["steps"], help="training steps")
+    parser.add_argument("--samples", type=int, default=1024)
+    parser.add_argument("--T", type=int, nargs="+", default=[4, 8, 16, 32, 64])
+    parser.add_argument("--zhat", nargs="+", default=["sample", "soft", "hard"])
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--hot", type=float, default=0.0, help="cosine temperature schedule from here down to 1")
+    parser.add_argument("--time-grid", default="uniform")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each run")
+    parser.add_argument("--out", type=Path, help="append each run as a line of JSON")
+    parser.add_argument("--table", type=Path, help="only print the table of the runs in this file")
+    args = parser.parse_args()
+    if args.table:
+        return print(table([json.loads(line) for line in args.table.read_text().splitlines()]))
+    if min(args.seeds, args.samples, *args.T) < 1:
+        raise InputError("--seeds, --samples and --T must be at least 1")
+    shared = {k: v for k, v in vars(args).items() if k not in ("train", "seeds", "jobs", "out", "table")}
+    data = open_images(args.dataset, Path(args.cache), args.archive)
+    open_judge(data, Path(args.cache))
+    half = len(data.train) // 2
+    real = {"held-out images": data.held_out, "half of the training images": data.train[:half]}
+    rows = [{"spec": name, "scores": {"": score(shared, images)}} for name, images in real.items()]
+    specs = [(spec, *parse(spec, preset="str")) for spec in args.train]
+    jobs = [
+        shared | {"spec": spec, "model": model, "options": options, "seed": seed}
+        for seed in range(args.seeds)
+        for spec, model, options in specs
+    ]
+    with ProcessPoolExecutor(args.jobs) as pool:
+        for row in pool.map(one_run, jobs):
+            rows.append(row)
+            if args.out:
+                with args.out.open("a") as file:
+                    file.write(json.dumps(row, default=str) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,43 @@
+"""What the benchmarks that train models share: a model and its settings in one word, and mean ± spread."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from typing import Any
+
+from cadd_min.errors import InputError, choose
+from cadd_min.model import MODELS, ModelConfig
+from cadd_min.trainer import TrainConfig
+
+
+def parse(spec: str, **more: str) -> tuple[str, dict[str, Any]]:
+    """ "cadd:hint=linear,steps=100" -> ("cadd", {"hint": "linear", "steps": 100}).
+
+    Behind the colon may stand any field of ModelConfig or TrainConfig, and `more` names with their types.
+    """
+    model, _, rest = spec.partition(":")
+    fields = {f.name: f.type for c in (ModelConfig, TrainConfig) for f in dataclasses.fields(c)} | more
+    options: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        name, _, value = item.partition("=")
+        if name not in fields:
+            raise InputError(f"--train: {name!r} is no field of ModelConfig or TrainConfig")
+        kind = {"int": int, "float": float, "bool": lambda v: v == "True"}.get(str(fields[name]), str)
+        try:
+            options[name] = kind(value)
+        except ValueError:
+            raise InputError(f"--train: {name} must be of type {fields[name]}, not {value!r}") from None
+    return choose("model", model, MODELS), options
+
+
+def pop_fields(cls: type, options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options that are fields of `cls` out of `options`."""
+    names = {f.name for f in dataclasses.fields(cls)} & options.keys()
+    return {name: options.pop(name) for name in names}
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """mean ± standard deviation."""
+    dev = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{dev}"
