@@ -18,14 +18,14 @@ def parse(spec: str, **more: str) -> tuple[str, dict[str, Any]]:
     """
     model, _, rest = spec.partition(":")
     fields = {f.name: f.type for c in (ModelConfig, TrainConfig) for f in dataclasses.fields(c)} | more
+    kinds: dict[str, Any] = {"int": int, "float": float, "bool": lambda v: v == "True"}
     options: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
         name, _, value = item.partition("=")
         if name not in fields:
             raise InputError(f"--train: {name!r} is no field of ModelConfig or TrainConfig")
-        kind = {"int": int, "float": float, "bool": lambda v: v == "True"}.get(str(fields[name]), str)
         try:
-            options[name] = kind(value)
+            options[name] = kinds.get(str(fields[name]), str)(value)
         except ValueError:
             raise InputError(f"--train: {name} must be of type {fields[name]}, not {value!r}") from None
     return choose("model", model, MODELS), options

@@ -6,6 +6,7 @@ Inception's: they compare two models on one data set, and are never to be set be
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,7 +69,9 @@ def _shifted(images: Tensor, most: int = 1) -> Tensor:
 
 def open_judge(data: Images, cache: Path) -> tuple[Classifier, float]:
     """The judge of this data set: from the cache, or trained now."""
-    path = cache / f"judge-{data.name}-{'x'.join(map(str, data.train.shape))}.pt"
+    seen = data.train.tobytes() + (data.labels[0].tobytes() if data.labels else b"")
+    key = hashlib.sha256(seen).hexdigest()[:12]
+    path = cache / f"judge-{data.name}-{key}.pt"
     if path.exists():
         try:
             saved = checkpoint.load(path)

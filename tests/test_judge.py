@@ -7,6 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 
+from cadd_min import judge
 from cadd_min.errors import InputError
 from cadd_min.images import Images, open_images
 from cadd_min.judge import class_entropies, frechet_distance, judged, open_judge, precision_recall, train_judge
@@ -61,6 +62,15 @@ def test_the_judge_knows_digits_and_what_is_wrong_with_them(tmp_path):
     assert distances[0] < 10 < min(distances[1:])
     next(tmp_path.glob("judge-*.pt")).write_bytes(b"damaged")
     assert open_judge(data, tmp_path)[1] == accuracy  # trained again, to the same
+
+
+def test_each_data_set_has_its_own_judge(tmp_path, monkeypatch):
+    """The same name and shape, other images: another file."""
+    monkeypatch.setattr(judge, "train_judge", lambda data: (judge.Classifier(1, data.classes()), 0.5))
+    for value in (0, 1):
+        images = np.full((5, 4, 4, 1), value, np.uint8)
+        open_judge(Images("mine", images, images, (np.arange(5), np.arange(5))), tmp_path)
+    assert len(list(tmp_path.glob("judge-mine-*.pt"))) == 2
 
 
 def test_a_judge_needs_labels():
