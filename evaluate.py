@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--archive", type=Path, help="where the data set lies, if not where the run found it")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "cadd_min", help="for the classifier")
     parser.add_argument("--inception-weights", help="file, if torch-fidelity cannot download them")
-    parser.add_argument("--guidance", type=float, default=1.0, help="of a model of classes")
+    parser.add_argument("--guidance", type=float, help="of a model of classes (default: 1, its own)")
     parser.add_argument("--T", type=int, help="steps of the bound; without, continuous time")
     parser.add_argument("--repeat", type=int, default=4, help="times that the bound draws for each image")
     generate.add_sampling_options(parser)
@@ -59,7 +59,7 @@ def draw(model: Denoiser, pixels: Pixels, args: argparse.Namespace) -> np.ndarra
         count, denoiser = min(args.batch_size, args.num - first), None
         if model.config.classes:
             label = (first + torch.arange(count, device=model.embedding.weight.device)) % model.config.classes
-            denoiser = Guided(model, label, args.guidance)
+            denoiser = Guided(model, label, 1.0 if args.guidance is None else args.guidance)
         parts.append(pixels.decode(generate.samples(model, args, count, index=index, denoiser=denoiser)))
     return np.concatenate(parts)
 
@@ -125,6 +125,8 @@ def main() -> None:
     model, pixels, content = checkpoint.load_denoiser(args.ckpt, device)
     if not isinstance(pixels, Pixels):
         raise InputError(f"--ckpt {args.ckpt} is a model of text: evaluate.py knows images so far")
+    if args.guidance is not None and not model.config.classes:
+        raise InputError(f"--guidance needs a model of classes, and --ckpt {args.ckpt} was trained without labels")
     args.zhat, args.dtype = args.zhat or "soft", generate.dtype_of(args.dtype, content)
     settings = content["settings"]
     archive = args.archive or (Path(settings["archive"]) if settings.get("archive") else None)

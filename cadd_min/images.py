@@ -263,7 +263,11 @@ def read_image(data: bytes, name: str) -> np.ndarray:
 
     try:
         with Image.open(io.BytesIO(data)) as image:
-            grey = image.mode in ("1", "L", "LA", "I;16", "I")
+            if image.mode.startswith(("I", "F")):  # a conversion would cut them off at 255
+                raise InputError(f"{name} has more than 8 bits a colour: convert it first")
+            grey = image.mode in ("1", "L", "LA")
             return np.atleast_3d(np.asarray(image.convert("L" if grey else "RGB")))
+    except InputError:
+        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise InputError(f"{name} is not an image that can be read") from None

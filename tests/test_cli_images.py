@@ -132,6 +132,7 @@ def checkpoints(folder: Path) -> dict[str, Path]:
         ("sample.py --ckpt {plain} --inpaint none.png --mask grey.png", "--inpaint none.png cannot be read"),
         ("sample.py --ckpt {plain} --inpaint {text} --mask grey.png", "is not an image that can be read"),
         ("evaluate.py frechet --ckpt {plain} --num 3", "--num must be at least 10"),
+        ("evaluate.py frechet --ckpt {plain} --guidance 2", "--guidance needs a model of classes"),
         ("evaluate.py bound --ckpt {plain} --repeat 0", "--repeat must be at least 1"),
     ],
 )

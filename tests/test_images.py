@@ -178,6 +178,8 @@ def test_packed_and_loose_image_files(tmp_path):
     with pytest.raises(InputError, match=r"x\.png is not an image"):
         open_images(str(tmp_path / "photos"), tmp_path)
     assert read_image(png(noise(3, 2, 1)), "grey").shape == (3, 2, 1)
+    with pytest.raises(InputError, match="deep has more than 8 bits a colour"):
+        read_image(png(noise(3, 2, dtype=np.uint16)), "deep")
 
 
 IMAGE = noise(10, 4, 4, 3)
