@@ -28,6 +28,14 @@ from cadd_min.options import HelpFormatter
 from cadd_min.pixels import Pixels
 from cadd_min.trainer import DTYPES, seeded
 
+NAMES = {
+    "FD": "Fréchet distance (classifier's features, not FID)",
+    "variety": "class entropy of all, nats",
+    "doubt": "class entropy of each, nats",
+    "precision": "precision",
+    "recall": "recall",
+}
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
@@ -69,18 +77,8 @@ def frechet(samples: np.ndarray, data: images.Images, args: argparse.Namespace) 
     net, accuracy = judge.open_judge(data, args.cache)
     real, _ = judge.judged(net, data.train)
     rows: dict[str, Any] = {"classifier's held-out accuracy": accuracy}
-    for name, some in (("", samples), ("held-out images' ", data.held_out[: args.num])):
-        features, logits = judge.judged(net, some)
-        variety, doubt = judge.class_entropies(logits)
-        most = min(len(real), len(features), 10_000)  # all distances between them are held at once
-        precision, recall = judge.precision_recall(real[:most], features[:most])
-        rows |= {
-            f"{name}Fréchet distance (classifier's features, not FID)": judge.frechet_distance(real, features),
-            f"{name}class entropy of all, nats": variety,
-            f"{name}class entropy of each, nats": doubt,
-            f"{name}precision": precision,
-            f"{name}recall": recall,
-        }
+    for whose, some in (("", samples), ("held-out images' ", data.held_out[: args.num])):
+        rows |= {whose + NAMES[key]: value for key, value in judge.measures(net, real, some).items()}
     return rows
 
 

@@ -58,6 +58,7 @@ def main() -> None:
     args, resumed = launch.parse_args(build_parser(), "image")
     presets = PRESETS[choose("--backbone", args.backbone, PRESETS)]
     size = presets[choose("--preset", args.preset, presets)]
+    images.pillow()  # missed now, not at the first picture
     data = images.open_images(args.dataset, args.cache, args.archive)
     if args.classes and data.labels is None:
         raise InputError(f"--classes needs labels, and --dataset {args.dataset} has none")

@@ -17,23 +17,21 @@ run is one line of JSON in --out; --table FILE prints what is there. The table g
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.specs import parse, pop_fields, spread
-from cadd_min.errors import InputError, run
-from cadd_min.images import open_images
-from cadd_min.judge import class_entropies, frechet_distance, judged, open_judge, precision_recall
+from benchmarks.specs import parse, pop_fields, read_rows, run_all, spread
+from cadd_min.errors import InputError, choose, run
+from cadd_min.images import Images, open_images
+from cadd_min.judge import judged, measures, open_judge
 from cadd_min.model import Denoiser, ModelConfig
-from cadd_min.pixels import ImageBatches
+from cadd_min.pixels import ImageBatches, Pixels
 from cadd_min.sampler import cosine_temperature, sample
 from cadd_min.trainer import TrainConfig, Trainer, seeded
 from cadd_min.unet import UNET_PRESETS
@@ -42,25 +40,29 @@ from train_image import DEFAULTS
 COLUMNS = {"FD": 2, "variety": 2, "doubt": 2, "precision": 2, "recall": 2, "copies": 3}
 
 
-def score(job: dict[str, Any], images: np.ndarray) -> dict[str, float]:
-    """These images (N, H, W, C) against the training ones."""
-    data = open_images(job["dataset"], Path(job["cache"]), job["archive"])
-    judge, _ = open_judge(data, Path(job["cache"]))
-    (real, _), (fake, logits) = judged(judge, data.train), judged(judge, images)
-    variety, doubt = class_entropies(logits)
-    precision, recall = precision_recall(real[: len(fake)], fake)
-    known = {image.tobytes() for image in data.train}
-    copies = sum(image.tobytes() in known for image in images) / len(images)
-    values = (frechet_distance(real, fake), variety, doubt, precision, recall, copies)
-    return dict(zip(COLUMNS, values))
+class Judge:
+    """What scores samples of one data set: its judge, and what does not change from one set of samples to the next."""
+
+    def __init__(self, data: Images, cache: Path):
+        self.net, _ = open_judge(data, cache)
+        self.real, _ = judged(self.net, data.train)
+        self.known = {image.tobytes() for image in data.train}
+
+    def score(self, images: np.ndarray) -> dict[str, float]:
+        """These images (N, H, W, C) against the training ones."""
+        copies = sum(image.tobytes() in self.known for image in images) / len(images)
+        return measures(self.net, self.real, images) | {"copies": copies}
 
 
 def one_run(job: dict[str, Any]) -> dict[str, Any]:
     """One model, one seed: train, then sample at every T and zhat, and judge."""
     torch.set_num_threads(job["threads"])
-    data, seed, options = open_images(job["dataset"], Path(job["cache"]), job["archive"]), job["seed"], job["options"]
+    seed, options, cache = job["seed"], job["options"], Path(job["cache"])
+    data = open_images(job["dataset"], cache, job["archive"])
+    judge = Judge(data, cache)
     options = DEFAULTS | {"dtype": "float32", "steps": job["steps"]} | options
-    size, pixels, row = UNET_PRESETS[options.pop("preset", "tiny")], data.pixels(), dict(job)
+    size = UNET_PRESETS[choose("preset", options.pop("preset", "tiny"), UNET_PRESETS)]
+    pixels, row = data.pixels(), dict(job)
     torch.manual_seed(seed)
     config = ModelConfig(
         pixels.levels, pixels.length, size, pixels.shape, model=job["model"], **pop_fields(ModelConfig, options)
@@ -76,11 +78,11 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
     row["scores"] = {}
     for zhat in job["zhat"] if trainer.ema.latent.dim else ["hard"]:
         for steps in job["T"]:
-            row["scores"][f"{zhat} {steps}"] = score(job, draw(trainer.ema, job, pixels.decode, steps, zhat))
+            row["scores"][f"{zhat} {steps}"] = judge.score(draw(trainer.ema, job, pixels, steps, zhat))
     return row
 
 
-def draw(model: Denoiser, job: dict[str, Any], decode: Any, steps: int, zhat: str) -> np.ndarray:
+def draw(model: Denoiser, job: dict[str, Any], pixels: Pixels, steps: int, zhat: str) -> np.ndarray:
     """(samples, H, W, C) images, 256 at a time."""
     parts = []
     for first in range(0, job["samples"], 256):
@@ -97,7 +99,7 @@ def draw(model: Denoiser, job: dict[str, Any], decode: Any, steps: int, zhat: st
             time_grid=job["time_grid"],
             generator=seeded(job["seed"], 10_000 * steps + first),
         )
-        parts.append(decode(x))
+        parts.append(pixels.decode(x))
     return np.concatenate(parts)
 
 
@@ -140,28 +142,21 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="only print the table of the runs in this file")
     args = parser.parse_args()
     if args.table:
-        return print(table([json.loads(line) for line in args.table.read_text().splitlines()]))
+        return print(table(read_rows(args.table)))
     if min(args.seeds, args.samples, *args.T) < 1:
         raise InputError("--seeds, --samples and --T must be at least 1")
     shared = {k: v for k, v in vars(args).items() if k not in ("train", "seeds", "jobs", "out", "table")}
     data = open_images(args.dataset, Path(args.cache), args.archive)
-    open_judge(data, Path(args.cache))
-    half = len(data.train) // 2
+    judge, half = Judge(data, Path(args.cache)), len(data.train) // 2
     real = {"held-out images": data.held_out, "half of the training images": data.train[:half]}
-    rows = [{"spec": name, "scores": {"": score(shared, images)}} for name, images in real.items()]
+    rows = [{"spec": name, "scores": {"": judge.score(images)}} for name, images in real.items()]
     specs = [(spec, *parse(spec, preset="str")) for spec in args.train]
     jobs = [
         shared | {"spec": spec, "model": model, "options": options, "seed": seed}
         for seed in range(args.seeds)
         for spec, model, options in specs
     ]
-    with ProcessPoolExecutor(args.jobs) as pool:
-        for row in pool.map(one_run, jobs):
-            rows.append(row)
-            if args.out:
-                with args.out.open("a") as file:
-                    file.write(json.dumps(row, default=str) + "\n")
-    print(table(rows))
+    print(table(rows + run_all(one_run, jobs, args.jobs, args.out)))
 
 
 if __name__ == "__main__":

@@ -18,17 +18,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import time
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.sources import ExactDenoiser, Source
-from benchmarks.specs import parse, pop_fields, spread
+from benchmarks.specs import parse, pop_fields, read_rows, run_all, spread
 from cadd_min.dit import PRESETS
 from cadd_min.errors import InputError, choose, run
 from cadd_min.forward import q_sample
@@ -165,7 +163,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="only print the table of the runs in this file")
     args = parser.parse_args()
     if args.table:
-        return print(tables([json.loads(line) for line in args.table.read_text().splitlines()]))
+        return print(tables(read_rows(args.table)))
     if min(args.seeds, args.samples, *args.T) < 1:
         raise InputError("--seeds, --samples and --T must be at least 1")
     shared = {"source": args.source, "steps": args.steps, "samples": args.samples, "T": args.T, "zhat": args.zhat}
@@ -178,14 +176,7 @@ def main() -> None:
                     shared | {"spec": spec, "model": model, "options": options, "trained": trained, "seed": seed}
                 )
     jobs.sort(key=lambda job: job["seed"])
-    rows = []
-    with ProcessPoolExecutor(args.jobs) as pool:
-        for row in pool.map(one_run, jobs):
-            rows.append(row)
-            if args.out:
-                with args.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-    print(tables(rows))
+    print(tables(run_all(one_run, jobs, args.jobs, args.out)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
-"""What the benchmarks that train models share: a model and its settings in one word, and mean ± spread."""
+"""What the benchmarks that train models share: a model and its settings in one word, many runs, mean ± spread."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from cadd_min.errors import InputError, choose
@@ -35,6 +39,25 @@ def pop_fields(cls: type, options: dict[str, Any]) -> dict[str, Any]:
     """Take the options that are fields of `cls` out of `options`."""
     names = {f.name for f in dataclasses.fields(cls)} & options.keys()
     return {name: options.pop(name) for name in names}
+
+
+def run_all(
+    one_run: Callable[[dict[str, Any]], dict[str, Any]], jobs: list[dict[str, Any]], at_once: int, out: Path | None
+) -> list[dict[str, Any]]:
+    """The rows of all jobs, in their order, each a line of JSON in `out` as soon as it is there."""
+    rows = []
+    with ProcessPoolExecutor(at_once) as pool:
+        for row in pool.map(one_run, jobs):
+            rows.append(row)
+            if out:
+                with out.open("a") as file:
+                    file.write(json.dumps(row, default=str) + "\n")
+    return rows
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """What `run_all` wrote."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def spread(values: list[float], digits: int = 3) -> str:

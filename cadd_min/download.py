@@ -25,6 +25,9 @@ def download(url: str, path: Path, dataset: str, md5: str | None = None, option:
         with urllib.request.urlopen(url, timeout=30) as response, part.open("wb") as file:
             while block := response.read(1 << 20):
                 file.write(block)
+            size = response.headers.get("Content-Length")
+            if size is not None and int(size) != file.tell():  # urllib says nothing of it
+                raise OSError(f"it broke off after {file.tell():,} of {int(size):,} bytes")
         os.replace(checked(part, md5, url), path)
     except (OSError, urllib.error.URLError, HTTPException) as error:
         raise InputError(

@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -167,16 +168,14 @@ def _imagenet32(folder: Path) -> Images:
         data, labels = (np.concatenate([batch[name] for batch in batches]) for name in ("data", "labels"))
         parts.append(_planes(data, labels - 1))
     (train, train_labels), (test, test_labels) = parts
-    return Images("imagenet32", train, test, _labels(folder, train_labels, test_labels), flip=True)
+    return Images("imagenet32", train, test, (_labels(folder, train_labels), _labels(folder, test_labels)), flip=True)
 
 
-def _labels(path: Path, *parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _labels(path: Path, found: np.ndarray) -> np.ndarray:
     """Labels as int64, if they are numbers from 0 on."""
-    for part in parts:
-        if part.dtype.kind not in "iu" or part.ndim != 1 or part.min() < 0 or part.max() >= 100_000:
-            raise InputError(f"--dataset {path}: labels must be whole numbers from 0 on, one for each image")
-    train, test = (part.astype(np.int64) for part in parts)
-    return train, test
+    if found.dtype.kind not in "iu" or found.ndim != 1 or found.min() < 0 or found.max() >= 100_000:
+        raise InputError(f"--dataset {path}: labels must be whole numbers from 0 on, one for each image")
+    return found.astype(np.int64)
 
 
 def _arrays(path: Path, wanted: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
@@ -212,10 +211,11 @@ def _npz(path: Path) -> Images:
             raise InputError(f"--dataset {path} has {len(x)} images and labels of the shape {labels.shape} in {name}")
     if len(set(shapes.values())) > 1:
         raise InputError(f"--dataset {path} has images of mixed sizes: {shapes}")
-    y = [arrays[name] for name in ("y_train", "y_test") if name in arrays]
+    train, test = (_labels(path, arrays[name]) if name in arrays else None for name in ("y_train", "y_test"))
     if "x_test" not in arrays:
-        return _split(path.stem, arrays["x_train"], _labels(path, y[0], y[0])[0] if y else None)
-    return Images(path.stem, arrays["x_train"], arrays["x_test"], _labels(path, *y) if len(y) == 2 else None)
+        return _split(path.stem, arrays["x_train"], train)
+    both = None if train is None or test is None else (train, test)
+    return Images(path.stem, arrays["x_train"], arrays["x_test"], both)
 
 
 def _packed(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -257,10 +257,18 @@ def _stack(files: list[tuple[str, bytes]], path: Path) -> np.ndarray:
     return np.stack(images)
 
 
+def pillow() -> Any:
+    """PIL.Image. Raises InputError where it is not installed."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise InputError("pictures need their package: pip install pillow") from None
+    return Image
+
+
 def read_image(data: bytes, name: str) -> np.ndarray:
     """(H, W, 3), or (H, W, 1) for a grey one, uint8. Raises InputError if these bytes are no image."""
-    from PIL import Image
-
+    Image = pillow()
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.mode.startswith(("I", "F")):  # a conversion would cut them off at 255

@@ -98,6 +98,16 @@ def judged(net: Classifier, images: np.ndarray, batch: int = 500) -> tuple[Tenso
     return torch.cat(features), torch.cat(logits)
 
 
+def measures(net: Classifier, real: Tensor, images: np.ndarray) -> dict[str, float]:
+    """How these images (N, H, W, C) compare with real ones, of which the features (M, 64) are given."""
+    features, logits = judged(net, images)
+    variety, doubt = class_entropies(logits)
+    most = min(len(real), len(features), 10_000)  # all distances between them are held at once
+    precision, recall = precision_recall(real[:most], features[:most])
+    distance = frechet_distance(real, features)
+    return {"FD": distance, "variety": variety, "doubt": doubt, "precision": precision, "recall": recall}
+
+
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """||mu_a - mu_b||^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (N, F) and (M, F) (Dowson & Landau 1982)."""
     cov_a, cov_b = a.T.cov(), b.T.cov()

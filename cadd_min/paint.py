@@ -16,9 +16,10 @@ from cadd_min.errors import InputError
 from cadd_min.guidance import Guided
 from cadd_min.images import read_image
 from cadd_min.model import Denoiser
-from cadd_min.pictures import Film, WatchImage, grid, save
+from cadd_min.pictures import Film, frame, grid, save
 from cadd_min.pixels import Pixels
 from cadd_min.sampler import Step
+from cadd_min.watch import Watch
 
 
 class ImageTask:
@@ -79,7 +80,9 @@ class ImageTask:
 
     def callback(self, steps: int) -> Callable[[Step], None] | None:
         """What --watch and --gif look at."""
-        watchers: list[Callable[[Step], None]] = [WatchImage(self.pixels, steps)] if self.args.watch else []
+        watchers: list[Callable[[Step], None]] = []
+        if self.args.watch:
+            watchers.append(Watch(self.pixels.mask_id, steps, lambda step: frame(step, self.pixels)))
         if self.args.gif:
             self.film = Film(self.pixels, steps)
             watchers.append(self.film)

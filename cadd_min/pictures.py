@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,14 @@ from torch import Tensor
 from cadd_min import ops
 from cadd_min.errors import InputError
 from cadd_min.guidance import Guided
+from cadd_min.images import pillow
 from cadd_min.latent import log_likelihood
 from cadd_min.model import Denoiser
 from cadd_min.pixels import Pixels
 from cadd_min.sampler import Step, sample
 
 MASKED = (70, 90, 150)  # a blue that no grey image has
-RESET, HOME = "\x1b[0m", "\x1b[H\x1b[2J"
+RESET = "\x1b[0m"
 
 
 def shown(tokens: Tensor, pixels: Pixels) -> np.ndarray:
@@ -50,8 +49,7 @@ def grid(images: np.ndarray, columns: int | None = None, scale: int | None = Non
 
 def save(path: Path, *frames: np.ndarray, option: str = "--out", seconds: float = 4.0) -> Path:
     """Write one picture (H, W, 3), or of several a GIF that lasts so long; whole or not at all."""
-    from PIL import Image
-
+    Image = pillow()
     part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     pictures = [Image.fromarray(frame) for frame in frames]
     more: dict[str, Any] = {}
@@ -86,20 +84,11 @@ class Film:
         self.frames.append(np.concatenate(sides, 1))
 
 
-class WatchImage:
-    """A sampler callback that shows the first image in a terminal after each step: what is masked, what is believed."""
-
-    def __init__(self, pixels: Pixels, steps: int):
-        self.pixels, self.steps = pixels, steps
-        self.clear = HOME if sys.stdout.isatty() else "\n"
-
-    def __call__(self, step: Step) -> None:
-        masked = int((step.x[0] == self.pixels.mask_id).sum())
-        print(f"{self.clear}step {step.number + 1}/{self.steps}  t = {step.s:.3f}  {masked} masked | z0_hat\n")
-        sides = [shown(tokens[:1], self.pixels)[0] for tokens in (step.x, step.belief())]
-        gap = np.zeros((len(sides[0]), 2, 3), np.uint8)
-        print(blocks(np.concatenate([sides[0], gap, sides[1]], 1)), flush=True)
-        time.sleep(1 / 20)
+def frame(step: Step, pixels: Pixels) -> str:
+    """The first image for a terminal: left what is masked, right what is believed."""
+    left, right = (shown(tokens[:1], pixels)[0] for tokens in (step.x, step.belief()))
+    gap = np.zeros((len(left), 2, 3), np.uint8)
+    return "what is masked | z0_hat\n" + blocks(np.concatenate([left, gap, right], 1))
 
 
 def blocks(image: np.ndarray) -> str:

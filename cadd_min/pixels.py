@@ -58,10 +58,10 @@ class Pixels:
         values = torch.from_numpy(np.array(images)).flatten(1).long()
         return values if self.levels == 256 else (values * (self.levels - 1) + 127) // 255
 
-    def decode(self, tokens: Tensor, mask: int = 0) -> np.ndarray:
-        """(N, L) -> (N, H, W, C) uint8 from 0, black, to 255, white; `mask` where still masked."""
+    def decode(self, tokens: Tensor) -> np.ndarray:
+        """(N, L) -> (N, H, W, C) uint8 from 0, black, to 255, white; black where still masked."""
         values = (tokens * 255 + (self.levels - 1) // 2) // (self.levels - 1)
-        values = torch.where(tokens == self.mask_id, mask, values)
+        values = torch.where(tokens == self.mask_id, 0, values)
         return values.to(torch.uint8).view(-1, *self.shape).cpu().numpy()
 
 

@@ -83,13 +83,10 @@ def sample(
     Raises: InputError for an argument out of range.
     """
     _check(shape, table, mask_id, steps, zhat, num_latents, top_p, strength, time_grid, prompt)
-    device, (batch, length), dim = table.device, shape, table.shape[1]
+    device, (batch, length) = table.device, shape
     seed = ops.draw_seed(generator, device)
-    x = torch.full(shape, mask_id, device=device) if prompt is None else prompt.to(device, torch.int64, copy=True)
-    positions = torch.arange(num_latents * batch * length, device=device)
-    z = philox.normals(seed, positions, dim).to(table.dtype).view(num_latents, batch, length, dim)
-    given = x != mask_id
-    z[:, given] = table[x[given]]
+    x, z = _start(shape, table, mask_id, num_latents, prompt, seed)
+    first = batch * length * torch.arange(num_latents, device=device)[:, None]  # position of each latent's sequences
 
     times = TIME_GRIDS[time_grid](torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device))
     for index, (t, s) in enumerate(zip(times[:-1], times[1:])):
@@ -98,7 +95,7 @@ def sample(
         if len(rows) == 0:
             break
         seen = (x.repeat(num_latents, 1), strength * z.flatten(0, 1), t.to(table.dtype).expand(num_latents * batch))
-        each = rows + batch * length * torch.arange(num_latents, device=device)[:, None]  # (K, N)
+        each = rows + first  # (K, N)
         seed[1] = index + 1
         tau = _temperature(temperature, float(t))
         logits = logits_at(denoiser, *seen, each.flatten()).unflatten(0, each.shape)
@@ -122,9 +119,22 @@ def sample(
         x.view(-1)[rows], z.flatten(1, 2)[:, rows] = x_s, z_s
         if callback is not None:
             u = philox.hat_choice(seed, each)
-            belief = partial(_belief, x.clone(), rows, logits, table, zhat, mask_id, tau, top_p, u)
-            callback(Step(index, float(t), float(s), x.clone(), z.clone(), masked & (x != mask_id), belief))
+            now = x.clone()
+            belief = partial(_belief, now, rows, logits, table, zhat, mask_id, tau, top_p, u)
+            callback(Step(index, float(t), float(s), now, z.clone(), masked & (x != mask_id), belief))
     return x
+
+
+def _start(
+    shape: tuple[int, int], table: Tensor, mask_id: int, num_latents: int, prompt: Tensor | None, seed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x_1 (B, L), masked but where the prompt is given, and z_1 (K, B, L, D) ~ N(0, I), there the given tokens'."""
+    device, dim = table.device, table.shape[1]
+    x = torch.full(shape, mask_id, device=device) if prompt is None else prompt.to(device, torch.int64, copy=True)
+    z = philox.normals(seed, torch.arange(num_latents * x.numel(), device=device), dim).to(table.dtype)
+    z, given = z.view(num_latents, *shape, dim), x != mask_id
+    z[:, given] = table[x[given]]
+    return x, z
 
 
 def _belief(

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
-import time
 
 import torch
 from torch import Tensor
 
 from cadd_min.errors import InputError
 from cadd_min.model import Denoiser
-from cadd_min.sampler import Step, sample
+from cadd_min.sampler import sample
 from cadd_min.tokenizer import Tokenizer
+from cadd_min.watch import Watch
 
 GAP = re.compile(r"\[(\d+)\]")
-DIM, BRIGHT, RESET, HOME = "\x1b[2m", "\x1b[1;92m", "\x1b[0m", "\x1b[H\x1b[2J"
+DIM, BRIGHT, RESET = "\x1b[2m", "\x1b[1;92m", "\x1b[0m"
 
 
 def parse_prompt(prompt: str, tokenizer: Tokenizer, length: int) -> Tensor:
@@ -65,7 +64,9 @@ class TextTask:
         return parse_prompt(self.args.prompt, self.tokenizer, self.model.config.length).expand(count, -1)
 
     def callback(self, steps: int) -> Watch | None:
-        return Watch(self.tokenizer, steps) if self.args.watch else None
+        if not self.args.watch:
+            return None
+        return Watch(self.tokenizer.mask_id, steps, lambda step: frame(step.x[0], step.fresh[0], self.tokenizer))
 
     def show(self, x: Tensor) -> None:
         """Print the samples (B, L)."""
@@ -75,20 +76,6 @@ class TextTask:
     def settings(self) -> str:
         """What else there is to say of these samples."""
         return ""
-
-
-class Watch:
-    """A sampler callback that shows the first sequence after each step, at most 20 steps a second."""
-
-    def __init__(self, tokenizer: Tokenizer, steps: int):
-        self.tokenizer, self.steps = tokenizer, steps
-        self.clear = HOME if sys.stdout.isatty() else "\n"
-
-    def __call__(self, step: Step) -> None:
-        masked = int((step.x[0] == self.tokenizer.mask_id).sum())
-        print(f"{self.clear}step {step.number + 1}/{self.steps}  t = {step.s:.3f}  {masked} masked\n")
-        print(frame(step.x[0], step.fresh[0], self.tokenizer), flush=True)
-        time.sleep(1 / 20)
 
 
 def preview(model: Denoiser, tokenizer: Tokenizer, steps: int = 64) -> str:

@@ -98,7 +98,8 @@ class UNet(nn.Module):
 
     def __init__(self, size: UNetSize, shape: tuple[int, ...], classes: int = 0):
         super().__init__()
-        self.shape, colours = (*shape[:2], shape[2] * size.embed), shape[2] * size.embed
+        colours = shape[2] * size.embed
+        self.shape = (*shape[:2], colours)
         self.time = TimeEmbedding(size.cond, classes)
         self.enter = nn.Conv2d(colours, size.channels, 3, padding=1)
         widths = [size.channels * mult for mult in size.mults]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cadd_min import checkpoint
 from cadd_min.dit import Size
 from cadd_min.model import Denoiser, ModelConfig
 
@@ -31,6 +32,14 @@ def rng(seed: int) -> torch.Generator:
 def nano(model: str = "cadd", vocab_size: int = 11, length: int = 12, seed: int = 0, **options: object) -> Denoiser:
     torch.manual_seed(seed)
     return Denoiser(ModelConfig(vocab_size, length, NANO, model=model, **options))  # type: ignore[arg-type]
+
+
+def save_untrained(path: Path, config: ModelConfig, spec: dict[str, object]) -> Path:
+    """A checkpoint of a model that has learned nothing, for text or images by its codec's spec."""
+    state = {"ema": Denoiser(config).state_dict(), "step": 1}
+    content = {"model_config": checkpoint.model_dict(config), "tokenizer": spec, "trainer": state, "settings": {}}
+    checkpoint.save(path, content)
+    return path
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from PIL import Image
 
 from cadd_min import checkpoint
 from cadd_min.dit import PRESETS
-from cadd_min.model import Denoiser, ModelConfig
+from cadd_min.model import ModelConfig
 from cadd_min.text import frame, parse_prompt
 from cadd_min.tokenizer import gpt2
-from tests.conftest import ROOT
+from tests.conftest import ROOT, save_untrained
 
 TINY = "--preset nano --length 16 --vocab-size 300 --batch-size 4 --steps 4 --eval-every 2 --sample-every 4"
 
@@ -191,10 +191,7 @@ def test_bad_input_is_one_sentence(command, message, call, text, tmp_path):
         "other": tmp_path / "other.pt",
     }
     for name, vocab_size in (("good", 300), ("other", 11)):
-        config = ModelConfig(vocab_size, 8, PRESETS["nano"])
-        state = {"ema": Denoiser(config).state_dict(), "step": 1}
-        content = {"model_config": checkpoint.model_dict(config), "tokenizer": gpt2(300).spec(), "trainer": state}
-        checkpoint.save(files[name], content)
+        save_untrained(files[name], ModelConfig(vocab_size, 8, PRESETS["nano"]), gpt2(300).spec())
     code, _, err = call(command.format(**files, tiny=TINY))
     shown = [line for line in err.split("\r")[-1].splitlines() if "step/s]" not in line]  # no progress bar
     assert code == 2 and len(shown) == 1 and message in shown[0]

@@ -1,6 +1,7 @@
 """The image commands as people type them, and bad input as one clear sentence and exit code 2."""
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,12 @@ import torch
 from PIL import Image
 
 from cadd_min import checkpoint
-from cadd_min.model import Denoiser, ModelConfig
+from cadd_min.dit import PRESETS
+from cadd_min.model import ModelConfig
 from cadd_min.pixels import Pixels
+from cadd_min.tokenizer import gpt2
 from cadd_min.unet import UNET_PRESETS
+from tests.conftest import save_untrained
 
 NANO = "--preset nano --batch-size 8 --steps 4 --eval-every 2 --sample-every 4"
 
@@ -92,14 +96,10 @@ def test_evaluate_says_what_it_measured(call, npz):
 
 def checkpoints(folder: Path) -> dict[str, Path]:
     """Untrained models of images: with classes, and without."""
-    made = {}
+    pixels, made = Pixels((8, 8, 1), 17), {}
     for name, classes in (("classes", 3), ("plain", 0)):
-        config = ModelConfig(17, 64, UNET_PRESETS["nano"], (8, 8, 1), classes)
-        state = {"ema": Denoiser(config).state_dict(), "step": 1}
-        spec = Pixels((8, 8, 1), 17).spec()
-        content = {"model_config": checkpoint.model_dict(config), "tokenizer": spec, "trainer": state, "settings": {}}
-        checkpoint.save(folder / f"{name}.pt", content)
-        made[name] = folder / f"{name}.pt"
+        config = ModelConfig(17, 64, UNET_PRESETS["nano"], pixels.shape, classes)
+        made[name] = save_untrained(folder / f"{name}.pt", config, pixels.spec())
     return made
 
 
@@ -149,13 +149,7 @@ def test_bad_input_is_one_sentence(command, message, call, npz, tmp_path):
 
 
 def test_image_options_are_refused_for_text(call, tmp_path):
-    from cadd_min.dit import PRESETS
-    from cadd_min.tokenizer import gpt2
-
-    config = ModelConfig(300, 8, PRESETS["nano"])
-    state = {"ema": Denoiser(config).state_dict(), "step": 1}
-    content = {"model_config": checkpoint.model_dict(config), "tokenizer": gpt2(300).spec(), "trainer": state}
-    checkpoint.save(tmp_path / "text.pt", content)
+    save_untrained(tmp_path / "text.pt", ModelConfig(300, 8, PRESETS["nano"]), gpt2(300).spec())
     for option in ("--gif x.gif", "--out x.png", "--classes 1", "--guidance 1", "--inpaint x.png"):
         code, _, err = call(f"sample.py --ckpt text.pt {option}")
         assert code == 2 and f"{option.split()[0]} is for models of images" in err
@@ -168,3 +162,9 @@ def test_checkpoints_of_images_load_as_they_were_saved(tmp_path):
         model, pixels, _ = checkpoint.load_denoiser(path)
         assert isinstance(pixels, Pixels) and isinstance(model.config.size, type(UNET_PRESETS["nano"]))
         assert torch.equal(model.embedding.weight, checkpoint.load(path)["trainer"]["ema"]["embedding.weight"])
+
+
+def test_without_pillow_it_says_so_before_it_trains(call, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    code, _, err = call("train_image.py")
+    assert code == 2 and err == "error: pictures need their package: pip install pillow\n" and not Path("runs").exists()
