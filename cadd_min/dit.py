@@ -1,6 +1,6 @@
 """The transformer backbone: bidirectional, rotary positions, adaLN-Zero on t (DiT, Peebles & Xie 2023).
 
-Text goes in token by token, an image patch by patch.
+Text goes in token by token, an image patch by patch. Causal, position i sees the inputs up to i: an autoregressive one.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Size:
         """Width of a token's embedding, and of its features for the head."""
         return self.width
 
-    def build(self, shape: tuple[int, ...], classes: int = 0) -> nn.Module:
+    def build(self, shape: tuple[int, ...], classes: int = 0, causal: bool = False) -> nn.Module:
         """The backbone for inputs of this shape, (L,)."""
-        return DiT(self, shape[0], classes)
+        return DiT(self, shape[0], classes, causal)
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,15 @@ class Rotary(nn.Module):
         return q * self.cos[:length].to(q.dtype) + q.roll(q.shape[-1] // 2, -1) * self.sin[:length].to(q.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scaled dot-product attention, (B, heads, L, head_dim) each. On a CPU in float32: a short sequence's backward in
-    bfloat16 takes three times as long there."""
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """Scaled dot-product attention, (B, heads, L, head_dim) each; causal: to no later position than one's own.
+
+    On a CPU in float32: a short sequence's backward in bfloat16 takes three times as long there.
+    """
     if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal).to(v.dtype)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -124,10 +126,10 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class Block(nn.Module):
     """Attention and MLP, each modulated and gated by the time. The gates start at zero: a block starts as identity."""
 
-    def __init__(self, size: Size | PatchSize):
+    def __init__(self, size: Size | PatchSize, causal: bool = False):
         super().__init__()
         width = size.width
-        self.heads = size.heads
+        self.heads, self.causal = size.heads, causal
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width, bias=False)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
@@ -137,7 +139,7 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.ada(c)[:, None].chunk(6, -1)
         qkv = self.qkv(modulate(x, shift_a, scale_a))
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, L, head_dim)
-        a = attend(rotary(q), rotary(k), v)
+        a = attend(rotary(q), rotary(k), v, self.causal)
         x = x + gate_a * self.out(a.transpose(1, 2).flatten(2))
         return x + gate_m * self.mlp(modulate(x, shift_m, scale_m))
 
@@ -145,6 +147,7 @@ class Block(nn.Module):
     def look_nearby(self, frequency: Tensor, peak: float = 6.0, bands: int = 8) -> None:
         """Set the biases so that head 0, 1, 2, 3, ... starts by attending around offset -1, 1, -2, 2, ...
 
+        A causal block's start at 0, -1, -2, -3, ...: its input at i is token i - 1, so 0 is the token before.
         A bias c of the queries and the same bias turned back by `offset` steps of the rotation for the keys give the
         logit sum_f c_f^2 cos((i + offset - j) frequency_f), largest, `peak`, at j = i + offset. The network can unlearn
         it; without it, it stays at the unigram law until it finds by itself that neighbours matter.
@@ -155,7 +158,7 @@ class Block(nn.Module):
         c = torch.zeros(half)
         c[:bands] = math.sqrt(peak * math.sqrt(2 * half) / min(bands, half))
         for head in range(self.heads):
-            offset = (head // 2 + 1) * (1 if head % 2 else -1)
+            offset = -head if self.causal else (head // 2 + 1) * (1 if head % 2 else -1)
             query[head, :half] = c
             key[head] = torch.cat([c * (offset * frequency).cos(), -c * (offset * frequency).sin()])
 
@@ -163,13 +166,13 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """(B, L, width) inputs and times (B,) -> (B, L, width) features for the head."""
 
-    def __init__(self, size: Size | PatchSize, length: int, classes: int = 0):
+    def __init__(self, size: Size | PatchSize, length: int, classes: int = 0, causal: bool = False):
         super().__init__()
         if size.width % (2 * size.heads):
             raise InputError(f"width must be a multiple of twice the heads ({size.heads}), not {size.width}")
         self.time = TimeEmbedding(size.cond, classes)
         self.rotary = Rotary(size.width // size.heads, length)
-        blocks = [Block(size) for _ in range(size.layers)]
+        blocks = [Block(size, causal) for _ in range(size.layers)]
         self.blocks = nn.ModuleList(blocks)
         self.ada = nn.Linear(size.cond, 2 * size.width)
         self.initialize_weights()

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from cadd_min import ops
+from cadd_min import methods, ops
 from cadd_min.errors import InputError
 from cadd_min.model import Denoiser
-from cadd_min.sampler import TIME_GRIDS, ZHATS, Step, cosine_temperature, sample
+from cadd_min.options import add_options, from_args
+from cadd_min.plan import Sampling, cosine_temperature
+from cadd_min.sampler import Step
 from cadd_min.trainer import DTYPES, seeded
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Everything that shapes a sample, but the model."""
-    parser.add_argument(
-        "--zhat", help=f"estimate of z_0 at each step: {', '.join(ZHATS)} (default: hard, images: soft)"
-    )
-    parser.add_argument("--steps", type=int, default=128, help="T, steps from noise to sample")
-    parser.add_argument("--num-latents", type=int, default=1, help="K, latents whose predictions are averaged")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the draws; 0 takes the most probable")
+    add_options(parser, Sampling)
+    parser.set_defaults(zhat=None)  # each kind of data has its own
     parser.add_argument(
         "--cosine-temperature",
         type=float,
@@ -32,9 +32,6 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         metavar="START",
         help="let it fall to --temperature along a cosine from START (the paper's for images: 2.5)",
     )
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the smallest set with this probability")
-    parser.add_argument("--strength", type=float, default=1.0, help="of the latent that the network sees; 0 ignores it")
-    parser.add_argument("--time-grid", default="uniform", help=f"{', '.join(TIME_GRIDS)}")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: as it was trained")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -45,46 +42,68 @@ def dtype_of(asked: str, content: dict[str, Any]) -> str:
     return content.get("settings", {}).get("dtype", "float32") if asked == "auto" else asked
 
 
+def sampling(args: argparse.Namespace) -> Sampling:
+    """The options as they were given; a cosine temperature is a function of t."""
+    options = from_args(Sampling, args)
+    if args.cosine_temperature is None:
+        return options
+    return dataclasses.replace(options, temperature=cosine_temperature(args.cosine_temperature, args.temperature))
+
+
 def samples(
     model: Denoiser,
-    args: argparse.Namespace,
+    how: Sampling,
     count: int,
     *,
+    seed: int,
+    dtype: str,
     index: int = 0,
     denoiser: Any = None,
     prompt: Tensor | None = None,
     callback: Callable[[Step], None] | None = None,
 ) -> Tensor:
-    """(count, L) tokens by these options; `index` is of the batch: another one has other noise."""
-    if not 0 <= args.seed < 2**63:
-        raise InputError(f"--seed must be from 0 to 2^63 - 1, not {args.seed}")
-    device, start, tau = model.embedding.weight.device, args.cosine_temperature, args.temperature
-    with torch.autocast(device.type, DTYPES[args.dtype], enabled=args.dtype != "float32"):
-        return sample(
-            denoiser or model,
-            (count, model.config.length),
-            model.table(),
-            model.schedule,
-            model.mask_id,
-            steps=args.steps,
-            zhat=args.zhat,
-            num_latents=args.num_latents,
-            temperature=tau if start is None else cosine_temperature(start, tau),
-            top_p=args.top_p,
-            strength=args.strength,
-            time_grid=args.time_grid,
+    """(count, L) tokens; `index` is of the batch: another one has other noise."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed must be from 0 to 2^63 - 1, not {seed}")
+    device = model.embedding.weight.device
+    with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
+        return methods.draw(
+            model,
+            count,
+            denoiser=denoiser,
             prompt=prompt,
             # of the CPU: the same noise on every device
-            generator=seeded(args.seed, index) if index else torch.Generator().manual_seed(args.seed),
+            generator=seeded(seed, index) if index else torch.Generator().manual_seed(seed),
             callback=callback,
+            **vars(how),
         )
+
+
+def many(
+    model: Denoiser,
+    how: Sampling,
+    count: int,
+    *,
+    seed: int,
+    dtype: str,
+    batch_size: int,
+    denoiser: Callable[[int, int], Any] | None = None,
+) -> Tensor:
+    """(count, L) tokens, batch by batch; denoiser(first, n) is the one for samples first to first + n - 1."""
+    parts = []
+    for index, first in enumerate(tqdm(range(0, count, batch_size), desc="sampling", unit="batch", leave=False)):
+        n = min(batch_size, count - first)
+        guided = denoiser(first, n) if denoiser else None
+        parts.append(samples(model, how, n, seed=seed, dtype=dtype, index=index, denoiser=guided))
+    return torch.cat(parts)
 
 
 def settings(args: argparse.Namespace) -> str:
     """What a reader needs to compare samples with others."""
+    order = "".join(f", {name} {getattr(args, name)}" for name in ("order", "block", "remask") if getattr(args, name))
     heat = "" if args.cosine_temperature is None else f"{args.cosine_temperature} to "
     return (
         f"backend {ops.backend().name}, zhat {args.zhat}, T {args.steps} ({args.time_grid}), K {args.num_latents}, "
-        f"temperature {heat}{args.temperature}, top-p {args.top_p}, strength {args.strength}, {args.dtype} on "
+        f"temperature {heat}{args.temperature}, top-p {args.top_p}, strength {args.strength}{order}, {args.dtype} on "
         f"{args.device}, seed {args.seed}"
     )

@@ -1,7 +1,8 @@
-"""The denoiser p(x_0 | x_t, z_t): token embedding, latent, backbone, head; and the three models it can be.
+"""The denoiser p(x_0 | x_t, z_t): token embedding, latent, backbone, head; and the models it can be.
 
 CADD joins the other two. Take its latent away and the masked diffusion model is left (`mdlm`: dim 0); mask every token
-at once and the continuous one is left (`cdm`: discrete schedule "gone"). One word changes, no code does.
+at once and the continuous one is left (`cdm`: discrete schedule "gone"). One word changes, no code does. The
+baselines share the network, not the process: what they train and how they sample is in `cadd_min.baselines`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from cadd_min.options import option
 from cadd_min.schedule import NoiseSchedule, per_token
 from cadd_min.unet import UNetSize
 
-MODELS = ("cadd", "mdlm", "cdm")
+BASELINES = ("ar", "udm", "sedd")  # for text; autoregressive, uniform-state diffusion, score entropy
+MODELS = ("cadd", "mdlm", "cdm", *BASELINES)
 SIZES = {cls.__name__: cls for cls in (Size, PatchSize, UNetSize)}
 
 
@@ -32,7 +34,11 @@ class ModelConfig:
     size: Size | PatchSize | UNetSize  # of the backbone, and which it is
     image: tuple[int, int, int] | None = None  # (H, W, C) where the tokens are the values of pixels
     classes: int = 0  # labels that the model is conditioned on; 0: none
-    model: str = option("cadd", "cadd, mdlm (no latent) or cdm (everything masked, only latents)")
+    model: str = option(
+        "cadd",
+        "cadd, mdlm (no latent), cdm (everything masked, only latents); baselines for text: ar (autoregressive), "
+        "udm (uniform-state diffusion), sedd (score entropy)",
+    )
     discrete: str = option("linear", "schedule of the masks, alpha_t: linear or cosine")
     continuous: str = option("auto", "schedule of the latent: linear, cosine, capped, flow; auto: capped, cdm linear")
     latent_dim: int = option(0, "dimension of the latent; 0: the network's width")
@@ -45,6 +51,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         choose("model", self.model, MODELS)
+        if self.model in BASELINES and not (self.image is None and isinstance(self.size, Size)):
+            raise InputError(f"model {self.model} is for text, not for images")
         for name, allowed in (("latent_table", TABLES), ("fusion", FUSIONS), ("hint", HINTS)):
             choose(name, getattr(self, name), allowed)
         if not 0 < self.evidence < math.inf:
@@ -77,7 +85,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.config, self.schedule, self.mask_id = config, config.schedule(), config.vocab_size
         width = config.size.embed
-        dim = 0 if config.model == "mdlm" else config.latent_dim or width
+        dim = 0 if config.model in ("mdlm", *BASELINES) else config.latent_dim or width
         norm = config.latent_norm or evidence_norm(config.vocab_size, self.schedule, config.evidence, dim)
         self.latent = Latent(
             config.vocab_size,
@@ -93,7 +101,11 @@ class Denoiser(nn.Module):
         nn.init.normal_(self.embedding.weight, std=width**-0.5)  # rows of length about 1
         if config.image is not None:  # the values of a pixel are steps of one scale
             self.embedding.weight.data[:-1] = ordered_rows(config.vocab_size, width)
-        self.backbone = config.size.build(config.image or (config.length,), config.classes)
+        self.backbone = (
+            config.size.build((config.length,), config.classes, causal=True)
+            if config.model == "ar" and isinstance(config.size, Size)
+            else config.size.build(config.image or (config.length,), config.classes)
+        )
         self.head = nn.Linear(width, config.vocab_size, bias=False)
         nn.init.zeros_(self.head.weight)
 

@@ -197,19 +197,23 @@ def reverse_step(
     zhat: str = "hard",
     temperature: float = 1.0,
     top_p: float = 1.0,
+    rho_flip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One reverse step of the N masked positions, from time t to s (scalars).    (Prop. 2, z0_hat for z_0)
+    """One reverse step of the N masked positions, from time t to s.    (Prop. 2, z0_hat for z_0)
 
+    s and t are scalars, or (N,), each position's own; so is rho_flip, which the schedule gives if it is not given. With
+    one value for all the kernel runs, with N the reference.
     Args: logits (K, N, V) of the masked positions; rows (N,) int64, their places among the P = B L positions; z_t
     (K, P, D); table (V, D); seed (2,) int64, as above, with another offset at every step.
     Returns: x_s (N,), mask_id where a position stays masked; z_s (K, N, D).
     """
     pull, keep, variance = posterior_coefficients(s, t, schedule)
-    step = torch.stack([schedule.rho_flip(s, t), pull, keep, variance.sqrt()]).double()
+    flip = schedule.rho_flip(s, t) if rho_flip is None else rho_flip
+    step = torch.stack(torch.broadcast_tensors(flip, pull, keep, variance.sqrt())).double()
     precise = torch.autocast(logits.device.type, enabled=False)
     arguments = (rows, z_t, table, step, seed, mask_id, ZHATS.index(choose("zhat", zhat, ZHATS)), temperature, top_p)
     wide = torch.float64 in (logits.dtype, z_t.dtype, table.dtype)
-    if wide or temperature <= COLD:  # the kernels compute in float32, and divide by the temperature
+    if wide or temperature <= COLD or step.dim() > 1:  # the kernels compute in float32, and divide by the temperature
         with precise:
             return _reverse_step(logits, *arguments)
     z, w = z_t.float().contiguous(), table.float().contiguous()

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from cadd_min.errors import InputError
 
 T = TypeVar("T")
-TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
+TYPES: dict[str, type] = {"int": int, "float": float, "str": str, "Temperature": float}
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -16,9 +16,10 @@ from cadd_min.errors import InputError
 from cadd_min.guidance import Guided
 from cadd_min.images import pillow
 from cadd_min.latent import log_likelihood
+from cadd_min.methods import draw
 from cadd_min.model import Denoiser
 from cadd_min.pixels import Pixels
-from cadd_min.sampler import Step, sample
+from cadd_min.sampler import Step
 
 MASKED = (70, 90, 150)  # a blue that no grey image has
 RESET = "\x1b[0m"
@@ -126,16 +127,6 @@ def preview(model: Denoiser, pixels: Pixels, x_0: Tensor, out: Path, step: int) 
         save(out / "forward.png", strip(model, x_0, pixels))
     count, classes = 36, model.config.classes
     label = torch.arange(count, device=x_0.device) % classes if classes else None
-    generator, shape = torch.Generator().manual_seed(0), (count, pixels.length)
-    denoiser = model if label is None else Guided(model, label)
-    x = sample(
-        denoiser,
-        shape,
-        model.table(),
-        model.schedule,
-        model.mask_id,
-        steps=64,
-        zhat="soft",
-        generator=generator,
-    )
+    denoiser = None if label is None else Guided(model, label)
+    x = draw(model, count, denoiser=denoiser, steps=64, zhat="soft", generator=torch.Generator().manual_seed(0))
     return f"samples in {save(out / f'samples-{step:06d}.png', grid(pixels.decode(x)))}"

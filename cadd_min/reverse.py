@@ -88,15 +88,16 @@ def reverse_rows(
 
     A position flips with probability rho_flip, takes its token from p and the token's latent with it; else it stays
     masked and z_s = pull z0_hat + keep z_t + std eps.
-    Args: p (N, V); z_t (K, N, D); step (4,) float64 (rho_flip, pull, keep, std); u the uniforms of the flip (N,), the
-    token (N,) and z0_hat (K, N); eps (K, N, D).
+    Args: p (N, V); z_t (K, N, D); step (4,) float64 (rho_flip, pull, keep, std), or (4, N), each position's own; u the
+    uniforms of the flip (N,), the token (N,) and z0_hat (K, N); eps (K, N, D).
     """
-    rho_flip, pull, keep, std = step
+    rho_flip = step[0]
+    pull, keep, std = step[1:, ..., None].to(z_t)
     u_flip, u_token, u_hat = u
     flip = u_flip < rho_flip
     x_s = torch.where(flip, draw(p, u_token), mask_id)
     if table.shape[1] == 0:
         return x_s, z_t
     z_hat = estimate_z_0(p, table, zhat, u_hat)
-    kept = pull.to(z_t) * z_hat + keep.to(z_t) * z_t + std.to(z_t) * eps
+    kept = pull * z_hat + keep * z_t + std * eps
     return x_s, torch.where(flip[:, None], table[x_s.clamp(max=len(table) - 1)], kept)

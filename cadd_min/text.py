@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cadd_min.errors import InputError
+from cadd_min.methods import draw
 from cadd_min.model import Denoiser
-from cadd_min.sampler import sample
 from cadd_min.tokenizer import Tokenizer
 from cadd_min.watch import Watch
 
@@ -80,6 +80,5 @@ class TextTask:
 
 def preview(model: Denoiser, tokenizer: Tokenizer, steps: int = 64) -> str:
     """One short sample of a model in training."""
-    generator, shape = torch.Generator().manual_seed(0), (1, model.config.length)
-    x = sample(model, shape, model.table(), model.schedule, model.mask_id, steps=steps, generator=generator)
+    x = draw(model, 1, steps=steps, generator=torch.Generator().manual_seed(0))
     return " ".join(tokenizer.decode(x[0].tolist()).split())

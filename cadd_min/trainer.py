@@ -20,8 +20,8 @@ from torch import Tensor
 
 from cadd_min import ops
 from cadd_min.errors import InputError, choose
-from cadd_min.guidance import Guided
-from cadd_min.loss import T_MIN, WEIGHTINGS, nelbo_parts, stratified_times, time_weights, token_losses
+from cadd_min.loss import T_MIN, WEIGHTINGS, stratified_times, time_weights, token_losses
+from cadd_min.methods import baseline, bound
 from cadd_min.model import Denoiser
 from cadd_min.options import option
 
@@ -155,6 +155,7 @@ class Trainer:
 
     def __init__(self, model: Denoiser, data: Callable[[int], Batch], config: TrainConfig):
         self.model, self.data, self.config = model, data, config
+        self.training_loss = getattr(baseline(model.config.model), "training_loss", training_loss)
         if model.config.model == "cdm" and config.weighting == "elbo" and config.mse == 0:
             raise InputError(
                 "weighting elbo gives the CE of a cdm no weight at all: set mse to 1, or weighting uniform"
@@ -191,7 +192,9 @@ class Trainer:
             index = self.step * config.accumulate + micro
             x_0, label = unpack(self.data(index), self.device)
             with self.autocast():
-                loss, parts = training_loss(self.model, x_0, config, seeded(config.seed, index, self.device), label)
+                loss, parts = self.training_loss(
+                    self.model, x_0, config, seeded(config.seed, index, self.device), label
+                )
             (loss / config.accumulate).backward()
             totals = {name: totals[name] + parts[name] for name in totals}
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
@@ -226,12 +229,11 @@ class Trainer:
         ce, masked, discrete, continuous, tokens = 0.0, 0, 0.0, 0.0, 0
         for i, batch in enumerate(batches):
             (x_0, label), gen = unpack(batch, self.device), seeded(self.config.seed + 1, i, self.device)
-            denoiser = self.ema if label is None else Guided(self.ema, label)
             with self.autocast():
-                _, parts = training_loss(self.ema, x_0, config, gen, label)
-                bound = nelbo_parts(denoiser, x_0, self.ema.table(), self.ema.schedule, self.ema.mask_id, generator=gen)
+                _, parts = self.training_loss(self.ema, x_0, config, gen, label)
+                found = bound(self.ema, x_0, label=label, generator=gen)
             ce, masked = ce + float(parts["ce"]), masked + int(parts["masked"])
-            discrete, continuous = discrete + float(bound.discrete.sum()), continuous + float(bound.continuous.sum())
+            discrete, continuous = discrete + float(found.discrete.sum()), continuous + float(found.continuous.sum())
             tokens += x_0.numel()
         return {
             "val_ce": ce / max(1, masked),

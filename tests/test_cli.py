@@ -23,7 +23,7 @@ TINY = "--preset nano --length 16 --vocab-size 300 --batch-size 4 --steps 4 --ev
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
-    path.write_text("To be, or not to be, that is the question. " * 300)
+    path.write_text("To be, or not to be, that is the question. " * 2000)
     return path
 
 
@@ -144,7 +144,10 @@ def test_readme_names_files_and_targets_that_exist():
     "command, message",
     [
         ("train_text.py --dataset nowhere", "--dataset must be one of sotu, shakespeare, text8, owt or a path"),
-        ("train_text.py --dataset {text} --model gan", "model must be one of cadd, mdlm, cdm, not 'gan'"),
+        (
+            "train_text.py --dataset {text} --model gan",
+            "model must be one of cadd, mdlm, cdm, ar, udm, sedd, not",
+        ),
         ("train_text.py --dataset {text} --preset huge", "--preset must be one of nano, tiny, small, medium"),
         ("train_text.py --dataset {text} --length 0", "length 1 at least"),
         ("train_text.py --dataset {text} --length 100000", "fewer than one sequence of --length 100000"),

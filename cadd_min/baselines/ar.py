@@ -1,0 +1,94 @@
+"""The autoregressive model: p(x_0) = product over i of p(x_0^i | x_0^1, ..., x_0^(i-1)), by a causal network.
+
+Its likelihood is exact, no bound, so its nats are what a diffusion model's bound is compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from cadd_min import ops, philox
+from cadd_min.baselines.common import Temperature, chunk_rows, draw_tokens, features, heat, logits_of, seen, start
+from cadd_min.loss import Bound, token_losses
+from cadd_min.model import Denoiser
+from cadd_min.sampler import Step
+
+if TYPE_CHECKING:
+    from cadd_min.trainer import TrainConfig
+
+
+def shifted(x_0: Tensor, mask_id: int) -> Tensor:
+    """The network's input (B, L): the mask stands for the beginning, then every token but the last."""
+    return torch.cat([torch.full_like(x_0[:, :1], mask_id), x_0[:, :-1]], 1)
+
+
+def causal_features(model: Denoiser, x_0: Tensor, label: Tensor | None = None) -> Tensor:
+    """(B L, F), the features that predict each token from what is left of it. t is 0: nothing is noisy."""
+    return features(model, shifted(x_0, model.mask_id), torch.zeros(len(x_0), device=x_0.device), label).flatten(0, 1)
+
+
+def training_loss(
+    model: Denoiser, x_0: Tensor, config: TrainConfig, generator: Generator, label: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-log p(x_0) per token in nats, no noise in it: neither `config` nor `generator` matters.
+
+    Args: x_0 (B, L); label (B,) or None. Returns: the scalar loss; its parts, detached: the CE summed over the "masked"
+    positions, which are all, and a squared error of zero.
+    """
+    ce, _ = token_losses(causal_features(model, x_0, label), model.head_matrix(), x_0.flatten())
+    parts = {"ce": ce.detach().sum(), "masked": torch.tensor(x_0.numel(), device=x_0.device), "mse": ce.new_zeros(())}
+    return ce.mean(), parts
+
+
+@torch.no_grad()
+def nelbo_parts(model: Denoiser, x_0: Tensor, *, steps: int | None = None, generator: Generator | None = None) -> Bound:
+    """-log p(x_0) itself, (B,) nats: the bound is exact, so `steps` and `generator` are ignored."""
+    head = model.head_matrix()
+    chunks = zip(*(each.split(chunk_rows(head)) for each in (causal_features(model, x_0), x_0.flatten())))
+    # not by token_losses, whose fused form rounds to bfloat16 under autocast
+    nats = torch.cat([F.cross_entropy(logits_of(rows, head), some, reduction="none") for rows, some in chunks])
+    discrete = nats.view_as(x_0).sum(-1)
+    return Bound(discrete, torch.zeros_like(discrete))
+
+
+@torch.no_grad()
+def sample(
+    model: Denoiser,
+    shape: tuple[int, int],
+    *,
+    steps: int,
+    temperature: Temperature = 1.0,
+    top_p: float = 1.0,
+    prompt: Tensor | None = None,
+    generator: Generator | None = None,
+    callback: Callable[[Step], None] | None = None,
+) -> Tensor:
+    """Draw x_0 (B, L) int64 from left to right: L forwards whatever `steps` says, each over all tokens so far.
+
+    No keys and values are cached, so a sample costs as much as L / 2 steps of a diffusion model.
+    Args: prompt (B, L), mask_id where free. A token given in the middle stays, and conditions what is right of it only.
+    callback sees a `Step` after each token, i of L of them as t = 1 - i / L.
+    Raises: InputError for an argument out of range.
+    """
+    head, (batch, length) = model.head_matrix(), shape
+    x, seed = start(shape, model.mask_id, prompt, top_p, head.device), ops.draw_seed(generator, head.device)
+    zero = torch.zeros(batch, device=head.device)
+    position = length * torch.arange(batch, device=head.device)
+    for i in range(length):
+        free = x[:, i] == model.mask_id
+        if not free.any():
+            continue
+        logits = logits_of(features(model, shifted(x[:, : i + 1], model.mask_id), zero)[:, -1], head)
+        t, s = 1 - i / length, 1 - (i + 1) / length
+        _, u = philox.choices(seed, position + i)
+        x[free, i] = draw_tokens(logits[free], model.mask_id, heat(temperature, t), top_p, u[free])
+        if callback is not None:
+            fresh = torch.zeros_like(x, dtype=torch.bool)
+            fresh[:, i] = free
+            callback(seen(i, t, s, x, fresh, x.clone()))
+    return x

@@ -1,0 +1,76 @@
+"""One door to what differs between the core and its baselines: a model's loss, its bound and its chain.
+
+cadd, mdlm and cdm are the core: trainer.py, loss.py, sampler.py. A baseline brings its own three functions in the file
+of its name in baselines/; everything around them, data, optimiser, checkpoints, metrics, is shared.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cadd_min.errors import InputError
+from cadd_min.guidance import Guided
+from cadd_min.loss import Bound, nelbo_parts
+from cadd_min.model import BASELINES, Denoiser
+from cadd_min.plan import Sampling
+from cadd_min.sampler import Step, sample
+
+UNDERSTOOD = ("steps", "temperature", "top_p", "zhat")  # by every baseline; zhat says nothing where there is no latent
+
+
+def baseline(name: str) -> ModuleType | None:
+    """The baseline of this name: training_loss, nelbo_parts, sample. None for the core's models."""
+    return importlib.import_module(f"cadd_min.baselines.{name}") if name in BASELINES else None
+
+
+def bound(
+    model: Denoiser,
+    x_0: Tensor,
+    *,
+    label: Tensor | None = None,
+    steps: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Bound:
+    """The likelihood bound of x_0 (B, L), given labels (B,) or none: two parts, (B,) nats each.
+
+    steps: of the discrete chain, or None for continuous time.
+    """
+    other = baseline(model.config.model)
+    if other is not None:
+        return other.nelbo_parts(model, x_0, steps=steps, generator=generator)
+    denoiser = model if label is None else Guided(model, label)
+    return nelbo_parts(denoiser, x_0, model.table(), model.schedule, model.mask_id, steps=steps, generator=generator)
+
+
+def draw(
+    model: Denoiser,
+    count: int,
+    *,
+    denoiser: Any = None,
+    prompt: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    callback: Callable[[Step], None] | None = None,
+    **how: Any,
+) -> Tensor:
+    """(count, L) samples; how: the fields of `Sampling`. denoiser: the model under guidance, or None for itself.
+
+    Raises InputError for an option that a baseline knows nothing of.
+    """
+    other, shape = baseline(model.config.model), (count, model.config.length)
+    shared: dict[str, Any] = {"prompt": prompt, "generator": generator, "callback": callback}
+    if other is None:
+        return sample(denoiser or model, shape, model.table(), model.schedule, model.mask_id, **shared, **how)
+    options, usual = Sampling(**how), Sampling()
+    for name, value in vars(options).items():
+        if name not in UNDERSTOOD and value != getattr(usual, name):
+            raise InputError(f"{name.replace('_', ' ')} is for cadd, mdlm and cdm, and this is {model.config.model}")
+    heat = options.temperature
+    if callable(heat):
+        raise InputError(f"a cosine temperature is for cadd, mdlm and cdm, and this is {model.config.model}")
+    return other.sample(model, shape, steps=options.steps, temperature=heat, top_p=options.top_p, **shared)

@@ -1,0 +1,135 @@
+"""evaluate.py on models of text, as people type it, with the real judge; and benchmarks/text.py from end to end."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import text as benchmark
+from cadd_min.dit import PRESETS
+from cadd_min.errors import InputError
+from cadd_min.model import BASELINES, MODELS, ModelConfig
+from cadd_min.tokenizer import gpt2
+from tests.conftest import save_untrained
+
+TINY = "--preset nano --length 16 --vocab-size 300 --batch-size 4 --steps 4 --eval-every 2 --sample-every 4"
+SMALL = "--num 6 --steps 3 --batch-size 4"
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("To be, or not to be, that is the question. " * 400)
+    return path
+
+
+def test_the_bound_of_every_model(call, text):
+    for model in MODELS:
+        assert call(f"train_text.py --dataset {text} {TINY} --model {model} --out {model}")[0] == 0
+        assert call(f"sample.py --ckpt {model} --steps 3")[0] == 0
+    code, out, err = call(f"evaluate.py bound --num 6 --repeat 2 --ckpt {' '.join(MODELS)}")
+    assert code == 0, err
+    for model, part in zip(MODELS, out.split("\n\n")):
+        value = {m[0].strip(): float(m[1]) for m in re.findall(r"^(\D+?)  +([\d.]+)$", part, re.M)}
+        assert f"model {model} at step 4" in part and 0 < value["bound, nats per token"] < (
+            1e9 if model == "cdm" else 100
+        )
+        parts = value["of it tokens"] + value["of it latents"]
+        assert parts == pytest.approx(value["bound, nats per token"], abs=2e-4, rel=1e-6)
+        assert (value["of it latents"] > 0.001) == (model in ("cadd", "cdm"))
+    code, out, _ = call("evaluate.py bound --num 6 --ckpt cadd --T 4")
+    assert code == 0 and "T 4," in out
+
+
+@pytest.mark.slow
+def test_samples_and_frontier_stand_beside_real_text(call, text):
+    for model in ("cadd", "ar"):
+        assert call(f"train_text.py --dataset {text} {TINY} --model {model} --out {model}")[0] == 0
+    code, out, err = call(f"evaluate.py samples --ckpt cadd ar {SMALL}")
+    assert code == 0, err
+    rows = [line for line in out.splitlines() if line.startswith("| ")]
+    assert [row.split("|")[1].strip() for row in rows] == ["samples", "held-out text", "cadd (cadd)", "ar (ar)"]
+    real, cadd = (float(row.split("|")[2]) for row in rows[1:3])
+    assert real < cadd  # four steps of training
+    assert "MAUVE is left out: it needs --num 50" in out and "judge smollm2 in float32; 6 samples of 16 tokens" in out
+    code, out, err = call(f"evaluate.py frontier --ckpt cadd {SMALL} --temperatures 0.5 1 --out f.png")
+    assert code == 0 and Path("f.png").stat().st_size > 5000, err
+    assert "temperature 0.5" in out and "temperature 1.0" in out
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("samples --ckpt text.pt --dataset text.txt --num 0", "--num must be at least 1, not 0"),
+        ("samples --ckpt text.pt --dataset text.txt --num 9999", "the held-out text has"),
+        (
+            "samples --ckpt text.pt --dataset text.txt --num 4 --judge no/such/judge",
+            "the judge no/such/judge could",
+        ),
+        ("samples --ckpt text.pt --dataset nowhere", "--dataset must be one of"),
+        ("frechet --ckpt text.pt", "frechet is for models of images"),
+        ("bound --ckpt text.pt --archive x", "--archive is for models of images"),
+        ("frontier --ckpt text.pt --dataset text.txt --out f.doc", "--out must be a .png file"),
+        ("samples --ckpt text.pt other.pt --dataset text.txt", "must have one tokenizer and one length"),
+        ("samples --ckpt udm.pt --dataset text.txt --order entropy --num 2", "order is for cadd, mdlm and cdm"),
+        ("samples --ckpt text.pt --dataset text.txt --order best", "order must be one of random"),
+        ("samples --ckpt short.pt --dataset text.txt --num 2", "must have 4 tokens at least"),
+        ("samples --ckpt udm.pt --dataset text.txt --cosine-temperature --num 2", "a cosine temperature is for cadd"),
+    ],
+)
+def test_bad_input_is_one_sentence(command, message, call, text):
+    for name, length, model in (("text", 8, "cadd"), ("other", 9, "cadd"), ("udm", 8, "udm"), ("short", 3, "mdlm")):
+        config = ModelConfig(300, length, PRESETS["nano"], model=model)
+        save_untrained(Path(f"{name}.pt"), config, gpt2(300).spec())
+    code, _, err = call(f"evaluate.py {command}")
+    shown = err.split("\r")[-1].strip().splitlines()
+    assert code == 2 and len(shown) == 1 and message in shown[0], err
+
+
+def test_baselines_are_for_text(call):
+    for model in BASELINES:
+        code, _, err = call(f"train_image.py --model {model}")
+        assert code == 2 and f"model {model} is for text" in err
+
+
+def test_what_is_varied():
+    settings = benchmark.varied(["steps=8,32", "zhat=hard"])
+    assert settings == [{"steps": 8, "zhat": "hard"}, {"steps": 32, "zhat": "hard"}]
+    for bad, message in (
+        (["stepz=8"], "--vary must be one of"),
+        (["steps=a"], "of type int"),
+        (["steps=0"], "least 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            benchmark.varied(bad)
+
+
+@pytest.mark.slow
+def test_benchmark_trains_scores_and_goes_on(text, tmp_path, monkeypatch, capsys):
+    """Twice: the second time nothing is trained again, and the rows are the same but for the clock."""
+    out, picture = tmp_path / "rows.jsonl", tmp_path / "f.png"
+    arguments = (
+        f"text --dataset {text} --train mdlm ar:lr=0.001 --vary steps=2 temperature=0.8,1 zhat=soft --preset nano "
+        f"--length 16 --batch-size 4 --steps 3 --seeds 1 --num 6 --cache {tmp_path} --runs {tmp_path / 'runs'} "
+        f"--out {out} --picture {picture}"
+    ).split()
+    monkeypatch.setattr(
+        benchmark, "run_all", lambda one, jobs, at_once, path: written([one(job) for job in jobs], path)
+    )
+    for _ in range(2):
+        monkeypatch.setattr("sys.argv", arguments)
+        benchmark.main()
+    printed = capsys.readouterr().out
+    assert "| held-out text |" in printed and "| ar:lr=0.001 | steps 2, temperature 0.8 |" in printed
+    first, _, again, _ = (json.loads(line) for line in out.read_text().splitlines())
+    for row in (first, again):
+        for scores in row["scores"].values():
+            scores.pop("seconds")
+    assert first["scores"] == again["scores"] and picture.exists()
+
+
+def written(rows, path):
+    with path.open("a") as file:
+        file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
+    return rows
