@@ -28,7 +28,8 @@ train: $(VENV)/ready
 # Twice: with the kernels that were built, and without: what goes through them must also pass on the reference.
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
-	CADD_BACKEND=torch $(BIN)/python -m pytest -m "not slow" tests/test_ops.py tests/test_sampler.py tests/test_trainer.py \
+	CADD_BACKEND=torch $(BIN)/python -m pytest -m "not slow" tests/test_ops.py tests/test_sampler.py tests/test_orders.py \
+		tests/test_trainer.py \
 		tests/test_cli.py::test_train_then_sample_by_changing_one_word
 
 lint: $(VENV)/ready

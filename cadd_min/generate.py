@@ -105,5 +105,5 @@ def settings(args: argparse.Namespace) -> str:
     return (
         f"backend {ops.backend().name}, zhat {args.zhat}, T {args.steps} ({args.time_grid}), K {args.num_latents}, "
         f"temperature {heat}{args.temperature}, top-p {args.top_p}, strength {args.strength}{order}, {args.dtype} on "
-        f"{args.device}, seed {args.seed}"
+        f"{args.device}, last step a draw, seed {args.seed}"
     )

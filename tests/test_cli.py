@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.text import ABLATIONS
 from cadd_min import checkpoint
 from cadd_min.dit import PRESETS
 from cadd_min.model import ModelConfig
@@ -121,6 +122,9 @@ def test_every_command_of_readme_works(call, text, photos, capsys):
         assert sum(script in c for c in commands) >= 2
     for command in commands:
         command = command.removeprefix("python ")
+        if command.startswith("-m benchmarks.text"):  # run by test_cli_text.py
+            assert re.search(r"--ablation (\w+)", command)[1] in ABLATIONS
+            continue
         if "owt" in command:
             parser = runpy.run_path(str(ROOT / "train_text.py"))["build_parser"]()
             assert parser.parse_args(shlex.split(command)[1:]).preset == "small"

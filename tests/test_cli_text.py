@@ -11,7 +11,7 @@ from cadd_min.dit import PRESETS
 from cadd_min.errors import InputError
 from cadd_min.model import BASELINES, MODELS, ModelConfig
 from cadd_min.tokenizer import gpt2
-from tests.conftest import save_untrained
+from tests.conftest import ROOT, save_untrained
 
 TINY = "--preset nano --length 16 --vocab-size 300 --batch-size 4 --steps 4 --eval-every 2 --sample-every 4"
 SMALL = "--num 6 --steps 3 --batch-size 4"
@@ -127,6 +127,22 @@ def test_benchmark_trains_scores_and_goes_on(text, tmp_path, monkeypatch, capsys
         for scores in row["scores"].values():
             scores.pop("seconds")
     assert first["scores"] == again["scores"] and picture.exists()
+
+
+@pytest.mark.slow
+def test_a_row_of_the_results_is_what_its_command_gives(tmp_path, monkeypatch, capsys):
+    """docs/results.md's smallest experiment, run again: every figure within 4% (other cores add in another order)."""
+    page = (ROOT / "docs" / "results.md").read_text()
+    command = re.search(r"python -m benchmarks\.(text --train mdlm:preset=nano.*?)\n\n", page, re.S)[1]
+    row = next(line for line in page.splitlines() if line.startswith("| mdlm:preset=nano"))
+    runs = f" --runs {tmp_path / 'runs'} --cache {tmp_path}"
+    monkeypatch.setattr("sys.argv", (command.replace("\\\n", " ") + runs).split())
+    monkeypatch.setattr(benchmark, "run_all", lambda one, jobs, at_once, path: [one(job) for job in jobs])
+    benchmark.main()
+    again = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| mdlm:preset=nano"))
+    cells, others = (line.split("|")[3:12] for line in (row, again))  # clocks and the bound's column left out
+    assert [float(c) for c in others] == pytest.approx([float(c) for c in cells], rel=0.04, abs=0.002)
+    assert float(row.split("|")[14]) == pytest.approx(float(again.split("|")[14]), rel=0.02)  # the bound
 
 
 def written(rows, path):
