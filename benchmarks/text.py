@@ -3,6 +3,7 @@
     python -m benchmarks.text                                            mdlm, cadd, cdm on the packaged text, 3 seeds
     python -m benchmarks.text --dataset wiki.txt --train mdlm cadd:evidence=0.2 --vary steps=8,32,128 zhat=hard,soft
     python -m benchmarks.text --ablation fusion                          one of the paper's, see ABLATIONS
+    python -m benchmarks.text --ablation zhat --ckpt runs/sotu-cadd      the same of a model that is there, in minutes
     python -m benchmarks.text --table rows.jsonl                         the table of what is there
 
 A model is one of cadd, mdlm, cdm, ar, udm, sedd, with any field of ModelConfig or TrainConfig behind a colon, and
@@ -39,6 +40,7 @@ from cadd_min.text_judge import SMOLLM2, open_judge
 from cadd_min.trainer import DTYPES
 
 ROOT = Path(__file__).parent.parent
+NOT_THE_RUNS = ("train", "ckpt", "vary", "seeds", "out", "table", "picture")
 OF_LATENTS = ("zhat", "num_latents", "strength")  # they change nothing where there is no latent
 SWEPT = ("temperature", "top_p")  # along a frontier
 STRONG = "cadd:discrete=cosine,continuous=linear,evidence=0.35,latent_dim=9"
@@ -87,6 +89,8 @@ def varied(items: list[str]) -> list[dict[str, Any]]:
 
 def trained(job: dict[str, Any]) -> Path:
     """The folder of this run, trained to its last step by the command that anyone would type."""
+    if "ckpt" in job:
+        return checkpoint.find(Path(job["ckpt"])).parent
     folder = Path(job["runs"]) / f"{job['spec']}-{job['seed']}"
     steps = job["options"].get("steps", job["steps"])
     resume: list[str] = []
@@ -154,8 +158,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for spec, group in groups.items():
         bound = spread([row["bound"]["bound"] for row in group], 2)
         speed = spread([row["tokens_per_second"] for row in group], 0)
-        for name in group[0]["scores"]:
-            scores = [row["scores"][name] for row in group]
+        for name in dict.fromkeys(name for row in group for name in row["scores"]):
+            scores = [row["scores"][name] for row in group if name in row["scores"]]
             seconds = spread([s["seconds"] for s in scores], 2)
             lines.append(f"| {spec} | {name} | {cells(scores)} | {seconds} | {bound} | {speed} |")
     return "\n".join(lines)
@@ -167,9 +171,9 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     curves: dict[str, list[str]] = defaultdict(list)
     for spec in dict.fromkeys(row["spec"] for row in rows):
         group = [row["scores"] for row in rows if row["spec"] == spec]
-        for name in group[0]:
+        for name in dict.fromkeys(name for scores in group for name in scores):
             label = ", ".join([spec, *(part for part in name.split(", ") if part.split()[0] not in SWEPT)])
-            means = {k: statistics.mean(scores[name][k] for scores in group) for k in ("entropy", "judge_bpc")}
+            means = {k: statistics.mean(s[name][k] for s in group if name in s) for k in ("entropy", "judge_bpc")}
             points[f"{spec}, {name}"] = means
             curves[label].append(f"{spec}, {name}")
     plot(points, curves, path)
@@ -178,8 +182,9 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", nargs="+", default=["mdlm", "cadd", "cdm"], help="models")
+    parser.add_argument("--ckpt", nargs="+", help="runs to score, instead of training any")
     parser.add_argument("--vary", nargs="+", default=["steps=8,32,128", "zhat=hard,soft"], help="the sampler's fields")
-    parser.add_argument("--ablation", choices=ABLATIONS, help="instead of --train and --vary")
+    parser.add_argument("--ablation", choices=ABLATIONS, help="models and sampler instead of --train and --vary")
     parser.add_argument("--dataset", default="sotu", help="a name or a path, as for train_text.py")
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--length", type=int, default=128)
@@ -209,8 +214,11 @@ def experiment(args: argparse.Namespace) -> list[dict[str, Any]]:
     if min(args.seeds, args.num) < 1:
         raise InputError("--seeds and --num must be at least 1")
     specs, vary = ABLATIONS[args.ablation][:2] if args.ablation else (args.train, args.vary)
-    shared = {k: v for k, v in vars(args).items() if k not in ("train", "vary", "seeds", "out", "table", "picture")}
+    shared = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUNS}
     settings = varied(vary)
+    if args.ckpt:
+        jobs = [shared | {"spec": path, "ckpt": path, "settings": settings, "seed": 0} for path in args.ckpt]
+        return run_all(one_run, jobs, args.jobs, args.out)
     jobs = []
     for seed in range(args.seeds):
         for spec in specs:

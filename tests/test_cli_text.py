@@ -122,6 +122,10 @@ def test_benchmark_trains_scores_and_goes_on(text, tmp_path, monkeypatch, capsys
         benchmark.main()
     printed = capsys.readouterr().out
     assert "| held-out text |" in printed and "| ar:lr=0.001 | steps 2, temperature 0.8 |" in printed
+    command = f"text --ckpt {tmp_path / 'runs' / 'mdlm-0'} --vary steps=2 --num 6 --cache {tmp_path}"
+    monkeypatch.setattr("sys.argv", command.split())
+    benchmark.main()
+    assert "runs/mdlm-0 | steps 2 |" in capsys.readouterr().out
     first, _, again, _ = (json.loads(line) for line in out.read_text().splitlines())
     for row in (first, again):
         for scores in row["scores"].values():
@@ -146,6 +150,8 @@ def test_a_row_of_the_results_is_what_its_command_gives(tmp_path, monkeypatch, c
 
 
 def written(rows, path):
+    if path is None:
+        return rows
     with path.open("a") as file:
         file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
     return rows
