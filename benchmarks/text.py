@@ -43,6 +43,7 @@ ROOT = Path(__file__).parent.parent
 NOT_THE_RUNS = ("train", "ckpt", "vary", "seeds", "out", "table", "picture")
 OF_LATENTS = ("zhat", "num_latents", "strength")  # they change nothing where there is no latent
 SWEPT = ("temperature", "top_p")  # along a frontier
+DRAWN = ("entropy", "judge_bpc", "judge_bpc_se")
 STRONG = "cadd:discrete=cosine,continuous=linear,evidence=0.35,latent_dim=9"
 
 # Name: models, settings, and what the paper says (OpenWebText, 168M, T = 4096 unless said; Zheng et al. 2025).
@@ -173,7 +174,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         group = [row["scores"] for row in rows if row["spec"] == spec]
         for name in dict.fromkeys(name for scores in group for name in scores):
             label = ", ".join([spec, *(part for part in name.split(", ") if part.split()[0] not in SWEPT)])
-            means = {k: statistics.mean(s[name][k] for s in group if name in s) for k in ("entropy", "judge_bpc")}
+            means = {k: statistics.mean(s[name][k] for s in group if name in s) for k in DRAWN}
             points[f"{spec}, {name}"] = means
             curves[label].append(f"{spec}, {name}")
     plot(points, curves, path)
