@@ -201,12 +201,20 @@ def reverse_step(
 ) -> tuple[Tensor, Tensor]:
     """One reverse step of the N masked positions, from time t to s.    (Prop. 2, z0_hat for z_0)
 
-    s and t are scalars, or (N,), each position's own; so is rho_flip, which the schedule gives if it is not given. With
-    one value for all the kernel runs, with N the reference.
+    s and t are scalars, or (N,), each position's own; so is rho_flip, which the schedule gives if it is not given, or
+    which says, (N,) bool, what flips. With one value for all, or scalars and bool, the kernel runs, else the reference.
     Args: logits (K, N, V) of the masked positions; rows (N,) int64, their places among the P = B L positions; z_t
     (K, P, D); table (V, D); seed (2,) int64, as above, with another offset at every step.
     Returns: x_s (N,), mask_id where a position stays masked; z_s (K, N, D).
     """
+    if rho_flip is not None and rho_flip.dtype == torch.bool:  # two steps, of those that flip and of those that stay
+        how: dict[str, Any] = {"zhat": zhat, "temperature": temperature, "top_p": top_p}
+        x_s, z_s = torch.full_like(rows, mask_id), z_t[:, rows]
+        for rho in (1.0, 0.0) if z_t.shape[-1] else (1.0,):  # without a latent what stays does not change
+            some = (rho_flip == (rho == 1)).nonzero()[:, 0]
+            part = (logits[:, some], rows[some], z_t, table, s, t, schedule, mask_id, seed)
+            x_s[some], z_s[:, some] = reverse_step(*part, **how, rho_flip=torch.full_like(s, rho))
+        return x_s, z_s
     pull, keep, variance = posterior_coefficients(s, t, schedule)
     flip = schedule.rho_flip(s, t) if rho_flip is None else rho_flip
     step = torch.stack(torch.broadcast_tensors(flip, pull, keep, variance.sqrt())).double()

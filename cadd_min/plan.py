@@ -122,7 +122,7 @@ class Plan:
         tau: float,
         mask_id: int,
     ) -> Tensor | None:
-        """rho_flip of the masked positions: None (the schedule's), a scalar, or (N,) ones for those that flip."""
+        """rho_flip of the masked positions: None (the schedule's), a scalar, or (N,), which flip."""
         options = self.options
         if self.hit is not None:
             return (self.hit.flatten()[rows] >= s).double()
@@ -136,7 +136,7 @@ class Plan:
             self._sequence(rows),
             place // options.block if options.block else torch.zeros_like(place),
             masked.sum(1) + again.sum(1) - left,
-        ).double()
+        )
 
     def _sequence(self, rows: Tensor) -> Tensor:
         return rows // self.free.shape[1]

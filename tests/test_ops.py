@@ -105,6 +105,18 @@ def test_reverse_step_matches_the_reference(latents, count, vocab, dim, top_p, z
     torch.testing.assert_close(z_s, z_ref, rtol=1e-4, atol=edge)
 
 
+@pytest.mark.parametrize("dim", [0, 8])
+@pytest.mark.parametrize("zhat", ZHATS)
+def test_a_step_told_what_flips_matches_the_reference(zhat, dim):
+    """(N,) bool: two steps of whatever runs; (N,) float: the reference. What flips is what was told."""
+    case, flips = (*reverse_case(2, 40, 17, dim), 17, SEED), torch.arange(40) % 3 == 0
+    (x_s, z_s), (x_ref, z_ref) = (ops.reverse_step(*case, zhat=zhat, rho_flip=rho) for rho in (flips, flips.double()))
+    assert torch.equal(x_s, x_ref) and torch.equal(x_s != 17, flips)
+    torch.testing.assert_close(z_s, z_ref, rtol=1e-4, atol=1e-5)
+    x_none, _ = ops.reverse_step(*case, zhat=zhat, rho_flip=torch.zeros(40, dtype=torch.bool))
+    assert (x_none == 17).all()
+
+
 @compiled
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mask_id", [0, 300, 511])
