@@ -120,6 +120,8 @@ def open_judge(name: str, device: str | torch.device = "cpu", dtype: str = "floa
     if missing:
         raise InputError(f"the judge {name} needs {', '.join(missing)}: {_how_to_get(name)}")
     _silence()
+    with torch.device("meta"):  # torch notes its constructors at the first call on a device: let it not be while
+        torch.empty(0)  # transformers loads a model, when one of them, linspace, is replaced
     try:
         judge = _smollm2(device) if name == SMOLLM2 else _pretrained(name, device)
         judge.model.to(getattr(torch, dtype))

