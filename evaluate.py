@@ -90,7 +90,10 @@ def main() -> None:
         raise InputError("--ckpt: models of text and of images cannot be measured together")
     images = kinds.pop()
     check(args, images)
-    args.dtype = generate.dtype_of(args.dtype, next(iter(models.values()))[2])
+    dtypes = {generate.dtype_of(args.dtype, content) for _, _, content in models.values()}
+    if len(dtypes) > 1:
+        raise InputError(f"--dtype must be given: the models were trained in {' and '.join(sorted(dtypes))}")
+    args.dtype = dtypes.pop()
     print((assess_images if images else assess_text).assess(models, args))
 
 

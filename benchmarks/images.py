@@ -32,7 +32,8 @@ from cadd_min.images import Images, open_images
 from cadd_min.judge import judged, measures, open_judge
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.pixels import ImageBatches, Pixels
-from cadd_min.sampler import cosine_temperature, sample
+from cadd_min.plan import cosine_temperature
+from cadd_min.sampler import sample
 from cadd_min.trainer import TrainConfig, Trainer, seeded
 from cadd_min.unet import UNET_PRESETS
 from train_image import DEFAULTS

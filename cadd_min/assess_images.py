@@ -58,6 +58,7 @@ def bound(model: Denoiser, pixels: Pixels, data: images.Images, args: argparse.N
     held_out = data.held_out[: args.num]
 
     def batches() -> Iterator[Batch]:
+        """Held-out images as tokens, with labels where the model knows classes."""
         for first in range(0, len(held_out), args.batch_size):
             rows = slice(first, first + args.batch_size)
             x_0 = pixels.encode(held_out[rows])

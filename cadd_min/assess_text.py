@@ -25,7 +25,9 @@ from cadd_min.tokenizer import Tokenizer
 
 def held_out_tokens(content: dict[str, Any], tokenizer: Tokenizer, dataset: str | None, cache: Path) -> np.ndarray:
     """The held-out ids of the data set that a checkpoint was trained on, or of another one under its tokenizer."""
-    name = dataset or content["settings"].get("dataset") or "sotu"
+    name = dataset or content["settings"].get("dataset")
+    if not name:
+        raise InputError("--dataset must be given: the checkpoint does not say what it was trained on")
     if not name.endswith(".bin"):
         return prepare(corpus.open_corpus(name, cache), tokenizer, cache).split("val")
     file = TokenFile(Path(name))

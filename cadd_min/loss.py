@@ -63,6 +63,12 @@ class Bound(NamedTuple):
     continuous: Tensor
 
 
+def check_steps(steps: int | None) -> None:
+    """Raise InputError unless it is a number of steps, or None for continuous time."""
+    if steps is not None and steps < 1:
+        raise InputError(f"steps must be a positive number or None (continuous time), not {steps}")
+
+
 @torch.no_grad()
 def nelbo_parts(
     denoiser: Denoiser,
@@ -75,8 +81,7 @@ def nelbo_parts(
     generator: Generator | None = None,
 ) -> Bound:
     """The bound of `nelbo`, its discrete (token) and continuous (latent) part apart."""
-    if steps is not None and steps < 1:
-        raise InputError(f"steps must be a positive number or None (continuous time), not {steps}")
+    check_steps(steps)
     z_0 = table[x_0]
 
     def errors(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,6 +132,11 @@ def nelbo(
     return sum(nelbo_parts(denoiser, x_0, table, schedule, mask_id, steps=steps, generator=generator))  # type: ignore
 
 
+def chunk_rows(head: Tensor) -> int:
+    """How many rows of V logits to hold at once, by head (V, F)."""
+    return max(512, LOGITS // len(head))
+
+
 def token_losses(
     features: Tensor, head: Tensor, targets: Tensor, *, table: Tensor | None = None, chunk: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -137,7 +147,7 @@ def token_losses(
     Returns: ce (N,) nats; mse (N,) = ||w[x_0] - sum_v p_v w_v||^2, zero without a table.
     """
     precise = torch.promote_types(features.dtype, torch.float32)
-    chunk = chunk or max(512, LOGITS // len(head))
+    chunk = chunk or chunk_rows(head)
     if torch.is_autocast_enabled(features.device.type):  # the fused loss is unknown to autocast
         features = features.to(torch.get_autocast_dtype(features.device.type))
     head = head.to(features.dtype)

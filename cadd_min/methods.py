@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cadd_min import ops
 from cadd_min.errors import InputError
 from cadd_min.guidance import Guided
 from cadd_min.loss import Bound, nelbo_parts
 from cadd_min.model import BASELINES, Denoiser
-from cadd_min.plan import Sampling
+from cadd_min.plan import Sampling, given
 from cadd_min.sampler import Step, sample
 
 UNDERSTOOD = ("steps", "temperature", "top_p", "zhat")  # by every baseline; zhat says nothing where there is no latent
@@ -63,14 +64,13 @@ def draw(
     Raises InputError for an option that a baseline knows nothing of.
     """
     other, shape = baseline(model.config.model), (count, model.config.length)
-    shared: dict[str, Any] = {"prompt": prompt, "generator": generator, "callback": callback}
     if other is None:
-        return sample(denoiser or model, shape, model.table(), model.schedule, model.mask_id, **shared, **how)
+        chain = (denoiser or model, shape, model.table(), model.schedule, model.mask_id)
+        return sample(*chain, prompt=prompt, generator=generator, callback=callback, **how)
     options, usual = Sampling(**how), Sampling()
     for name, value in vars(options).items():
         if name not in UNDERSTOOD and value != getattr(usual, name):
             raise InputError(f"{name.replace('_', ' ')} is for cadd, mdlm and cdm, and this is {model.config.model}")
-    heat = options.temperature
-    if callable(heat):
-        raise InputError(f"a cosine temperature is for cadd, mdlm and cdm, and this is {model.config.model}")
-    return other.sample(model, shape, steps=options.steps, temperature=heat, top_p=options.top_p, **shared)
+    device = model.embedding.weight.device
+    x, seed = given(shape, model.mask_id, prompt, device), ops.draw_seed(generator, device)
+    return other.sample(model, x, options, seed, callback)

@@ -78,6 +78,26 @@ def cosine_temperature(start: float = 2.5, end: float = 1.0) -> Callable[[float]
     return lambda t: end + (start - end) * (1 - math.cos(math.pi * t)) / 2
 
 
+def time_grid(options: Sampling, device: torch.device) -> Tensor:
+    """(T + 1,) float64 times of the steps, from 1 to 0."""
+    grid = torch.linspace(1, 0, options.steps + 1, dtype=torch.float64, device=device)
+    return TIME_GRIDS[options.time_grid](grid)
+
+
+def given(shape: tuple[int, int], mask_id: int, prompt: Tensor | None, device: torch.device, tokens: int = 0) -> Tensor:
+    """x_1 (B, L) int64 where every chain starts: mask_id, but where the prompt (B, L) gives a token.
+
+    Raises: InputError for a prompt of another shape, or with numbers beyond mask_id and the number of tokens.
+    """
+    if prompt is None:
+        return torch.full(shape, mask_id, device=device)
+    if tuple(prompt.shape) != tuple(shape):
+        raise InputError(f"prompt must have the shape {tuple(shape)} of the samples, not {tuple(prompt.shape)}")
+    if not ((0 <= prompt) & (prompt < max(mask_id + 1, tokens))).all():
+        raise InputError(f"prompt must hold token ids, or {mask_id} where free")
+    return prompt.to(device, torch.int64, copy=True)
+
+
 class Plan:
     """When each position flips: the times of the steps (T + 1, B), and at each what flips and what is masked again.
 
@@ -97,8 +117,7 @@ class Plan:
             falling = torch.maximum(self.hit, last[:, None]).sort(1, descending=True).values.T
             self.times = torch.cat([torch.ones_like(falling[:1]), falling])
         else:
-            grid = torch.linspace(1, 0, options.steps + 1, dtype=torch.float64, device=free.device)
-            self.times = TIME_GRIDS[options.time_grid](grid)[:, None].expand(-1, len(free))
+            self.times = time_grid(options, free.device)[:, None].expand(-1, len(free))
 
     def clock(self, s: Tensor, t: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """s and t (B,) as the step wants them: scalars, or (N,) where each sequence has its own."""

@@ -17,11 +17,9 @@ from torch import Generator, Tensor
 from cadd_min import ops, philox
 from cadd_min.errors import InputError
 from cadd_min.loss import Denoiser
-from cadd_min.plan import HITTING, TIME_GRIDS, Plan, Sampling, cosine_temperature
-from cadd_min.reverse import ZHATS, estimate_z_0, token_probs
+from cadd_min.plan import Plan, Sampling, given
+from cadd_min.reverse import estimate_z_0, token_probs
 from cadd_min.schedule import NoiseSchedule
-
-__all__ = ["HITTING", "TIME_GRIDS", "ZHATS", "Sampling", "Step", "cosine_temperature", "sample"]
 
 
 class Step(NamedTuple):
@@ -67,10 +65,12 @@ def sample(
     Raises: InputError for an argument out of range.
     """
     options = Sampling(**how)
-    _check(shape, table, mask_id, prompt)
+    if table.dim() != 2:
+        raise InputError(f"table must be (V, D), not {tuple(table.shape)}")
     device, (batch, length), count = table.device, shape, options.num_latents
     seed = ops.draw_seed(generator, device)
-    x, z = _start(shape, table, mask_id, count, prompt, seed)
+    x = given(shape, mask_id, prompt, device, len(table))
+    z = _noise(x, table, mask_id, count, seed)
     first = batch * length * torch.arange(count, device=device)[:, None]  # position of each latent's sequences
     plan = Plan(options, schedule, x == mask_id, seed)
 
@@ -125,16 +125,12 @@ def _mask(
     x.view(-1)[rows] = mask_id
 
 
-def _start(
-    shape: tuple[int, int], table: Tensor, mask_id: int, num_latents: int, prompt: Tensor | None, seed: Tensor
-) -> tuple[Tensor, Tensor]:
-    """x_1 (B, L), masked but where the prompt is given, and z_1 (K, B, L, D) ~ N(0, I), there the given tokens'."""
-    device, dim = table.device, table.shape[1]
-    x = torch.full(shape, mask_id, device=device) if prompt is None else prompt.to(device, torch.int64, copy=True)
-    z = philox.normals(seed, torch.arange(num_latents * x.numel(), device=device), dim).to(table.dtype)
-    z, given = z.view(num_latents, *shape, dim), x != mask_id
-    z[:, given] = table[x[given]]
-    return x, z
+def _noise(x: Tensor, table: Tensor, mask_id: int, count: int, seed: Tensor) -> Tensor:
+    """z_1 (K, B, L, D) ~ N(0, I), at the tokens that are given theirs."""
+    z = philox.normals(seed, torch.arange(count * x.numel(), device=x.device), table.shape[1]).to(table.dtype)
+    z, known = z.view(count, *x.shape, table.shape[1]), x != mask_id
+    z[:, known] = table[x[known]]
+    return z
 
 
 def _belief(
@@ -147,12 +143,3 @@ def _belief(
         z_hat = estimate_z_0(p.to(table.dtype), table, zhat, u)[0]
         tokens = torch.cdist(z_hat, table[: p.shape[-1]]).argmin(-1)
     return x.flatten().index_copy(0, rows, tokens).view_as(x)
-
-
-def _check(shape: tuple[int, int], table: Tensor, mask_id: int, prompt: Tensor | None) -> None:
-    if table.dim() != 2:
-        raise InputError(f"table must be (V, D), not {tuple(table.shape)}")
-    if prompt is not None and tuple(prompt.shape) != tuple(shape):
-        raise InputError(f"prompt must have the shape {tuple(shape)} of the samples, not {tuple(prompt.shape)}")
-    if prompt is not None and not ((0 <= prompt) & (prompt < max(mask_id + 1, len(table)))).all():
-        raise InputError(f"prompt must hold token ids, or {mask_id} where free")

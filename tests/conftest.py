@@ -17,6 +17,7 @@ from cadd_min.model import Denoiser, ModelConfig
 ROOT = Path(__file__).parent.parent
 ALPHA = 1e-4  # a correct implementation fails a statistical check at one seed in 10,000; the seeds are fixed
 NANO = Size(layers=2, width=32, heads=2, cond=32)
+TINY = "--preset nano --length 16 --vocab-size 300 --batch-size 4 --steps 4 --eval-every 2 --sample-every 4"
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +62,10 @@ def call(monkeypatch, capsys, tmp_path):
         return code, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("To be, or not to be, that is the question. " * 2000)
+    return path

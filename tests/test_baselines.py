@@ -6,9 +6,11 @@ import pytest
 import torch
 from scipy import stats
 
+from cadd_min import ops
 from cadd_min.baselines import ar, common, sedd, udm
 from cadd_min.errors import InputError
 from cadd_min.model import BASELINES, ModelConfig
+from cadd_min.plan import Sampling, given
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.trainer import TrainConfig
 from tests.conftest import ALPHA, NANO, nano, rng
@@ -18,6 +20,12 @@ MODULES = {"ar": ar, "udm": udm, "sedd": sedd}
 JOINT = torch.tensor([[0.30, 0.02, 0.08], [0.05, 0.25, 0.02], [0.03, 0.05, 0.20]], dtype=torch.float64)
 SCHEDULES = [NoiseSchedule("linear"), NoiseSchedule("cosine")]
 f64 = torch.float64
+
+
+def drawn(module, model, shape, *, prompt=None, generator=None, callback=None, **how):
+    """Samples by a baseline's chain, as methods.py asks for them."""
+    x = given(shape, model.mask_id, prompt, torch.device("cpu"))
+    return module.sample(model, x, Sampling(**how), ops.draw_seed(generator), callback)
 
 
 class Toy:
@@ -326,7 +334,7 @@ def test_samples_follow_the_law(name):
     step where it takes many: that draws the two tokens apart."""
 
     def draw(law, steps):
-        return MODULES[name].sample(Toy(law), (20_000, 2), steps=steps, generator=rng(0))
+        return drawn(MODULES[name], Toy(law), (20_000, 2), steps=steps, generator=rng(0))
 
     assert p_value(draw(EXACT[name], 200)) > ALPHA
     assert p_value(draw(doubtful(EXACT[name]), 200)) < ALPHA
@@ -344,7 +352,8 @@ def test_sedd_stays_masked_by_its_scores():
     """
     for z, expected in ((1.0, 0.5), (0.6, 0.3), (3.0, 1.0)):
         shares = []
-        sedd.sample(
+        drawn(
+            sedd,
             Toy(lambda *a, z=z: given_unmasked(*a) + math.log(z)),
             (10_000, 2),
             steps=2,
@@ -363,22 +372,22 @@ def test_prompts_stay_seeds_repeat_and_no_mask_is_left(name):
     prompt[free] = net.mask_id
     steps = []
     first, again, other = (
-        module.sample(net, (3, 12), steps=5, prompt=prompt, generator=rng(seed), callback=steps.append)
+        drawn(module, net, (3, 12), steps=5, prompt=prompt, generator=rng(seed), callback=steps.append)
         for seed in (0, 0, 1)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(steps[-1].x, other) and steps[-1].belief().shape == (3, 12)
     assert torch.equal(first[~free], prompt[~free]) and first.dtype == torch.int64
-    for x in (first, module.sample(net, (3, 12), steps=5, temperature=0.7, top_p=0.5, generator=rng(0))):
+    for x in (first, drawn(module, net, (3, 12), steps=5, temperature=0.7, top_p=0.5, generator=rng(0))):
         assert ((0 <= x) & (x < net.mask_id)).all()
-    sure = [module.sample(net, (2, 12), steps=30, temperature=0.0, generator=rng(seed)) for seed in (0, 1)]
+    sure = [drawn(module, net, (2, 12), steps=30, temperature=0.0, generator=rng(seed)) for seed in (0, 1)]
     assert torch.equal(*sure) or name != "ar"
     with pytest.raises(InputError, match="prompt"):
-        module.sample(net, (3, 12), steps=5, prompt=prompt[:2])
+        drawn(module, net, (3, 12), steps=5, prompt=prompt[:2])
     with pytest.raises(InputError, match="top_p"):
-        module.sample(net, (3, 12), steps=5, top_p=0.0)
+        drawn(module, net, (3, 12), steps=5, top_p=0.0)
     with pytest.raises(InputError, match="temperature"):
-        module.sample(net, (3, 12), steps=5, temperature=-1.0)
+        drawn(module, net, (3, 12), steps=5, temperature=-1.0)
 
 
 # ------------------------------------------------------------------------------------------------ the network

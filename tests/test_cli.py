@@ -16,16 +16,7 @@ from cadd_min.dit import PRESETS
 from cadd_min.model import ModelConfig
 from cadd_min.text import frame, parse_prompt
 from cadd_min.tokenizer import gpt2
-from tests.conftest import ROOT, save_untrained
-
-TINY = "--preset nano --length 16 --vocab-size 300 --batch-size 4 --steps 4 --eval-every 2 --sample-every 4"
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("To be, or not to be, that is the question. " * 2000)
-    return path
+from tests.conftest import ROOT, TINY, save_untrained
 
 
 @pytest.mark.parametrize("model", ["cadd", "mdlm", "cdm"])

@@ -11,17 +11,9 @@ from cadd_min.dit import PRESETS
 from cadd_min.errors import InputError
 from cadd_min.model import BASELINES, MODELS, ModelConfig
 from cadd_min.tokenizer import gpt2
-from tests.conftest import ROOT, save_untrained
+from tests.conftest import ROOT, TINY, save_untrained
 
-TINY = "--preset nano --length 16 --vocab-size 300 --batch-size 4 --steps 4 --eval-every 2 --sample-every 4"
 SMALL = "--num 6 --steps 3 --batch-size 4"
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("To be, or not to be, that is the question. " * 400)
-    return path
 
 
 def test_the_bound_of_every_model(call, text):
@@ -67,6 +59,7 @@ def test_samples_and_frontier_stand_beside_real_text(call, text):
             "samples --ckpt text.pt --dataset text.txt --num 4 --judge no/such/judge",
             "the judge no/such/judge could",
         ),
+        ("samples --ckpt text.pt", "does not say what it was trained on"),
         ("samples --ckpt text.pt --dataset nowhere", "--dataset must be one of"),
         ("frechet --ckpt text.pt", "frechet is for models of images"),
         ("bound --ckpt text.pt --archive x", "--archive is for models of images"),
@@ -75,7 +68,6 @@ def test_samples_and_frontier_stand_beside_real_text(call, text):
         ("samples --ckpt udm.pt --dataset text.txt --order entropy --num 2", "order is for cadd, mdlm and cdm"),
         ("samples --ckpt text.pt --dataset text.txt --order best", "order must be one of random"),
         ("samples --ckpt short.pt --dataset text.txt --num 2", "must have 4 tokens at least"),
-        ("samples --ckpt udm.pt --dataset text.txt --cosine-temperature --num 2", "a cosine temperature is for cadd"),
     ],
 )
 def test_bad_input_is_one_sentence(command, message, call, text):

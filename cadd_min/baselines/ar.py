@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from cadd_min import ops, philox
-from cadd_min.baselines.common import Temperature, chunk_rows, draw_tokens, features, heat, logits_of, seen, start
-from cadd_min.loss import Bound, token_losses
+from cadd_min import philox
+from cadd_min.baselines.common import draw_tokens, features, logits_of, seen
+from cadd_min.loss import Bound, chunk_rows, token_losses
 from cadd_min.model import Denoiser
+from cadd_min.plan import Sampling
 from cadd_min.sampler import Step
 
 if TYPE_CHECKING:
@@ -58,25 +59,16 @@ def nelbo_parts(model: Denoiser, x_0: Tensor, *, steps: int | None = None, gener
 
 @torch.no_grad()
 def sample(
-    model: Denoiser,
-    shape: tuple[int, int],
-    *,
-    steps: int,
-    temperature: Temperature = 1.0,
-    top_p: float = 1.0,
-    prompt: Tensor | None = None,
-    generator: Generator | None = None,
-    callback: Callable[[Step], None] | None = None,
+    model: Denoiser, x: Tensor, how: Sampling, seed: Tensor, callback: Callable[[Step], None] | None = None
 ) -> Tensor:
     """Draw x_0 (B, L) int64 from left to right: L forwards whatever `steps` says, each over all tokens so far.
 
     No keys and values are cached, so a sample costs as much as L / 2 steps of a diffusion model.
-    Args: prompt (B, L), mask_id where free. A token given in the middle stays, and conditions what is right of it only.
-    callback sees a `Step` after each token, i of L of them as t = 1 - i / L.
-    Raises: InputError for an argument out of range.
+    Args: x (B, L), mask_id where free; seed (2,), at offset 0. A token given in the middle stays, and conditions what
+    is right of it only. callback sees a `Step` after each token, i of L of them as t = 1 - i / L.
     """
-    head, (batch, length) = model.head_matrix(), shape
-    x, seed = start(shape, model.mask_id, prompt, top_p, head.device), ops.draw_seed(generator, head.device)
+    head, (batch, length) = model.head_matrix(), x.shape
+    x = x.clone()
     zero = torch.zeros(batch, device=head.device)
     position = length * torch.arange(batch, device=head.device)
     for i in range(length):
@@ -86,7 +78,7 @@ def sample(
         logits = logits_of(features(model, shifted(x[:, : i + 1], model.mask_id), zero)[:, -1], head)
         t, s = 1 - i / length, 1 - (i + 1) / length
         _, u = philox.choices(seed, position + i)
-        x[free, i] = draw_tokens(logits[free], model.mask_id, heat(temperature, t), top_p, u[free])
+        x[free, i] = draw_tokens(logits[free], model.mask_id, how.heat(t), how.top_p, u[free])
         if callback is not None:
             fresh = torch.zeros_like(x, dtype=torch.bool)
             fresh[:, i] = free

@@ -20,21 +20,11 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
 
-from cadd_min import ops, philox
-from cadd_min.baselines.common import (
-    Temperature,
-    check_steps,
-    chunk_rows,
-    draw_tokens,
-    features,
-    heat,
-    logits_of,
-    seen,
-    start,
-    time_grid,
-)
-from cadd_min.loss import T_MIN, Bound, stratified_times
+from cadd_min import philox
+from cadd_min.baselines.common import draw_tokens, features, logits_of, seen
+from cadd_min.loss import T_MIN, Bound, check_steps, chunk_rows, stratified_times
 from cadd_min.model import Denoiser
+from cadd_min.plan import Sampling, time_grid
 from cadd_min.sampler import Step
 from cadd_min.schedule import NoiseSchedule, per_token
 
@@ -140,39 +130,32 @@ def nelbo_parts(model: Denoiser, x_0: Tensor, *, steps: int | None = None, gener
 
 @torch.no_grad()
 def sample(
-    model: Denoiser,
-    shape: tuple[int, int],
-    *,
-    steps: int,
-    temperature: Temperature = 1.0,
-    top_p: float = 1.0,
-    prompt: Tensor | None = None,
-    generator: Generator | None = None,
-    callback: Callable[[Step], None] | None = None,
+    model: Denoiser, x: Tensor, how: Sampling, seed: Tensor, callback: Callable[[Step], None] | None = None
 ) -> Tensor:
     """Draw x_0 (B, L) int64 by the analytic (Tweedie) sampler of Lou et al. in `steps` equal steps from t = 1 to 0.
 
     A masked position becomes v with probability rho_flip e^(f_v) and stays masked with what is left; where that leaves
     nothing, rho_flip Z > 1, and in the last step it draws from softmax(f). So it flips with probability
     min(1, rho_flip Z), and then draws from softmax(f), to which temperature and top_p apply.
-    Args: prompt (B, L), mask_id where free: the positions given never change; callback sees a `Step` after each step.
-    Raises: InputError for an argument out of range.
+    Args: x (B, L), mask_id where free: what is given never changes; seed (2,), at offset 0; callback
+    sees a `Step` after each step.
     """
     head, mask_id = model.head_matrix(), model.mask_id
-    x, seed = start(shape, mask_id, prompt, top_p, head.device), ops.draw_seed(generator, head.device)
-    for index, (t, s) in enumerate(time_grid(steps, head.device)):
+    x = x.clone()
+    times = time_grid(how, head.device)
+    for index, (t, s) in enumerate(zip(times[:-1], times[1:])):
         masked = x == mask_id
         rows = masked.flatten().nonzero()[:, 0]
         if len(rows) == 0:
             break
         seed[1] = index + 1
-        h, tau = features(model, x, t.expand(len(x))).flatten(0, 1), heat(temperature, float(t))
+        h, tau = features(model, x, t.expand(len(x))).flatten(0, 1), how.heat(float(t))
         best = x.flatten().clone()
         for some in rows.split(chunk_rows(head)):
             logits, (u_flip, u_token) = logits_of(h[some], head), philox.choices(seed, some)
             log_z = logits.double().logsumexp(-1) - math.log(len(head))
             flip = (u_flip < model.schedule.rho_flip(s, t) * log_z.exp()) | (s <= 0)
-            x.view(-1)[some[flip]] = draw_tokens(logits[flip], mask_id, tau, top_p, u_token[flip])
+            x.view(-1)[some[flip]] = draw_tokens(logits[flip], mask_id, tau, how.top_p, u_token[flip])
             if callback is not None:
                 best[some] = logits.argmax(-1)
         if callback is not None:

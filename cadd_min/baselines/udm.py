@@ -20,20 +20,11 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
 
-from cadd_min import ops, philox
-from cadd_min.baselines.common import (
-    Temperature,
-    check_steps,
-    chunk_rows,
-    features,
-    heat,
-    logits_of,
-    seen,
-    start,
-    time_grid,
-)
-from cadd_min.loss import T_MIN, Bound, stratified_times
+from cadd_min import philox
+from cadd_min.baselines.common import features, logits_of, seen
+from cadd_min.loss import T_MIN, Bound, check_steps, chunk_rows, stratified_times
 from cadd_min.model import Denoiser
+from cadd_min.plan import Sampling, time_grid
 from cadd_min.reverse import draw, token_probs
 from cadd_min.sampler import Step
 from cadd_min.schedule import NoiseSchedule, per_token
@@ -216,33 +207,26 @@ def nelbo_parts(model: Denoiser, x_0: Tensor, *, steps: int | None = None, gener
 
 @torch.no_grad()
 def sample(
-    model: Denoiser,
-    shape: tuple[int, int],
-    *,
-    steps: int,
-    temperature: Temperature = 1.0,
-    top_p: float = 1.0,
-    prompt: Tensor | None = None,
-    generator: Generator | None = None,
-    callback: Callable[[Step], None] | None = None,
+    model: Denoiser, x: Tensor, how: Sampling, seed: Tensor, callback: Callable[[Step], None] | None = None
 ) -> Tensor:
     """Draw x_0 (B, L) int64 by the chain of `posterior` in `steps` equal steps from t = 1, where all is noise, to 0.
 
     Temperature and top_p apply to x_theta. Every free position is drawn in every step, so the head runs at all of them.
-    Args: prompt (B, L), mask_id where free: the positions given never change; callback sees a `Step` after each step,
+    Args: x (B, L), mask_id where free: what is given never changes; seed (2,), at offset 0; callback
+    sees a `Step` after each step,
     `fresh` where a token changed.
-    Raises: InputError for an argument out of range.
     """
     head, mask_id = model.head_matrix(), model.mask_id
-    x, seed = start(shape, mask_id, prompt, top_p, head.device), ops.draw_seed(generator, head.device)
+    x = x.clone()
     rows = (x == mask_id).flatten().nonzero()[:, 0]
     x.view(-1)[rows] = (mask_id * philox.choices(seed, rows)[1]).long()  # u < 1 in float64, so never the mask
-    for index, (t, s) in enumerate(time_grid(steps, head.device)):
+    times = time_grid(how, head.device)
+    for index, (t, s) in enumerate(zip(times[:-1], times[1:])):
         seed[1] = index + 1
         before, best = x.clone(), x.flatten().clone()
-        h, tau = features(model, before, t.expand(len(x))).flatten(0, 1), heat(temperature, float(t))
+        h, tau = features(model, before, t.expand(len(x))).flatten(0, 1), how.heat(float(t))
         for some in rows.split(chunk_rows(head)):
-            p = token_probs(logits_of(h[some], head)[None], mask_id, tau, top_p)
+            p = token_probs(logits_of(h[some], head)[None], mask_id, tau, how.top_p)
             best[some] = p.argmax(-1)
             p_s, (_, u) = posterior(x.view(-1)[some], p, s, t, model.schedule), philox.choices(seed, some)
             x.view(-1)[some] = draw(p_s, u, min(256, mask_id))  # a block wider than the V tokens would be padding
