@@ -46,11 +46,19 @@ SWEPT = ("temperature", "top_p")  # along a frontier
 DRAWN = ("entropy", "judge_bpc", "judge_bpc_se")
 STRONG = "cadd:discrete=cosine,continuous=linear,evidence=0.35,latent_dim=9"
 
-# Name: models, settings, and what the paper says (OpenWebText, 168M, T = 4096 unless said; Zheng et al. 2025).
+# Name: models, settings, and what the paper says (OpenWebText, 168M, T = 4096 unless said; arXiv 2510.01329).
 ABLATIONS: dict[str, tuple[list[str], list[str], str]] = {
-    "T": (["mdlm", "cadd"], ["steps=8,16,32,64,128,256,512,1024"], "MAUVE .270 (MDLM .240), perplexity 102.5 (104.7)"),
+    "T": (
+        ["mdlm", "cadd"],
+        ["steps=8,16,32,64,128,256,512,1024"],
+        "MAUVE .270 (best discrete baseline .240), perplexity 102.5 (MDLM 104.7)",
+    ),
     "zhat": (["cadd"], ["zhat=hard,soft,sample", "steps=16,128"], "MAUVE: hard .24, soft .18 with a higher entropy"),
-    "latents": (["cadd"], ["num_latents=1,2,4,8", "zhat=soft", "steps=16,128"], "K costs K network calls a step"),
+    "latents": (
+        ["cadd"],
+        ["num_latents=1,2,4,8", "zhat=soft", "steps=16,128"],
+        "no figures at hand; a step costs K network calls",
+    ),
     "fusion": (
         ["cadd", "cadd:fusion=concat", "cadd:fusion=reweight"],
         ["steps=16,128"],
