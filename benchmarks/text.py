@@ -108,7 +108,7 @@ def trained(job: dict[str, Any]) -> Path:
             return folder
         resume = ["--resume"]
     options = {"preset": job["preset"], "batch_size": job["batch_size"], "length": job["length"], "steps": steps}
-    options |= job["options"] | {"dataset": job["dataset"], "model": job["model"], "seed": job["seed"], "out": folder}
+    options |= job["options"] | {name: job[name] for name in ("dataset", "tokenizer", "model", "seed")} | {"out": folder}
     flags = [part for name, value in options.items() for part in _flag(name, value)]
     quiet = ["--eval-every", "0", "--sample-every", "0"]
     done = subprocess.run([sys.executable, "train_text.py", *flags, *quiet, *resume], cwd=ROOT, capture_output=True)
@@ -195,6 +195,7 @@ def main() -> None:
     parser.add_argument("--vary", nargs="+", default=["steps=8,32,128", "zhat=hard,soft"], help="the sampler's fields")
     parser.add_argument("--ablation", choices=ABLATIONS, help="models and sampler instead of --train and --vary")
     parser.add_argument("--dataset", default="sotu", help="a name or a path, as for train_text.py")
+    parser.add_argument("--tokenizer", default="gpt2", help="gpt2 or chars")
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=16)
