@@ -85,7 +85,7 @@ def main() -> None:
         batches,
         [held_out(i) for i in range(4)],
         pixels,
-        lambda trainer, out: preview(trainer.ema, pixels, first.to(trainer.device), out, trainer.step),
+        lambda trainer, out: trainer.averaged(preview, pixels, first.to(trainer.device), out, trainer.step),
         f"{len(data.train):,} images of {'x'.join(map(str, pixels.shape))} in {pixels.levels} levels",
     )
 

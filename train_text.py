@@ -63,7 +63,7 @@ def main() -> None:
         data,
         [held_out(i) for i in range(4)],
         words,
-        lambda trainer, _: preview(trainer.ema, words),
+        lambda trainer, _: trainer.averaged(preview, words),
         f"{len(training):,} training tokens of {words.vocab_size:,}",
     )
 

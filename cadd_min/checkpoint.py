@@ -1,13 +1,19 @@
-"""One file that holds everything: weights, EMA, optimiser, step, settings, tokenizer. Written whole or not at all."""
+"""One file that holds everything: weights, EMA, optimiser, step, settings, tokenizer. Written whole or not at all.
+
+It is torch.save's zip archive, whose comment is the SHA-256 of all before it: a file that is cut short or has one wrong
+bit is found out, and in a run's folder the one saved before it is used instead.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import pickle
+import sys
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -18,19 +24,42 @@ from cadd_min.pixels import Pixels
 from cadd_min.tokenizer import Tokenizer, from_spec
 from cadd_min.trainer import Trainer
 
-FORMAT, VERSION = "cadd_min", 2
-FILE = "checkpoint.pt"
+FORMAT, VERSION = "cadd_min", 3
+FILE, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+DIGEST = 32  # bytes of SHA-256
+
+
+class Hashing:
+    """A file to write to that knows the SHA-256 of what was written."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.sha.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` to `path` atomically: whatever fails, the previous file stays as it was."""
+    """Write `content` to `path` atomically: whatever fails, the file before it stays as it was.
+
+    That one is kept under the name PREVIOUS where `path` is a run's FILE.
+    """
     part = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
-            torch.save({"format": FORMAT, "version": VERSION, **content}, file)
+            hashing = Hashing(file)
+            torch.save({"format": FORMAT, "version": VERSION, **content}, hashing)  # type: ignore[arg-type]
+            file.seek(-2, os.SEEK_END)  # an archive ends with the length of its comment
+            file.write(DIGEST.to_bytes(2, "little") + hashing.sha.digest())
             file.flush()
             os.fsync(file.fileno())
+        if path.name == FILE and path.exists():
+            os.replace(path, path.with_name(PREVIOUS))
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -40,12 +69,31 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, tensors and plain values only: nothing in it is ever executed."""
+    """Read a checkpoint, tensors and plain values only: nothing in it is ever executed.
+
+    A run's FILE that is damaged, or missing because a run died between two renames, is said aloud and replaced by the
+    one before it.
+    """
     path = find(path)
+    previous = path.with_name(PREVIOUS)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return _load(path)
+    except InputError as error:
+        if path.name != FILE or not previous.exists():
+            raise
+        content = _load(previous)
+        step = content.get("trainer", {}).get("step", "unknown")
+        print(f"warning: {error}; using the one before it, {previous}, of step {step}", file=sys.stderr)
+        return content
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:  # the checksum first: a damaged archive can make torch.load fail in any way, or not at all
+        content = torch.load(path, map_location="cpu", weights_only=True) if _digest_matches(path) else None
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile):
-        raise InputError(f"{path} is not a checkpoint, or it is damaged") from None
+        content = None
+    if content is None:
+        raise InputError(f"{path} is not a checkpoint, or it is damaged (its checksum is missing or another)")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path} is not a checkpoint of this project")
     if content.get("version") != VERSION:
@@ -53,16 +101,35 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
+def _digest_matches(path: Path) -> bool:
+    sha, left = hashlib.sha256(), path.stat().st_size - DIGEST - 2
+    with path.open("rb") as file:
+        while left > 0 and (block := file.read(min(left, 1 << 20))):
+            sha.update(block)
+            left -= len(block)
+        sha.update(bytes(2))  # where the comment's length was none
+        return file.read() == DIGEST.to_bytes(2, "little") + sha.digest()
+
+
 def find(path: Path) -> Path:
     """The checkpoint at `path`, a file or a run's folder; of a folder of runs, the newest."""
     if path.is_dir():
-        found = [path / FILE] if (path / FILE).exists() else sorted(path.glob(f"*/{FILE}"), key=os.path.getmtime)
+        found = [path] if holds_run(path) else sorted(filter(holds_run, path.glob("*/")), key=_saved)
         if not found:
             raise InputError(f"there is no checkpoint in {path}: train one first (make train)")
-        return found[-1]
+        return found[-1] / FILE
     if not path.exists():
         raise InputError(f"there is no checkpoint at {path}: train one first (make train)")
     return path
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether there is a checkpoint in it, or at least the one before."""
+    return (folder / FILE).exists() or (folder / PREVIOUS).exists()
+
+
+def _saved(folder: Path) -> float:
+    return max(os.path.getmtime(folder / name) for name in (FILE, PREVIOUS) if (folder / name).exists())
 
 
 def model_dict(config: ModelConfig) -> dict[str, Any]:

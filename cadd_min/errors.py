@@ -22,7 +22,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # one of many processes says which it is
+        print(f"error{f' in process {rank}' if rank != '0' else ''}: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output, like head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

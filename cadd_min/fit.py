@@ -1,4 +1,4 @@
-"""A run: train, log, look at held-out data and samples now and then, save, and stop when asked."""
+"""A run: train, log, look at held-out data and samples now and then, save, and stop when asked or when it must."""
 
 from __future__ import annotations
 
@@ -11,13 +11,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from cadd_min import checkpoint
+from cadd_min.distributed import launched
 from cadd_min.errors import InputError, Interrupted
 from cadd_min.metrics import MetricsLog
 from cadd_min.options import option
 from cadd_min.trainer import Batch, Trainer
+
+LOOK = (
+    10  # steps after which many processes ask each other whether to stop, and skipped steps are counted at the latest
+)
+LIMIT = 10  # skipped steps in a row after which going on makes no sense
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,11 @@ class FitConfig:
     sample_every: int = option(1000, "steps between samples")
     save_every: int = option(1000, "steps between checkpoints")
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 0:
+                raise InputError(f"{name} must be 0 (never) or more, not {value}")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -36,54 +49,116 @@ class Run:
 
     out: Path
     held_out: list[Batch]
-    show_sample: Callable[[Trainer], str]
+    show_sample: Callable[[Trainer, Path | None], str]  # writes into the folder, if it is given one
     contents: dict[str, Any]  # model_config, tokenizer, settings: plain values
+
+
+class Fit:
+    """One run's loop. Every process has one and takes the same turns; only the first writes and prints."""
+
+    def __init__(self, trainer: Trainer, run: Run, config: FitConfig):
+        self.trainer, self.run, self.config = trainer, run, config
+        self.first = trainer.world.first
+        self.log = MetricsLog(run.out, trainer.step) if self.first else None
+        self.tokens = trainer.config.batch_size * trainer.accumulate * trainer.model.config.length
+        total, what = trainer.config.steps, trainer.model.config.model
+        self.bar = tqdm(total=total, initial=trainer.step, desc=what, unit="step", disable=not self.first)
+
+    def __call__(self) -> None:
+        """Train to the last step. Raises Interrupted after Ctrl-C or SIGTERM, InputError where it cannot go on."""
+        trainer, target = self.trainer, self.trainer.config.steps
+        try:
+            with interrupts() as interrupted, _memory_is_named():
+                while trainer.step < target and not self._stopping(interrupted):
+                    values = trainer.train_step()
+                    self.bar.update()
+                    self._look_up(values, trainer.step == target)
+                self.save()
+        finally:
+            self.bar.close()
+            if self.log is not None:
+                self.log.close()
+        if trainer.step < target:
+            out = self.run.out
+            raise Interrupted(f"stopped after step {trainer.step}, saved in {out}; --resume --out {out} continues")
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        state = self.trainer.state_dict()
+        if self.first:
+            checkpoint.save(self.run.out / checkpoint.FILE, {**self.run.contents, "trainer": state})
+
+    def _stopping(self, interrupted: list[int]) -> bool:
+        world = self.trainer.world
+        if world.size == 1:
+            return bool(interrupted)
+        return self.trainer.step % LOOK == 0 and world.any(bool(interrupted))
+
+    def _look_up(self, values: dict[str, Tensor], last: bool) -> None:
+        """What this step asks for beside training."""
+        trainer, config, step = self.trainer, self.config, self.trainer.step
+        saving = _due(step, config.save_every, False)
+        if _due(step, config.log_every, last):
+            self._write(values)
+        if _due(step, config.log_every or LOOK, last) or saving:
+            self._check()
+        if self.run.held_out and _due(step, config.eval_every, last):
+            held_out = trainer.evaluate(self.run.held_out)
+            ce, bound = held_out["val_ce"], held_out["val_bound"]
+            self._say(f"held-out CE {ce:.3f}, bound {bound:.3f} nats/token ({bound / math.log(2):.3f} bits)")
+            if self.log is not None:
+                self.log.write(step, **held_out)
+        if _due(step, config.sample_every, last):
+            self._say(self.run.show_sample(trainer, self.run.out if self.first else None))
+        if saving:
+            self.save()
+
+    def _check(self) -> None:
+        """Stop a run whose steps are all skipped. The norm is of all processes' gradients, so all find the same."""
+        count = int(self.trainer.in_a_row)
+        if count >= min(LIMIT, max(1, self.trainer.config.steps // 2)):
+            raise InputError(
+                f"the loss or its gradient was not finite in {count} steps in a row, to step {self.trainer.step}: "
+                "lower --lr or --clip, or try --dtype float32; the last checkpoint is untouched"
+            )
+
+    def _write(self, values: dict[str, Tensor]) -> None:
+        """A row of metrics: this process's loss, that of the whole gradient's norm."""
+        row = {name: float(value) for name, value in values.items()}
+        row["lr"], row["latent_norm"] = self.trainer.optimizer.param_groups[0]["lr"], self.trainer.latent_norm()
+        row["skipped"] = int(self.trainer.skipped)
+        speed = (self.bar.format_dict["rate"] or 0) * self.tokens
+        skipped = f", {row['skipped']} skipped" if row["skipped"] else ""
+        self.bar.set_postfix_str(f"loss {row['ce']:.3f}, {speed:,.0f} tokens/s{skipped}")
+        if self.log is not None:
+            self.log.write(self.trainer.step, **row, tokens_per_second=round(speed))
+
+    def _say(self, text: str) -> None:
+        if self.first:
+            self.bar.write(f"step {self.trainer.step}: {text}")
 
 
 def fit(trainer: Trainer, run: Run, config: FitConfig) -> None:
     """Train to the last step. Ctrl-C finishes the step, saves and raises Interrupted; a second one stops at once."""
-    target, path = trainer.config.steps, run.out / checkpoint.FILE
-    log = MetricsLog(run.out, trainer.step)
-
-    def save() -> None:
-        checkpoint.save(path, {**run.contents, "trainer": trainer.state_dict()})
-
-    tokens = trainer.config.batch_size * trainer.config.accumulate * trainer.model.config.length
-    bar = tqdm(total=target, initial=trainer.step, desc=trainer.model.config.model, unit="step")
-    try:
-        with interrupts() as interrupted:
-            while trainer.step < target and not interrupted:
-                values = trainer.train_step()
-                step, last = trainer.step, trainer.step == target
-                if not math.isfinite(values["ce"] + values["grad_norm"]):
-                    raise InputError(
-                        f"the loss is no number at step {step}: lower --lr; the last checkpoint is untouched"
-                    )
-                bar.update()
-                if _due(step, config.log_every, last):
-                    speed = (bar.format_dict["rate"] or 0) * tokens
-                    bar.set_postfix_str(f"loss {values['ce']:.3f}, {speed:,.0f} tokens/s")
-                    log.write(step, **values, tokens_per_second=round(speed))
-                if run.held_out and _due(step, config.eval_every, last):
-                    held_out = trainer.evaluate(run.held_out)
-                    log.write(step, **held_out)
-                    ce, bound = held_out["val_ce"], held_out["val_bound"]
-                    bits = bound / math.log(2)
-                    bar.write(f"step {step}: held-out CE {ce:.3f}, bound {bound:.3f} nats/token ({bits:.3f} bits)")
-                if _due(step, config.sample_every, last):
-                    bar.write(f"step {step}: {run.show_sample(trainer)}")
-                if _due(step, config.save_every, False):
-                    save()
-            save()
-    finally:
-        bar.close()
-        log.close()
-    if trainer.step < target:
-        raise Interrupted(f"stopped after step {trainer.step}, saved in {run.out}; --resume --out {run.out} continues")
+    Fit(trainer, run, config)()
 
 
 def _due(step: int, every: int, last: bool) -> bool:
     return every > 0 and (step % every == 0 or last)
+
+
+@contextmanager
+def _memory_is_named() -> Iterator[None]:
+    """Out of memory is an InputError that names the settings that need less."""
+    try:
+        yield
+    except RuntimeError as error:  # OutOfMemoryError is one; a CPU's allocator has no error of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise InputError(
+            "out of memory: lower --batch-size and raise --accumulate by as much, or lower --length, --preset or "
+            "--vocab-size, or take --dtype bfloat16, or --shard over several GPUs; the last checkpoint is untouched"
+        ) from None
 
 
 @contextmanager
@@ -92,7 +167,7 @@ def interrupts() -> Iterator[list[int]]:
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if received:
+        if received and not launched():  # torchrun passes on what its processes have received already
             raise KeyboardInterrupt
         received.append(number)
 

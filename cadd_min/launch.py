@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from cadd_min import checkpoint, ops
-from cadd_min.errors import InputError, torch_device
+from cadd_min import checkpoint, ops, provenance
+from cadd_min.distributed import World, world
+from cadd_min.errors import InputError
 from cadd_min.fit import FitConfig, Run, fit
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.options import HelpFormatter, add_options, from_args
@@ -60,7 +61,7 @@ def new_folder(args: argparse.Namespace) -> Path:
             continue
         except OSError as error:
             raise InputError(f"--out {folder} cannot be made: {error.strerror}") from None
-        if (folder / checkpoint.FILE).exists():
+        if checkpoint.holds_run(folder):
             raise InputError(f"--out {folder} holds a run already: --resume it, or name another folder")
         return folder
     raise InputError(f"--out: {names[0]} and the next {len(names)} names are taken; give one")
@@ -73,31 +74,54 @@ def train(
     data: Callable[[int], Batch],
     held_out: Sequence[Batch],
     codec: Any,
-    show_sample: Callable[[Trainer, Path], str],
+    show_sample: Callable[[Trainer, Path | None], str],
     what: str,
 ) -> None:
     """Train on `data` by these settings, from the start or from where `resumed` left off.
 
     codec: the tokenizer, or what stands for it: its spec() goes into the checkpoint; show_sample(trainer, folder): a
-    line about a sample; what: the data, in words.
+    line about a sample, no folder where it shall not write; what: the data, in words.
     """
     if resumed and codec.spec() != resumed["tokenizer"]:
         raise InputError(
             f"--dataset {args.dataset} has other tokens than the run had: resume on the same data, or anew"
         )
-    device = torch_device(args.device)
     train_config, fit_config = from_args(TrainConfig, args), from_args(FitConfig, args)
-    torch.manual_seed(args.seed)
-    trainer = Trainer(Denoiser(config).to(device), data, train_config)
-    out = args.out if resumed else new_folder(args)
-    if resumed:
-        checkpoint.load_trainer(trainer, resumed, out)
+    with world(args.device) as processes:
+        torch.manual_seed(args.seed)
+        trainer = Trainer(Denoiser(config).to(processes.device), data, train_config, processes)
+        out = args.out or RUNS
+        if processes.first and not resumed:
+            out = new_folder(args)
+        if resumed:
+            checkpoint.load_trainer(trainer, resumed, out)
+        settings = {
+            k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "resume")
+        }
+        # a resumed run does not measure again, and its steps stay as large, however many processes share them
+        settings |= {"dtype": trainer.dtype, "accumulate": trainer.accumulate}
+        contents = {"settings": settings, "model_config": checkpoint.model_dict(config), "tokenizer": codec.spec()}
+        if processes.first:
+            _announce(args, trainer, processes, out, what, contents)
+        fit(trainer, Run(out, list(held_out), show_sample, contents), fit_config)
+        if processes.first:
+            print(f"trained: {out / checkpoint.FILE}; now: python sample.py --ckpt {out}")
+
+
+def _announce(
+    args: argparse.Namespace, trainer: Trainer, processes: World, out: Path, what: str, contents: dict[str, Any]
+) -> None:
+    """Say what begins, and leave it in run.json; what a killed run left half written goes."""
+    for part in out.glob("*.tmp"):
+        part.unlink(missing_ok=True)
+    where = f"{processes.device}" + (f" in {processes.size} processes" if processes.size > 1 else "")
     print(
-        f"{args.model} {args.preset}, {trainer.parameters():,} parameters, {trainer.dtype} on {device}, backend "
-        f"{ops.backend().name}, {what}, run in {out}"
+        f"{args.model} {args.preset}, {trainer.parameters():,} parameters, {trainer.dtype} on {where}, "
+        f"backend {ops.backend().name}, {what}, run in {out}"
     )
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "resume")}
-    settings["dtype"] = trainer.dtype  # a resumed run does not measure again: it goes on as it began
-    contents = {"settings": settings, "model_config": checkpoint.model_dict(config), "tokenizer": codec.spec()}
-    fit(trainer, Run(out, list(held_out), lambda trainer: show_sample(trainer, out), contents), fit_config)
-    print(f"trained: {out / checkpoint.FILE}; now: python sample.py --ckpt {out}")
+    start = {"step": trainer.step, "processes": processes.size, "device": str(processes.device)}
+    start["backend"] = " ".join(ops.backend())
+    try:
+        provenance.record(out, {key: contents[key] for key in ("settings", "model_config")} | {"data": what}, start)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written to: {error.strerror}") from None

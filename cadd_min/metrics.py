@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,15 @@ class MetricsLog:
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.exists() and step else []
-        self._file = self.path.open("w")
+        part = self.path.with_suffix(".tmp")
+        part.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(part, self.path)
+        self._file = self.path.open("a")
         self._board = _tensorboard(out)
-        for row in kept:
-            self._file.write(json.dumps(row) + "\n")
 
     def write(self, step: int, **values: Any) -> None:
-        """One row, on disk at once."""
+        """One row, on disk at once; a value that is not finite has no place in it."""
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         if self._board is not None:

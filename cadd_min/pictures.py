@@ -121,12 +121,15 @@ def strip(model: Denoiser, x_0: Tensor, pixels: Pixels, times: int = 9, seed: in
     return grid(np.concatenate([upper, lower]), columns=times)
 
 
-def preview(model: Denoiser, pixels: Pixels, x_0: Tensor, out: Path, step: int) -> str:
-    """Write a grid of samples of a model in training, and at first the forward process on the image x_0 (1, L)."""
-    if not (out / "forward.png").exists():
+def preview(model: Denoiser, pixels: Pixels, x_0: Tensor, out: Path | None, step: int) -> str:
+    """Write a grid of samples of a model in training, and at first the forward process on the image x_0 (1, L).
+
+    out: None draws them all the same, and writes nothing.
+    """
+    if out is not None and not (out / "forward.png").exists():
         save(out / "forward.png", strip(model, x_0, pixels))
     count, classes = 36, model.config.classes
     label = torch.arange(count, device=x_0.device) % classes if classes else None
     denoiser = None if label is None else Guided(model, label)
     x = draw(model, count, denoiser=denoiser, steps=64, zhat="soft", generator=torch.Generator().manual_seed(0))
-    return f"samples in {save(out / f'samples-{step:06d}.png', grid(pixels.decode(x)))}"
+    return "" if out is None else f"samples in {save(out / f'samples-{step:06d}.png', grid(pixels.decode(x)))}"

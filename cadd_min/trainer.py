@@ -1,7 +1,8 @@
 """One training step, and everything that must survive to the next one.
 
 A step is a pure function of the weights, the seed and its number: data, times, masks and noise are drawn from
-generators seeded by (seed, micro-batch number). So a resumed run needs no random state to go on bit for bit.
+generators seeded by (seed, micro-batch number). So a resumed run needs no random state to go on bit for bit, and N
+processes that share out a step's micro-batches make the step of one, up to the order in which its gradients are added.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cadd_min import ops
+from cadd_min.distributed import World, accumulate_only, share_of, shared, whole
 from cadd_min.errors import InputError, choose
 from cadd_min.loss import T_MIN, WEIGHTINGS, stratified_times, time_weights, token_losses
 from cadd_min.methods import baseline, bound
@@ -35,7 +38,7 @@ class TrainConfig:
 
     steps: int = option(4000, "optimiser steps")
     batch_size: int = option(8, "sequences in a micro-batch")
-    accumulate: int = option(1, "micro-batches in a step")
+    accumulate: int = option(0, "micro-batches in a step, shared out among the processes; 0: one for each of them")
     lr: float = option(2e-3, "peak learning rate")
     warmup: int = option(100, "steps of linear warm-up")
     final_lr: float = option(0.1, "share of lr that the cosine decay ends at")
@@ -50,11 +53,12 @@ class TrainConfig:
     seed: int = option(0, "of data, noise and initial weights")
     dtype: str = option("auto", "of the network: float32, bfloat16, or auto: the faster one here, measured")
     compile: bool = option(False, "compile the backbone")
+    shard: bool = option(False, "each process keeps a share of the weights (FSDP2): for models that do not fit")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, least in (("steps", 1), ("batch_size", 1), ("accumulate", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, not {getattr(self, name)}")
         for name in ("ema", "wrong_hints", "drop_latent", "drop_label", "final_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
@@ -91,12 +95,12 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * min(1.0, progress))) / 2)
 
 
-def seeded(seed: int, index: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """The generator of micro-batch `index` of a run.
+def seeded(seed: int, index: int, device: torch.device | str = "cpu", *, use: int = 0) -> torch.Generator:
+    """The generator of micro-batch `index` of a run; another `use`, another generator.
 
-    The two numbers are hashed: torch's CPU generator looks at the low 32 bits of its seed only.
+    The numbers are hashed: torch's CPU generator looks at the low 32 bits of its seed only.
     """
-    state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint32)
+    state = np.random.SeedSequence((seed, index, use)).generate_state(1, np.uint32)
     return torch.Generator(device).manual_seed(int(state[0]))
 
 
@@ -120,15 +124,21 @@ def unpack(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor | None]:
 
 
 def training_loss(
-    model: Denoiser, x_0: Tensor, config: TrainConfig, generator: torch.Generator, label: Tensor | None = None
+    model: Denoiser,
+    x_0: Tensor,
+    u: Tensor,
+    config: TrainConfig,
+    generator: torch.Generator,
+    label: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """E_t E_q [-sum over masked i of log p(x_0^i | x_t, z_t)] per token, plus the weighted squared error if asked for.
 
-    Args: x_0 (B, L); label (B,) or None. Returns: the scalar loss, divided by B L; its parts, detached: the CE summed
-    over masked positions and their number, and the squared error.
+    Args: x_0 (B, L); u (B,) times on (0, 1]; label (B,) or None. Returns: the scalar loss, divided by B L, not by the
+    number of masked positions, so that equal batches weigh the same; its parts, detached: the CE summed over masked
+    positions and their number, and the squared error.
     """
     schedule, table = model.schedule, model.table()
-    t = T_MIN + (1 - T_MIN) * stratified_times(len(x_0), generator, x_0.device)  # elbo weights grow like 1/t
+    t = T_MIN + (1 - T_MIN) * u  # elbo weights grow like 1/t
     hinted = misled(x_0, config.wrong_hints, model.mask_id, generator)
     x_t, z_t = ops.forward_noising(x_0, hinted, table, t, schedule, model.mask_id, ops.draw_seed(generator))
     if config.drop_latent > 0:
@@ -150,20 +160,36 @@ def training_loss(
 class Trainer:
     """A model, its optimiser, its EMA and the number of the next step.
 
-    data(index) gives micro-batch `index`, (B, L) int64 on any device, with labels (B,) where the model has classes.
+    data(index) gives micro-batch `index`, (B, L) int64 on any device, with labels (B,) where the model has classes: a
+    pure function, called from another thread while the step before is computed.
     """
 
-    def __init__(self, model: Denoiser, data: Callable[[int], Batch], config: TrainConfig):
+    def __init__(self, model: Denoiser, data: Callable[[int], Batch], config: TrainConfig, world: World | None = None):
         self.model, self.data, self.config = model, data, config
+        self.world = world or World(model.embedding.weight.device)
+        self.device, self.accumulate = self.world.device, config.accumulate or self.world.size
+        if self.accumulate % self.world.size:
+            raise InputError(
+                f"accumulate {config.accumulate}: must be a multiple of the {self.world.size} processes that share it"
+            )
         self.training_loss = getattr(baseline(model.config.model), "training_loss", training_loss)
         if model.config.model == "cdm" and config.weighting == "elbo" and config.mse == 0:
             raise InputError(
                 "weighting elbo gives the CE of a cdm no weight at all: set mse to 1, or weighting uniform"
             )
-        self.device = model.embedding.weight.device
         self.ema = copy.deepcopy(model).requires_grad_(False).eval()
-        self.step = 0
-        self.dtype = best_dtype(self.device) if config.dtype == "auto" else config.dtype
+        if config.compile:
+            model.backbone.compile()
+        self._model = shared(model, self.world, config.shard)
+        self._ema = shared(self.ema, self.world, config.shard)
+        self.step = self.seen = 0  # seen: sequences trained on, which is the place in the data
+        self.skipped = torch.zeros(
+            (), device=self.device
+        )  # steps without a finite gradient: all, and the last in a row
+        self.in_a_row = torch.zeros((), device=self.device)
+        self.dtype = config.dtype
+        if config.dtype == "auto":  # the slowest process decides for all
+            self.dtype = "float32" if self.world.any(best_dtype(self.device) == "float32") else "bfloat16"
         decay = [p for p in model.backbone.parameters() if p.dim() >= 2]
         rest = [p for p in model.parameters() if not any(p is d for d in decay)]
         self.optimizer = torch.optim.AdamW(
@@ -172,8 +198,7 @@ class Trainer:
             betas=(0.9, 0.98),
             fused=True,
         )
-        if config.compile:
-            model.backbone.compile()
+        self._reader, self._ahead = ThreadPoolExecutor(1), dict[int, Future[Batch]]()
 
     def parameters(self) -> int:
         """How many the model has."""
@@ -183,41 +208,73 @@ class Trainer:
         """The context in which the network runs."""
         return torch.autocast(self.device.type, DTYPES[self.dtype], enabled=self.dtype != "float32")
 
-    def train_step(self) -> dict[str, float]:
-        """One optimiser step. Returns its CE per masked token (nats), squared error, gradient norm, learning rate."""
-        config, totals = self.config, dict.fromkeys(("ce", "masked", "mse"), torch.zeros((), device=self.device))
+    def train_step(self) -> dict[str, Tensor]:
+        """One optimiser step, skipped if its gradient is not finite. Nothing here waits for the device but the masks.
+
+        Returns: of this process's share, the CE per masked token (nats) and the squared error; the gradient's norm.
+        """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, config)
-        for micro in range(config.accumulate):
-            index = self.step * config.accumulate + micro
-            x_0, label = unpack(self.data(index), self.device)
-            with self.autocast():
-                loss, parts = self.training_loss(
-                    self.model, x_0, config, seeded(config.seed, index, self.device), label
-                )
-            (loss / config.accumulate).backward()
-            totals = {name: totals[name] + parts[name] for name in totals}
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+            group["lr"] = learning_rate(self.step, self.config)
+        totals = self.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        bad = (~torch.isfinite(norm)).float()  # then the fused AdamW leaves weights, moments and its count alone
+        self.optimizer.found_inf = bad  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.skipped, self.in_a_row = self.skipped + bad, (self.in_a_row + 1) * bad
         self._update_ema()
-        self.step += 1
+        self.step, self.seen = self.step + 1, self.seen + self.accumulate * self.config.batch_size
         masked = totals["masked"].clamp(min=1)
-        return {
-            "ce": float(totals["ce"] / masked),
-            "mse": float(totals["mse"] / masked),
-            "grad_norm": float(norm),
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "latent_norm": self.latent_norm(),
-        }
+        return {"ce": totals["ce"] / masked, "mse": totals["mse"] / masked, "grad_norm": norm}
 
+    def backward(self) -> dict[str, Tensor]:
+        """Add up the step's gradients, of all processes, in the parameters. Returns this one's sums of the parts."""
+        config, mine = self.config, self.accumulate // self.world.size
+        u = stratified_times(self.accumulate * config.batch_size, seeded(config.seed, self.step, use=1))
+        u = u.to(self.device).view(self.accumulate, config.batch_size)
+        totals = dict.fromkeys(("ce", "masked", "mse"), torch.zeros((), device=self.device))
+        for n in range(mine):
+            share = n * self.world.size + self.world.rank
+            index = self.seen // config.batch_size + share
+            following = index + self.world.size if n + 1 < mine else index + self.accumulate - share + self.world.rank
+            x_0, label = unpack(self._read(index, following), self.device)
+            accumulate_only(self._model, n + 1 < mine)
+            noise = seeded(config.seed, index, self.device)
+            with self.autocast():
+                loss, parts = self._model(self.training_loss, x_0, u[share, : len(x_0)], config, noise, label)
+            (loss / mine).backward()
+            totals = {name: totals[name] + parts[name] for name in totals}
+        return totals
+
+    def _read(self, index: int, following: int) -> Batch:
+        """Micro-batch `index`, read ahead if it was foreseen; `following` is read from now on."""
+
+        def read(index: int) -> Batch:
+            batch = self.data(index)
+            if self.device.type != "cuda":
+                return batch
+            return (batch[0].pin_memory(), batch[1].pin_memory()) if isinstance(batch, tuple) else batch.pin_memory()
+
+        batch = self._ahead.pop(index, None) or self._reader.submit(read, index)
+        found = batch.result()
+        self._ahead = {following: self._reader.submit(read, following)}
+        return found
+
+    @torch.no_grad()
+    def averaged(self, f: Callable[..., Any], *args: Any) -> Any:
+        """f(the EMA model, *args): everything that looks at the averaged weights goes through here."""
+        return self._ema(f, *args)
+
+    @torch.no_grad()
     def latent_norm(self) -> float:
         """Mean length of the latent table's rows: watch it, a growing one means a leak (see latent.py)."""
-        return float(self.model.table().detach().norm(dim=-1).mean())
+        return float(self._model(lambda model: model.table().norm(dim=-1).mean()))
 
     def _update_ema(self) -> None:
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))  # early on, forget the random start quickly
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> dict[str, float]:
@@ -228,10 +285,11 @@ class Trainer:
         config = dataclasses.replace(self.config, wrong_hints=0.0, drop_latent=0.0, drop_label=0.0)
         ce, masked, discrete, continuous, tokens = 0.0, 0, 0.0, 0.0, 0
         for i, batch in enumerate(batches):
-            (x_0, label), gen = unpack(batch, self.device), seeded(self.config.seed + 1, i, self.device)
+            (x_0, label), gen = unpack(batch, self.device), seeded(config.seed + 1, i, self.device)
+            u = stratified_times(len(x_0), gen, self.device)
             with self.autocast():
-                _, parts = self.training_loss(self.ema, x_0, config, gen, label)
-                found = bound(self.ema, x_0, label=label, generator=gen)
+                _, parts = self.averaged(self.training_loss, x_0, u, config, gen, label)
+                found = self.averaged(lambda ema: bound(ema, x_0, label=label, generator=gen))  # noqa: B023
             ce, masked = ce + float(parts["ce"]), masked + int(parts["masked"])
             discrete, continuous = discrete + float(found.discrete.sum()), continuous + float(found.continuous.sum())
             tokens += x_0.numel()
@@ -243,17 +301,26 @@ class Trainer:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs."""
+        """Everything that a resumed run needs, whole: it can go on in another number of processes."""
         return {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": whole(self.model.state_dict()),
+            "ema": whole(self.ema.state_dict()),
+            "optimizer": whole(self.optimizer.state_dict()),
             "step": self.step,
+            "seen": self.seen,
+            "skipped": int(self.skipped),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+        for module, part in ((self.model, state["model"]), (self.ema, state["ema"])):
+            own = module.state_dict()
+            module.load_state_dict({key: share_of(v, own[key]) if key in own else v for key, v in part.items()})
+        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = {  # cloned: torch would go on counting steps in the caller's tensor
+            n: {key: share_of(v.clone(), ordered[n]) for key, v in found.items()}
+            for n, found in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
+        self.step, self.seen = state["step"], state["seen"]
+        self.skipped = torch.tensor(float(state["skipped"]), device=self.device)

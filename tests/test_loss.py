@@ -157,6 +157,15 @@ def test_stratified_times_cover_the_unit_interval():
     assert ((t * 64).ceil().unique().numel()) == 64 and t.min() > 0 and t.max() <= 1
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 30, 128, 512])
+def test_stratified_times_have_one_in_each_part_and_any_few_in_a_row_are_spread(count):
+    shift = torch.rand((), generator=rng(count), dtype=torch.float64)
+    t = stratified_times(count, rng(count))
+    assert torch.equal(((t - 1 + shift) * count).round().long().remainder(count).sort()[0], torch.arange(count))
+    for start in range(count - 7):
+        assert 0.3 < t[start : start + 8].mean() < 0.7
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_token_losses_equal_the_plain_ones(fused, monkeypatch):
     """Chunked CE and squared error, values and gradients, against the textbook; with and without torch's fused CE."""

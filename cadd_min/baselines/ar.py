@@ -34,9 +34,9 @@ def causal_features(model: Denoiser, x_0: Tensor, label: Tensor | None = None) -
 
 
 def training_loss(
-    model: Denoiser, x_0: Tensor, config: TrainConfig, generator: Generator, label: Tensor | None = None
+    model: Denoiser, x_0: Tensor, u: Tensor, config: TrainConfig, generator: Generator, label: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-log p(x_0) per token in nats, no noise in it: neither `config` nor `generator` matters.
+    """-log p(x_0) per token in nats, no noise in it: `u`, `config` and `generator` do not matter.
 
     Args: x_0 (B, L); label (B,) or None. Returns: the scalar loss; its parts, detached: the CE summed over the "masked"
     positions, which are all, and a squared error of zero.

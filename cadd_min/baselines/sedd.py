@@ -76,15 +76,15 @@ def kl_step(log_z: Tensor, f: Tensor, rho: Tensor) -> Tensor:
 
 
 def training_loss(
-    model: Denoiser, x_0: Tensor, config: TrainConfig, generator: Generator, label: Tensor | None = None
+    model: Denoiser, x_0: Tensor, u: Tensor, config: TrainConfig, generator: Generator, label: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The score entropy integrated over [T_MIN, 1], one time a sequence, in nats per token: the bound on -log p(x_0).
 
     config.weighting does not matter: without its weights the score entropy is no bound.
-    Args: x_0 (B, L); label (B,) or None. Returns: the scalar loss; its parts, detached: the CE of softmax(f) summed
-    over masked positions and their number, and a squared error of zero.
+    Args: x_0 (B, L); u (B,) times on (0, 1]; label (B,) or None. Returns: the scalar loss; its parts, detached: the CE
+    of softmax(f) summed over masked positions and their number, and a squared error of zero.
     """
-    t = T_MIN + (1 - T_MIN) * stratified_times(len(x_0), generator, x_0.device)
+    t = T_MIN + (1 - T_MIN) * u
     masked = masked_at(x_0, t, model.schedule, generator)
     h = features(model, x_0.masked_fill(masked, model.mask_id), t, label)
     log_z, f = scores(h[masked], model.head_matrix(), x_0[masked])

@@ -157,15 +157,15 @@ def costs(
 
 
 def training_loss(
-    model: Denoiser, x_0: Tensor, config: TrainConfig, generator: Generator, label: Tensor | None = None
+    model: Denoiser, x_0: Tensor, u: Tensor, config: TrainConfig, generator: Generator, label: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The KL rate integrated over [T_MIN, 1], one time a sequence, in nats per token: the bound but for [0, T_MIN].
 
     config.weighting does not matter: the rate's weights are its own.
-    Args: x_0 (B, L); label (B,) or None. Returns: the scalar loss; its parts, detached: the CE of x_theta summed over
-    the "masked" positions, which are all, and a squared error of zero.
+    Args: x_0 (B, L); u (B,) times on (0, 1]; label (B,) or None. Returns: the scalar loss; its parts, detached: the CE
+    of x_theta summed over the "masked" positions, which are all, and a squared error of zero.
     """
-    t = T_MIN + (1 - T_MIN) * stratified_times(len(x_0), generator, x_0.device)
+    t = T_MIN + (1 - T_MIN) * u
     schedule, vocab_size = model.schedule, model.mask_id
     rate, ce = costs(
         model, x_0, t, t, lambda law, same, s, t: kl_rate(law, same, t, schedule, vocab_size), generator, label

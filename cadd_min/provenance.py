@@ -1,0 +1,62 @@
+"""What made a run: run.json in its folder has every setting, and a line for each start: versions, machine, commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FILE = "run.json"
+PACKAGES = ("cadd_min", "torch", "numpy", "tiktoken")
+
+
+def record(out: Path, settings: dict[str, Any], start: dict[str, Any]) -> None:
+    """Write run.json: the settings as they now are, and `start` after the starts before it."""
+    path = out / FILE
+    try:
+        starts = json.loads(path.read_text())["starts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        starts = []
+    part = path.with_suffix(".tmp")
+    part.write_text(json.dumps({**settings, "starts": [*starts, start | _here()]}, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def _here() -> dict[str, Any]:
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of these sources, with a + if they were changed since; None outside of a git checkout."""
+
+    def git(*args: str) -> str:
+        root = Path(__file__).parent.parent
+        return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
