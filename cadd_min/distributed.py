@@ -103,8 +103,8 @@ def accumulate_only(through: nn.Module, only: bool) -> None:
     """Whether the next backward keeps its gradients to itself: all but the last micro-batch of a step do."""
     if isinstance(through, nn.parallel.DistributedDataParallel):
         through.require_backward_grad_sync = not only
-    elif hasattr(through, "set_requires_gradient_sync"):
-        through.set_requires_gradient_sync(not only)
+    elif (sync := getattr(through, "set_requires_gradient_sync", None)) is not None:
+        sync(not only)  # type: ignore[operator]
 
 
 def whole(value: Any) -> Any:
@@ -113,8 +113,7 @@ def whole(value: Any) -> Any:
         return {key: whole(item) for key, item in value.items()}
     if isinstance(value, list):
         return [whole(item) for item in value]
-    full: Any = getattr(value, "full_tensor", None)
-    return full().cpu() if full is not None else value
+    return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
 
 
 def share_of(value: Tensor, like: Tensor) -> Tensor:
