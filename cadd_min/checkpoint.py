@@ -19,7 +19,8 @@ from cadd_min.tokenizer import Tokenizer, from_spec
 from cadd_min.trainer import Trainer
 
 FORMAT, VERSION = "cadd_min", 2
-FILE = "checkpoint.pt"
+FILE, WEIGHTS = "checkpoint.pt", "model.safetensors"
+HUB = "hf:"  # hf:owner/name is a model of the Hugging Face hub
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -54,7 +55,12 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint at `path`, a file or a run's folder; of a folder of runs, the newest."""
+    """The checkpoint at `path`, a file or a run's folder; of a folder of runs, the newest.
+
+    Of a folder for others (see pretrained.py), here or at the hub, its file of weights.
+    """
+    if str(path).startswith(HUB) or ((path / WEIGHTS).exists() and not (path / FILE).exists()):
+        return path / WEIGHTS
     if path.is_dir():
         found = [path / FILE] if (path / FILE).exists() else sorted(path.glob(f"*/{FILE}"), key=os.path.getmtime)
         if not found:
@@ -77,20 +83,40 @@ def kind(content: dict[str, Any]) -> str:
     return "image" if content["tokenizer"]["kind"] == Pixels.kind else "text"
 
 
+def tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """The same values, lists as tuples: JSON has lists only, and a configuration none."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
 def build_model(content: dict[str, Any], where: Path) -> Denoiser:
     """A denoiser of the checkpoint's shape, without its weights."""
-    config = dict(content["model_config"])
-    size = dict(config["size"])
+    config = tuples(content["model_config"])
+    size = tuples(config["size"])
     config["size"] = from_dict(SIZES[size.pop("kind", "Size")], size, str(where))
     return Denoiser(from_dict(ModelConfig, config, str(where)))
+
+
+def check_shapes(state: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise InputError, which names the first tensor that is missing, misshapen or left over, if there is one."""
+    for name, shape in shapes.items():
+        found = state.get(name)
+        if not isinstance(found, torch.Tensor):
+            raise InputError(f"{name} is missing")
+        if found.shape != shape:
+            raise InputError(f"{name} has the shape {tuple(found.shape)}, expected {shape}")
+    for name in sorted(state.keys() - shapes.keys())[:1]:
+        raise InputError(f"{name} has no place in it")
 
 
 def load_state(module: torch.nn.Module, state: dict[str, Any], where: Path) -> None:
     """load_state_dict, with a sentence where the shapes differ."""
     try:
-        module.load_state_dict(state)
-    except RuntimeError:
-        raise InputError(f"{where} holds the weights of a model of another shape than these settings ask for") from None
+        check_shapes(state, {name: tuple(own.shape) for name, own in module.state_dict().items()})
+    except InputError as misfit:
+        raise InputError(
+            f"{where} holds the weights of a model of another shape than these settings ask for: {misfit}"
+        ) from None
+    module.load_state_dict(state)
 
 
 def load_trainer(trainer: Trainer, content: dict[str, Any], where: Path) -> None:
@@ -103,11 +129,8 @@ def load_trainer(trainer: Trainer, content: dict[str, Any], where: Path) -> None
         raise error if isinstance(error, InputError) else InputError(f"{where} is not a whole checkpoint") from None
 
 
-def load_denoiser(
-    path: Path, device: torch.device | str = "cpu"
-) -> tuple[Denoiser, Tokenizer | Pixels, dict[str, Any]]:
-    """The trained model (EMA weights), what decodes its samples to text or images, and all else in the checkpoint."""
-    content, where = load(path), find(path)
+def denoiser_of(content: dict[str, Any], where: Path) -> tuple[Denoiser, Tokenizer | Pixels]:
+    """The model in what was read from `where`, with its EMA weights, and its tokenizer or what stands for it."""
     try:
         model = build_model(content, where)
         load_state(model, content["trainer"]["ema"], where)
@@ -119,4 +142,16 @@ def load_denoiser(
         raise InputError(
             f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
         )
-    return model.to(device).eval(), tokenizer, content
+    return model.eval(), tokenizer
+
+
+def load_denoiser(
+    path: Path, device: torch.device | str = "cpu"
+) -> tuple[Denoiser, Tokenizer | Pixels, dict[str, Any]]:
+    """The trained model (EMA weights), what decodes its samples to text or images, and all else in the checkpoint."""
+    from cadd_min import pretrained  # which reads folders, with what is here
+
+    where = find(path)
+    content = pretrained.read(path) if where == path / WEIGHTS else load(path)
+    model, tokenizer = denoiser_of(content, where)
+    return model.to(device), tokenizer, content
