@@ -84,6 +84,7 @@ def randomised(net: nn.Module, seed: int, std: float = 0.4) -> nn.Module:
 
 
 def public_state(seed: int = 0) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
     return {f"backbone.{name}": value for name, value in randomised(PublicDiT(), seed).state_dict().items()}
 
 
@@ -114,13 +115,15 @@ def test_theirs_here_gives_the_same_log_probabilities_at_every_position_and_time
 
 
 def test_the_bias_of_the_head_reaches_the_loss_and_its_gradient():
-    model, x = from_mdlm(public_state(), LENGTH), some_tokens(VOCAB - 1)
-    config = TrainConfig(wrong_hints=0.0)
-    loss, _ = training_loss(model, x, config, rng(2))
-    loss.backward()
-    assert model.head.bias.grad.abs().max() > 0.01
-    model.head.bias.data += 5 * torch.randn(VOCAB, generator=rng(3))
-    assert abs(training_loss(model, x, config, rng(2))[0] - loss) > 0.1
+    model, x, config = from_mdlm(public_state(), LENGTH), some_tokens(VOCAB - 1), TrainConfig(wrong_hints=0.0)
+    loss = lambda: training_loss(model, x, config, rng(2))[0]
+    loss().backward()
+    way = torch.randn(VOCAB, generator=rng(3))
+    model.head.bias.data += 0.01 * way
+    ahead = loss().item()
+    model.head.bias.data -= 0.02 * way
+    slope = float(model.head.bias.grad @ way)
+    assert abs(slope) > 0.1 and (ahead - loss().item()) / 0.02 == pytest.approx(slope, rel=0.01)
 
 
 @torch.no_grad()
@@ -140,12 +143,14 @@ def test_ours_there_is_what_it_is_at_the_time_that_was_chosen(bias, monkeypatch)
     """A model that looks at the time, and whose queries, keys and values have biases: theirs have neither."""
     monkeypatch.setattr("tests.conftest.NANO", mdlm_weights.Size(LAYERS, WIDTH, HEADS, COND))
     model, x = randomised(nano("mdlm", VOCAB, LENGTH, head_bias=bias), 5, 0.3), some_tokens()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
     early, late = (log_probabilities(model, x, t) for t in (0.2, 0.9))
     assert (early - late).abs().max() > 0.1
     state = to_mdlm(model, 0.2)
     assert torch.allclose(public_log_probabilities(state, x), early, atol=2e-4)
     assert torch.allclose(log_probabilities(from_mdlm(state, LENGTH), x, 0.9), early, atol=2e-4)
+    model.double()  # the precision of the conversion: it must not work on the model's own tensors
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    to_mdlm(model, 0.2)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
