@@ -29,7 +29,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("what", choices=dict.fromkeys(TEXT + IMAGES))
     parser.add_argument(
-        "--ckpt", type=Path, nargs="+", default=[Path("runs")], help="checkpoints, their folders, or a folder of runs"
+        "--ckpt",
+        type=Path,
+        nargs="+",
+        default=[Path("runs")],
+        help="checkpoints, their folders, a folder of runs, folders of cadd_min.pretrained, hf:owner/name of the hub",
     )
     parser.add_argument("--num", type=int, help="samples, or held-out sequences (default: text 128, images 2048)")
     parser.add_argument("--batch-size", type=int, help="sequences at a time (default: text 32, images 128)")

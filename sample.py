@@ -25,7 +25,12 @@ from cadd_min.text import TextTask
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--ckpt", type=Path, default=Path("runs"), help="a checkpoint, its folder, or a folder of runs")
+    parser.add_argument(
+        "--ckpt",
+        type=Path,
+        default=Path("runs"),
+        help="a checkpoint, its folder, a folder of runs, a folder of cadd_min.pretrained, or hf:owner/name of the hub",
+    )
     add_sampling_options(parser)
     parser.add_argument("--num", type=int, help="samples (default: 1, images: 64)")
     parser.add_argument("--watch", action="store_true", help="show the first sample's denoising in the terminal")

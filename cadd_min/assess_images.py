@@ -80,6 +80,8 @@ def _one(path: Path, model: Denoiser, pixels: Pixels, content: dict[str, Any], a
     if args.guidance is not None and not model.config.classes:
         raise InputError(f"--guidance needs a model of classes, and --ckpt {path} was trained without labels")
     settings = content["settings"]
+    if not settings.get("dataset"):
+        raise InputError(f"--ckpt {path} does not say which images it was trained on")
     archive = args.archive or (Path(settings["archive"]) if settings.get("archive") else None)
     data = images.open_images(settings["dataset"], args.cache, archive)
     if args.what == "bound":

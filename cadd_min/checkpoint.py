@@ -25,7 +25,8 @@ from cadd_min.tokenizer import Tokenizer, from_spec
 from cadd_min.trainer import Trainer
 
 FORMAT, VERSION = "cadd_min", 3
-FILE, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+FILE, PREVIOUS, WEIGHTS = "checkpoint.pt", "checkpoint.previous.pt", "model.safetensors"
+HUB = "hf:"  # hf:owner/name is a model of the Hugging Face hub
 DIGEST = 32  # bytes of SHA-256
 
 
@@ -112,7 +113,12 @@ def _digest_matches(path: Path) -> bool:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint at `path`, a file or a run's folder; of a folder of runs, the newest."""
+    """The checkpoint at `path`, a file or a run's folder; of a folder of runs, the newest.
+
+    Of a folder for others (see pretrained.py), here or at the hub, its file of weights.
+    """
+    if str(path).startswith(HUB) or ((path / WEIGHTS).exists() and not (path / FILE).exists()):
+        return path / WEIGHTS
     if path.is_dir():
         found = [path] if holds_run(path) else sorted(filter(holds_run, path.glob("*/")), key=_saved)
         if not found:
@@ -144,40 +150,57 @@ def kind(content: dict[str, Any]) -> str:
     return "image" if content["tokenizer"]["kind"] == Pixels.kind else "text"
 
 
+def tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """The same values, lists as tuples: JSON has lists only, and a configuration none."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
 def build_model(content: dict[str, Any], where: Path) -> Denoiser:
     """A denoiser of the checkpoint's shape, without its weights."""
-    config = dict(content["model_config"])
-    size = dict(config["size"])
+    config = tuples(content["model_config"])
+    size = tuples(config["size"])
     config["size"] = from_dict(SIZES[size.pop("kind", "Size")], size, str(where))
     return Denoiser(from_dict(ModelConfig, config, str(where)))
 
 
-def load_state(module: torch.nn.Module, state: dict[str, Any], where: Path) -> None:
-    """load_state_dict, with a sentence where the shapes differ."""
+def check_shapes(state: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise InputError, which names the first tensor that is missing, misshapen or left over, if there is one."""
+    for name, shape in shapes.items():
+        found = state.get(name)
+        if not isinstance(found, torch.Tensor):
+            raise InputError(f"{name} is missing")
+        if found.shape != shape:
+            raise InputError(f"{name} has the shape {tuple(found.shape)}, expected {shape}")
+    for name in sorted(state.keys() - shapes.keys())[:1]:
+        raise InputError(f"{name} has no place in it")
+
+
+def check_state(module: torch.nn.Module, state: dict[str, Any], where: Path) -> None:
+    """Raise InputError unless `state` has the module's names and shapes."""
     try:
-        module.load_state_dict(state)
-    except RuntimeError:
-        raise InputError(f"{where} holds the weights of a model of another shape than these settings ask for") from None
+        check_shapes(state, {name: tuple(own.shape) for name, own in module.state_dict().items()})
+    except InputError as misfit:
+        raise InputError(
+            f"{where} holds the weights of a model of another shape than these settings ask for: {misfit}"
+        ) from None
 
 
 def load_trainer(trainer: Trainer, content: dict[str, Any], where: Path) -> None:
     """Put a trainer where the checkpoint left it."""
     try:
         state = content["trainer"]
-        load_state(trainer.model, state["model"], where)
+        check_state(trainer.model, state["model"], where)
         trainer.load_state_dict(state)
     except (KeyError, ValueError) as error:
         raise error if isinstance(error, InputError) else InputError(f"{where} is not a whole checkpoint") from None
 
 
-def load_denoiser(
-    path: Path, device: torch.device | str = "cpu"
-) -> tuple[Denoiser, Tokenizer | Pixels, dict[str, Any]]:
-    """The trained model (EMA weights), what decodes its samples to text or images, and all else in the checkpoint."""
-    content, where = load(path), find(path)
+def denoiser_of(content: dict[str, Any], where: Path) -> tuple[Denoiser, Tokenizer | Pixels]:
+    """The model in what was read from `where`, with its EMA weights, and its tokenizer or what stands for it."""
     try:
         model = build_model(content, where)
-        load_state(model, content["trainer"]["ema"], where)
+        check_state(model, content["trainer"]["ema"], where)
+        model.load_state_dict(content["trainer"]["ema"])
         spec = content["tokenizer"]
         tokenizer = Pixels.from_spec(spec) if kind(content) == "image" else from_spec(spec)
     except (KeyError, TypeError, AttributeError) as missing:
@@ -186,4 +209,16 @@ def load_denoiser(
         raise InputError(
             f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
         )
-    return model.to(device).eval(), tokenizer, content
+    return model.eval(), tokenizer
+
+
+def load_denoiser(
+    path: Path, device: torch.device | str = "cpu"
+) -> tuple[Denoiser, Tokenizer | Pixels, dict[str, Any]]:
+    """The trained model (EMA weights), what decodes its samples to text or images, and all else in the checkpoint."""
+    from cadd_min import pretrained  # which reads folders, with what is here
+
+    where = find(path)
+    content = pretrained.read(path) if where == path / WEIGHTS else load(path)
+    model, tokenizer = denoiser_of(content, where)
+    return model.to(device), tokenizer, content

@@ -48,6 +48,7 @@ class ModelConfig:
     fusion: str = option("add", "how the latent joins the mask's embedding: add, concat or reweight")
     hint: str = option("linear", "what of z_t the network reads: raw, linear (shrunk) or posterior (E[w | z_t])")
     bayes_head: bool = option(False, "add the latent's own log-likelihood to the logits")
+    head_bias: bool = option(False, "give every token a logit of its own, whatever the features")
 
     def __post_init__(self) -> None:
         choose("model", self.model, MODELS)
@@ -106,8 +107,9 @@ class Denoiser(nn.Module):
             if config.model == "ar" and isinstance(config.size, Size)
             else config.size.build(config.image or (config.length,), config.classes)
         )
-        self.head = nn.Linear(width, config.vocab_size, bias=False)
-        nn.init.zeros_(self.head.weight)
+        self.head = nn.Linear(width, config.vocab_size, bias=config.head_bias)
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)
 
     def table(self) -> Tensor:
         """The latent table w (V + 1, D)."""
@@ -119,18 +121,24 @@ class Denoiser(nn.Module):
         z_tilde = self.latent.fuse(self.embedding(x_t), z_t, masked, t, table)
         # entries of about 1, as in Vaswani et al.
         h = self.backbone(math.sqrt(self.config.size.embed) * z_tilde, t, label)
-        if not (self.config.bayes_head and self.latent.dim):
-            return h
-        # log N(z_t; signal w_v, noise^2 I) is linear in w_v (all rows are equally long): two more sets of columns
-        signal, noise = self.schedule.signal(t), self.schedule.noise(t)
-        evidence = per_token(signal / (noise**2).clamp(min=1e-4), z_t) * z_t
-        return torch.cat([h, evidence.to(h.dtype)], -1)
+        columns = [h]
+        if self.config.bayes_head and self.latent.dim:
+            # log N(z_t; signal w_v, noise^2 I) is linear in w_v (all rows are equally long): two more sets of columns
+            signal, noise = self.schedule.signal(t), self.schedule.noise(t)
+            evidence = per_token(signal / (noise**2).clamp(min=1e-4), z_t) * z_t
+            columns.append(evidence.to(h.dtype))
+        if self.config.head_bias:  # as a column, it needs no place of its own wherever logits are made
+            columns.append(torch.ones_like(h[..., :1]))
+        return torch.cat(columns, -1) if len(columns) > 1 else h
 
     def head_matrix(self) -> Tensor:
         """(V, F)."""
-        if not (self.config.bayes_head and self.latent.dim):
-            return self.head.weight
-        return torch.cat([self.head.weight, self.table()[:-1]], -1)
+        columns = [self.head.weight]
+        if self.config.bayes_head and self.latent.dim:
+            columns.append(self.table()[:-1])
+        if self.config.head_bias:
+            columns.append(self.head.bias[:, None])
+        return torch.cat(columns, -1) if len(columns) > 1 else self.head.weight
 
     def logits_at(self, x_t: Tensor, z_t: Tensor, t: Tensor, rows: Tensor, label: Tensor | None = None) -> Tensor:
         """(N, V) logits at the flat positions `rows` (N,) only: at a large V the head costs as much as the backbone."""

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from benchmarks.text import ABLATIONS
 from cadd_min import checkpoint
 from cadd_min.dit import PRESETS
 from cadd_min.model import ModelConfig
 from cadd_min.text import frame, parse_prompt
-from cadd_min.tokenizer import gpt2
+from cadd_min.tokenizer import GPT2_SIZE, gpt2
 from tests.conftest import ROOT, TINY, save_untrained
+from tests.test_mdlm_weights import public_state
 
 
 @pytest.mark.parametrize("model", ["cadd", "mdlm", "cdm"])
@@ -103,16 +105,18 @@ def few(command: str, text: Path) -> str:
         return f"{command} --preset nano --batch-size 4 --steps 4"
     if script == "evaluate.py":
         return f"{command} --num 12 --steps 2"
-    return f"{command} --steps 4"
+    return command if script.startswith("cadd_min/") else f"{command} --steps 4"
 
 
-def test_every_command_of_readme_works(call, text, photos, capsys):
+def test_every_command_of_readme_works(call, text, photos, monkeypatch, tmp_path):
     """All of them, in README's order, on little data and for a few steps; OpenWebText's is parsed only."""
     commands = readme_commands()
+    monkeypatch.setattr("tests.test_mdlm_weights.VOCAB", GPT2_SIZE)
+    save_file(public_state(), tmp_path / "mdlm.safetensors")
     for script in ("sample.py", "train_text.py", "train_image.py", "evaluate.py"):
         assert sum(script in c for c in commands) >= 2
     for command in commands:
-        command = command.removeprefix("python ")
+        command = re.sub(r"^-m cadd_min\.(\w+)", r"cadd_min/\1.py", command.removeprefix("python "))
         if command.startswith("-m benchmarks.text"):  # run by test_cli_text.py
             assert re.search(r"--ablation (\w+)", command)[1] in ABLATIONS
             continue

@@ -162,6 +162,8 @@ def test_torchrun_trains_samples_and_goes_on_alone(shard, tmp_path):
     assert [row["step"] for row in read_metrics(out / "metrics.jsonl") if "ce" in row] == [1, 2, 3, 4, 5, 6]
     saved = checkpoint.load(out)
     assert saved["settings"]["accumulate"] == 2 and saved["trainer"]["seen"] == 48
+    done = torchrun(tmp_path, "--resume", "--out", str(out), "--steps", "7")
+    assert done.returncode == 0, done.stderr
     alone = [sys.executable, "train_text.py", "--resume", "--out", str(out), "--steps", "8", "--no-shard"]
     assert subprocess.run(alone, cwd=ROOT, capture_output=True).returncode == 0
     assert checkpoint.load(out)["trainer"]["seen"] == 64  # the steps are as large as before

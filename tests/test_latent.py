@@ -77,6 +77,16 @@ def test_unmasked_positions_see_no_latent(fusion, hint, table, dim):
     assert not torch.allclose(net(x, z, t), net(x, other, t))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("bayes_head", [False, True])
+def test_a_bias_of_the_head_is_added_to_every_logit(bayes_head):
+    plain, biased = (nano(bayes_head=bayes_head, head_bias=bias) for bias in (False, True))
+    biased.load_state_dict(plain.state_dict(), strict=False)
+    torch.nn.init.normal_(biased.head.bias, generator=rng(2))
+    x, z, t = torch.full((2, 12), 11), torch.randn(2, 12, 32, generator=rng(1)), torch.tensor([0.3, 0.6])
+    torch.testing.assert_close(biased(x, z, t), plain(x, z, t) + biased.head.bias)
+
+
 def test_held_tables_pass_no_gradient_and_keep_their_norm():
     for kind, dim in (("tied", 0), ("tied", 8), ("fixed", 0), ("fixed", 8)):
         table = nano(latent_table=kind, latent_dim=dim, latent_norm=2.5).table()
