@@ -116,7 +116,7 @@ def test_theirs_here_gives_the_same_log_probabilities_at_every_position_and_time
 
 def test_the_bias_of_the_head_reaches_the_loss_and_its_gradient():
     model, x, config = from_mdlm(public_state(), LENGTH), some_tokens(VOCAB - 1), TrainConfig(wrong_hints=0.0)
-    loss = lambda: training_loss(model, x, config, rng(2))[0]
+    loss = lambda: training_loss(model, x, torch.linspace(0.1, 0.9, len(x)), config, rng(2))[0]
     loss().backward()
     way = torch.randn(VOCAB, generator=rng(3))
     model.head.bias.data += 0.01 * way
