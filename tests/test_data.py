@@ -2,6 +2,11 @@
 
 import json
 import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,21 +14,31 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from cadd_min import corpus, data, tokenizer
+from cadd_min import corpus, data, documents, shards, tokenizer
 from cadd_min.corpus import open_corpus
-from cadd_min.data import Batches, TokenFile, prepare
+from cadd_min.data import Batches, TokenFolder, TokenView, prepare
 from cadd_min.errors import InputError
+from tests.conftest import ROOT
 
 WORDS = tokenizer.gpt2(300)
 DOCS = [f"Document number {i}. It has a few words, ünïcode too." for i in range(45)]
 
 
-def read(path: Path, cache: Path, words=WORDS) -> TokenFile:
+def read(path: Path, cache: Path, words=WORDS) -> TokenFolder:
     return prepare(open_corpus(str(path), cache), words, cache)
 
 
-def texts(tokens: np.ndarray, words=WORDS) -> list[str]:
-    return [text for text in words.decode(tokens.tolist()).split("<|endoftext|>") if text]
+def texts(tokens: TokenView, words=WORDS) -> list[str]:
+    return [text for text in words.decode(tokens[:].tolist()).split("<|endoftext|>") if text]
+
+
+def content(folder: TokenFolder) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.path.iterdir()}
+
+
+def words_of(seed: int, count: int) -> str:
+    rng = random.Random(seed)
+    return " ".join("".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 9))) for _ in range(count))
 
 
 def write(kind: str, folder: Path) -> Path:
@@ -47,18 +62,18 @@ def write(kind: str, folder: Path) -> Path:
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "folder"])
 def test_every_kind_of_file_gives_the_same_documents(kind, tmp_path):
     tokens = read(write(kind, tmp_path), tmp_path / "cache")
-    held_out = [doc for i, doc in enumerate(DOCS) if i % data.HELD_OUT == data.HELD_OUT - 1]
+    held_out = [doc for i, doc in enumerate(DOCS) if i % shards.HELD_OUT == shards.HELD_OUT - 1]
     assert texts(tokens.split("val")) == held_out
     assert texts(tokens.split("train")) == [doc for doc in DOCS if doc not in held_out]
-    assert tokens.split("train")[-1] == tokens.split("val")[-1] == WORDS.eot_id
+    assert all(tokens.split(split)[:][-1] == WORDS.eot_id for split in ("train", "val"))
 
 
 def test_second_run_reads_the_cache(tmp_path, monkeypatch):
     path = write("txt", tmp_path)
     first = read(path, tmp_path)
-    monkeypatch.setattr(data, "write_tokens", lambda *a: pytest.fail("tokenised again"))
+    monkeypatch.setattr(data, "write_folder", lambda *a: pytest.fail("tokenised again"))
     assert read(path, tmp_path).path == first.path
-    assert TokenFile(first.path).tokenizer().fingerprint() == WORDS.fingerprint()  # the file states its tokenizer
+    assert TokenFolder(first.path).tokenizer().fingerprint() == WORDS.fingerprint()  # the file states its tokenizer
 
 
 def test_changed_text_or_tokenizer_is_tokenised_again(tmp_path):
@@ -72,35 +87,41 @@ def test_changed_text_or_tokenizer_is_tokenised_again(tmp_path):
 def test_half_written_and_foreign_caches_are_never_used(tmp_path, capsys, monkeypatch):
     path = write("txt", tmp_path)
     whole = read(path, tmp_path)
-    content, good = whole.path.read_bytes(), whole.split("train").tolist()
-    for damage in (content[:-7], content[:10], b"", b"garbage" * 100):
-        whole.path.write_bytes(damage)
-        with pytest.raises(InputError):
-            TokenFile(whole.path)
-        assert read(path, tmp_path).split("train").tolist() == good  # made again
-    whole.path.write_bytes(content.replace(b'"bpe"', b'"foo"'))
-    assert read(path, tmp_path).split("train").tolist() == good
+    tokens, index, good = whole.path / "00000.bin", whole.path / "index.json", content(whole)
+    for file, damage in [
+        (tokens, good["00000.bin"][:-7]),
+        (tokens, b""),
+        (tokens, None),
+        (index, good["index.json"][:-7]),
+        (index, b"[]"),
+        (index, b"garbage" * 100),
+    ]:
+        file.unlink() if damage is None else file.write_bytes(damage)
+        with pytest.raises(InputError, match=f"{file.name}.* (cut short|No such file|damaged)"):
+            TokenFolder(whole.path)
+        assert content(read(path, tmp_path)) == good  # made again
+    index.write_bytes(good["index.json"].replace(b'"bpe"', b'"foo"'))
+    assert content(read(path, tmp_path)) == good
     assert "another tokenizer" in capsys.readouterr().out
 
     def killed(*args):
         raise KeyboardInterrupt
 
-    other = tokenizer.gpt2(302)
-    monkeypatch.setattr(data.os, "replace", killed)
+    monkeypatch.setattr(shards.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        read(path, tmp_path, other)
-    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("*bpe302*"))
+        read(path, tmp_path, tokenizer.gpt2(302))
+    assert [file.name for file in tmp_path.glob("*bpe302*/*")] == ["lock"]
 
 
 def test_long_documents_are_cut_where_tokens_do_not_change(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE", 50)
+    monkeypatch.setattr(documents, "PIECE", 50)
     text = "The quick  brown fox, it's said, jumps over 12345 lazy dogs.\n\nAnd again " * 30
     path = tmp_path / "long.txt"
     path.write_text(text)
     tokens = read(path, tmp_path)
-    joined = np.concatenate([tokens.split("train"), tokens.split("val")]).tolist()
+    joined = [*tokens.split("train")[:], *tokens.split("val")[:]]
     assert joined == [*WORDS.encode(text), WORDS.eot_id]
-    assert len(tokens.split("val")) == len(joined) // data.HELD_OUT  # one document: the last 5% of its tokens
+    assert len(tokens.split("val")) == len(joined) // shards.HELD_OUT  # one document: the last 5% of its tokens
 
 
 def test_characters(tmp_path):
@@ -108,17 +129,8 @@ def test_characters(tmp_path):
     path.write_text("abba cab")
     source = open_corpus(str(path), tmp_path)
     words = tokenizer.chars(corpus.alphabet(source))
-    assert words.alphabet == " abc" and read(path, tmp_path, words).split("train").tolist() == [
-        1,
-        2,
-        2,
-        1,
-        0,
-        3,
-        1,
-        2,
-        4,
-    ]
+    assert words.alphabet == " abc"
+    assert read(path, tmp_path, words).split("train")[:].tolist() == [1, 2, 2, 1, 0, 3, 1, 2, 4]
 
 
 def test_text8_is_read_from_its_archive_and_split_90_5_5(tmp_path):
@@ -161,7 +173,7 @@ def test_bad_files_are_named(name, content, message, tmp_path):
     path.write_bytes(content)
     with pytest.raises(InputError, match=message):
         read(path, tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("*")) if (tmp_path / "cache").exists() else True
+    assert {file.name for file in (tmp_path / "cache").glob("*/*")} <= {"lock"}
 
 
 def test_missing_things_are_named(tmp_path):
@@ -184,4 +196,143 @@ def test_a_failed_download_says_how_to_help(tmp_path, monkeypatch):
 def test_openwebtext_without_its_library_or_network_says_how_to_help(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match=r"pip install datasets|could not read Skylion007/openwebtext .* by hand"):
-        list(open_corpus("owt", tmp_path).pieces())
+        open_corpus("owt", tmp_path).parts()
+
+
+def many_parts(folder: Path, kind: str, size: int) -> Path:
+    """Files of 200 documents in all, some with ends of lines and of documents in odd places."""
+    folder.mkdir()
+    docs = [f"{i} {words_of(i, 5 + i % 40)}" + " é\n\nend" * (i % 3) for i in range(200)]
+    if kind == "txt":
+        (folder / "a.txt").write_text("<|endoftext|>\n\n".join(docs[:150]), encoding="utf-8")
+        (folder / "b.txt").write_text("\n<|endoftext|>".join(docs[150:]) + "<|endoftext|>", encoding="utf-8")
+    elif kind == "jsonl":
+        (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": d}, ensure_ascii=False) for d in docs))
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": docs}), folder / "a.parquet", row_group_size=7)
+    else:
+        for i, doc in enumerate(docs):
+            (folder / f"{i:03}.txt").write_text(doc, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "small files"])
+def test_several_parts_hold_the_same_documents_as_one(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_cores", lambda: 1)
+    path = many_parts(tmp_path / "docs", kind, 200)
+    one = read(path, tmp_path / "one")
+    monkeypatch.setattr(documents, "PART", 2000)
+    monkeypatch.setattr(documents, "PIECE", 64)  # marks at the borders of what is read at a time
+    several = read(path, tmp_path / "several")
+    assert len(one.header["parts"]) == 1 and 8 < len(several.header["parts"]) < 60
+    found = [sorted(texts(tokens.split("train")) + texts(tokens.split("val"))) for tokens in (one, several)]
+    assert len(found[0]) == 200 and found[0] == found[1]
+    assert len(several.split("val")) > 0
+
+
+def test_slices_across_parts_are_those_of_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_cores", lambda: 1)
+    monkeypatch.setattr(documents, "PART", 2000)
+    monkeypatch.setattr(data, "OPEN", 2)
+    tokens = read(many_parts(tmp_path / "docs", "txt", 200), tmp_path)
+    files = [np.fromfile(tokens.path / part["file"], "<u2") for part in tokens.header["parts"]]
+    counts = [part["train"] for part in tokens.header["parts"]]
+    for split, parts in [
+        ("train", [file[:n] for file, n in zip(files, counts)]),
+        ("val", [file[n:] for file, n in zip(files, counts)]),
+    ]:
+        whole, view = np.concatenate(parts), tokens.split(split)
+        assert len(view) == len(whole) and np.array_equal(view[:], whole)
+        rng = np.random.default_rng(0)
+        for start, end in rng.integers(-len(whole), len(whole) + 9, (300, 2)).tolist():
+            assert np.array_equal(view[start:end], whole[start:end])
+    assert len(tokens._open) == 2
+    with pytest.raises(ValueError, match="step"):
+        tokens.split("train")[::2]
+
+
+def test_damage_is_found_and_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shards, "_cores", lambda: 1)
+    monkeypatch.setattr(documents, "PART", 2000)
+    path = many_parts(tmp_path / "docs", "txt", 200)
+    tokens = read(path, tmp_path)
+    good = content(tokens)
+    tokens.verify()
+    batches = Batches(tokens.split("train"), 8, 4)
+    batches(0)
+    damaged = bytearray(good["00003.bin"])
+    damaged[100] ^= 1
+    (tokens.path / "00003.bin").write_bytes(damaged)
+    with pytest.raises(InputError, match=r"SHA-256: 00003\.bin; delete"):
+        TokenFolder(tokens.path).verify()
+    os.truncate(tokens.path / "00003.bin", 50)
+    with pytest.raises(InputError, match=r"00003\.bin is cut short"):
+        TokenFolder(tokens.path)
+    with pytest.raises(InputError, match=r"00003\.bin has shrunk"):  # under a run that has it open
+        for i in range(batches.per_epoch):
+            batches(i)
+    (tokens.path / "00003.bin").unlink()
+    (tokens.path / "00005.json").write_text("{")
+    made = {file.name: file.stat().st_mtime_ns for file in tokens.path.glob("*.bin")}
+    assert content(read(path, tmp_path)) == good  # made again, and only these two
+    again = {file.name for file in tokens.path.glob("*.bin") if made.get(file.name) != file.stat().st_mtime_ns}
+    assert again == {"00003.bin", "00005.bin"}
+    monkeypatch.setattr(sys, "argv", ["data", str(tokens.path)])
+    data.main()
+    assert "is whole" in capsys.readouterr().out
+
+
+SCRIPT = """
+import resource, sys
+from pathlib import Path
+from cadd_min import corpus, data, documents, errors, shards, tokenizer
+
+def main():
+    path, cache, part, cores = sys.argv[1:]
+    documents.PART, shards._cores = int(part), lambda: int(cores)
+    data.prepare(corpus.open_corpus(path, Path(cache)), tokenizer.gpt2(300), Path(cache))
+    print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+
+if __name__ == "__main__":
+    errors.run(main)
+"""
+
+
+def start(folder: Path, *arguments: object) -> subprocess.Popen:
+    """Prepare a corpus in another process, which can be killed."""
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
+
+
+def long_text(path: Path, megabytes: float, mark: str = "\n<|endoftext|>\n") -> Path:
+    block = mark.join(words_of(i, 1000) for i in range(180)) + mark  # 1 MB
+    path.write_text("".join(f"{i} {block}" for i in range(int(megabytes))))
+    return path
+
+
+@pytest.mark.slow
+def test_killed_stopped_and_started_twice_at_once_it_makes_the_files_of_one_run(tmp_path, monkeypatch):
+    path, cache = long_text(tmp_path / "long.txt", 12), tmp_path / "cache"
+    arguments = (path, cache, 1 << 20, 2)
+    kept: dict[str, int] = {}
+    for how, code in [(signal.SIGKILL, -9), (signal.SIGINT, 130)]:
+        process = start(tmp_path, *arguments)
+        while len(list(cache.glob("*/0*.json"))) <= len(kept):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(how)
+        assert process.wait(timeout=20) == code, process.communicate()
+        finished = {file.with_suffix(".bin") for file in cache.glob("*/0*.json")}
+        kept = {file.name: file.stat().st_mtime_ns for file in finished}
+        assert kept and not list(cache.glob("*/index.json"))
+    assert not list(cache.glob("*/*.tmp"))  # the second attempt cleaned up after the first, and after itself
+    both = [start(tmp_path, *arguments) for _ in range(2)]  # two at once: one waits
+    assert all(process.wait(timeout=60) == 0 for process in both)
+    (folder,) = cache.iterdir()
+    assert {name: time for name, time in kept.items() if (folder / name).stat().st_mtime_ns != time} == {}
+    monkeypatch.setattr(documents, "PART", 1 << 20)
+    monkeypatch.setattr(shards, "_cores", lambda: 1)
+    assert content(TokenFolder(folder)) == content(read(path, tmp_path / "undisturbed"))
