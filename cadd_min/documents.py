@@ -183,7 +183,7 @@ def _parquet(path: str) -> Any:
         system, name = fsspec.core.url_to_fs(path)
         source = system.open(name, "rb")
     try:  # buffer_size: a row group is read page by page; by default all of it at once, which may be a whole file
-        file = pyarrow.parquet.ParquetFile(source, buffer_size=1 << 22)
+        file = pyarrow.parquet.ParquetFile(source, buffer_size=1 << 22, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"--dataset {path} is not a readable .parquet file: {str(error).splitlines()[0]}") from None
     schema = file.schema_arrow

@@ -182,9 +182,12 @@ def test_readme_names_files_and_targets_that_exist():
 )
 def test_bad_input_is_one_sentence(command, message, call, text, tmp_path):
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "index.json").write_text('{"parts": []}')
     files = {
         "text": text,
         "empty": tmp_path / "empty.txt",
+        "tokens": tmp_path / "tokens",
         "good": tmp_path / "good.pt",
         "other": tmp_path / "other.pt",
     }

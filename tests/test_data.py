@@ -199,6 +199,51 @@ def test_openwebtext_without_its_library_or_network_says_how_to_help(tmp_path, m
         open_corpus("owt", tmp_path).parts()
 
 
+def test_openwebtext_is_read_from_the_files_that_its_library_finds(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    folder = tmp_path / "set" / "plain_text"
+    folder.mkdir(parents=True)
+    for i in range(2):
+        docs = pyarrow.table({"text": DOCS[20 * i : 20 * i + 20]})
+        pyarrow.parquet.write_table(docs, folder / f"train-0000{i}-of-00002.parquet", row_group_size=5)
+    monkeypatch.setattr(corpus, "OWT", str(tmp_path / "set"))
+    parts = open_corpus("owt", tmp_path).parts()
+    assert [piece.text for part in parts for piece in corpus.read(part)] == DOCS[:40]
+
+
+def test_a_text_goes_on_where_the_network_failed(tmp_path, monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+    from fsspec.implementations.local import LocalFileSystem
+
+    class Unreliable(LocalFileSystem):
+        """Breaks off `failures` times in the middle of a file."""
+
+        protocol, failures = "unreliable", 0
+
+        def _open(self, path, mode="rb", **options):
+            file = super()._open(path, mode, **options)
+            file.read = lambda *size: self.check(file) or file.f.read(*size)
+            return file
+
+        def check(self, file):
+            if Unreliable.failures and 0.4 < file.tell() / size < 0.6:
+                Unreliable.failures -= 1
+                raise ConnectionError("broken off")
+
+    docs, waits = [words_of(i, 2000) for i in range(300)], []
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": docs}), path, row_group_size=20)
+    size = path.stat().st_size
+    fsspec.register_implementation("unreliable", Unreliable, clobber=True)
+    monkeypatch.setattr(documents.time, "sleep", waits.append)
+    (span,) = documents.spans(f"unreliable://{path}")
+    Unreliable.failures = 2
+    assert [piece.text for piece in documents.pieces(span)] == docs and waits == [1, 3]
+    Unreliable.failures = documents.TRIES
+    with pytest.raises(InputError, match=r"a\.parquet cannot be read: .*broken off"):
+        list(documents.pieces(span))
+
+
 def many_parts(folder: Path, kind: str, size: int) -> Path:
     """Files of 200 documents in all, some with ends of lines and of documents in odd places."""
     folder.mkdir()
@@ -283,7 +328,7 @@ def test_damage_is_found_and_named(tmp_path, monkeypatch, capsys):
 
 
 SCRIPT = """
-import resource, sys
+import re, resource, sys
 from pathlib import Path
 from cadd_min import corpus, data, documents, errors, shards, tokenizer
 
@@ -291,7 +336,8 @@ def main():
     path, cache, part, cores = sys.argv[1:]
     documents.PART, shards._cores = int(part), lambda: int(cores)
     data.prepare(corpus.open_corpus(path, Path(cache)), tokenizer.gpt2(300), Path(cache))
-    print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    own = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]  # ru_maxrss is pytest's as well
+    print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 if __name__ == "__main__":
     errors.run(main)
@@ -324,7 +370,8 @@ def test_killed_stopped_and_started_twice_at_once_it_makes_the_files_of_one_run(
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
         process.send_signal(how)
-        assert process.wait(timeout=20) == code, process.communicate()
+        _, err = process.communicate(timeout=20)  # which waits for its workers too: they hold the same pipe
+        assert process.returncode == code, err
         finished = {file.with_suffix(".bin") for file in cache.glob("*/0*.json")}
         kept = {file.name: file.stat().st_mtime_ns for file in finished}
         assert kept and not list(cache.glob("*/index.json"))
@@ -336,3 +383,37 @@ def test_killed_stopped_and_started_twice_at_once_it_makes_the_files_of_one_run(
     monkeypatch.setattr(documents, "PART", 1 << 20)
     monkeypatch.setattr(shards, "_cores", lambda: 1)
     assert content(TokenFolder(folder)) == content(read(path, tmp_path / "undisturbed"))
+
+
+def test_processes_make_what_one_makes_and_say_what_is_wrong(tmp_path, monkeypatch):
+    folder, cores = tmp_path / "docs", 2
+    folder.mkdir()
+    for name in "abc":
+        (folder / f"{name}.txt").write_bytes(("café " * 1000).encode("latin-1" if name == "b" else "utf-8"))
+    monkeypatch.setattr(documents, "PART", 4000)
+    monkeypatch.setattr(shards, "_cores", lambda: cores)
+    with pytest.raises(InputError, match=r"b\.txt is not UTF-8 text \(byte 3 is 0xe9\)"):
+        read(folder, tmp_path / "cache")
+    assert not list(tmp_path.glob("cache/*/*.tmp")) and not list(tmp_path.glob("cache/*/index.json"))
+    (folder / "b.txt").write_text(words_of(0, 1000))
+    made = content(read(folder, tmp_path / "cache"))
+    cores = 1
+    assert len(made) == 8 and content(read(folder, tmp_path / "serial")) == made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["parts", "one document", "one row group"])
+def test_memory_is_the_same_for_five_times_the_text(kind, tmp_path):
+    """In MB: at most 30 more for 40 MB of text than for 8, and 400 in all, of which torch is half."""
+    peaks = []
+    for size in (8, 40):
+        path = long_text(tmp_path / f"{size}.txt", size, " " if kind == "one document" else "<|endoftext|>")
+        if kind == "one row group":
+            docs = path.read_text().split("<|endoftext|>")
+            path = path.with_suffix(".parquet")
+            pyarrow.parquet.write_table(pyarrow.table({"text": docs}), path, row_group_size=len(docs))
+        process = start(tmp_path, path, tmp_path / "cache", 1 << 21 if kind == "parts" else 1 << 30, 2)
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        peaks.append(max(map(int, out.split())) / 1000)
+    assert peaks[1] < peaks[0] + 30 and peaks[1] < 400, peaks
