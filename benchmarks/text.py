@@ -108,7 +108,9 @@ def trained(job: dict[str, Any]) -> Path:
             return folder
         resume = ["--resume"]
     options = {"preset": job["preset"], "batch_size": job["batch_size"], "length": job["length"], "steps": steps}
-    options |= job["options"] | {name: job[name] for name in ("dataset", "tokenizer", "model", "seed")} | {"out": folder}
+    options |= (
+        job["options"] | {name: job[name] for name in ("dataset", "tokenizer", "model", "seed")} | {"out": folder}
+    )
     flags = [part for name, value in options.items() for part in _flag(name, value)]
     quiet = ["--eval-every", "0", "--sample-every", "0"]
     done = subprocess.run([sys.executable, "train_text.py", *flags, *quiet, *resume], cwd=ROOT, capture_output=True)

@@ -230,7 +230,7 @@ def test_a_text_goes_on_where_the_network_failed(tmp_path, monkeypatch):
                 Unreliable.failures -= 1
                 raise ConnectionError("broken off")
 
-    docs, waits = [words_of(i, 2000) for i in range(300)], []
+    docs, waits = [words_of(i, 500) for i in range(1000)], []
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": docs}), path, row_group_size=20)
     size = path.stat().st_size
