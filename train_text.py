@@ -15,7 +15,7 @@ import dataclasses
 from pathlib import Path
 
 from cadd_min import corpus, launch, tokenizer
-from cadd_min.data import Batches, TokenFile, prepare
+from cadd_min.data import Batches, TokenFolder, is_folder, prepare
 from cadd_min.dit import PRESETS
 from cadd_min.errors import choose, run
 from cadd_min.model import ModelConfig
@@ -35,10 +35,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def open_tokens(args: argparse.Namespace) -> TokenFile:
+def open_tokens(args: argparse.Namespace) -> TokenFolder:
     """The dataset as tokens: tokenised already, or now."""
-    if args.dataset.endswith(".bin"):
-        return TokenFile(Path(args.dataset))
+    if is_folder(args.dataset):
+        return TokenFolder(Path(args.dataset))
     source = corpus.open_corpus(args.dataset, args.cache)
     name = choose("--tokenizer", args.tokenizer or source.tokenizer, tokenizer.TOKENIZERS)
     made = tokenizer.chars(corpus.alphabet(source)) if name == "chars" else tokenizer.gpt2(args.vocab_size)

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from cadd_min import corpus, generate
-from cadd_min.data import Batches, TokenFile, prepare
+from cadd_min.data import Batches, TokenFolder, TokenView, is_folder, prepare
 from cadd_min.errors import InputError
 from cadd_min.likelihood import held_out_bound, report, summary
 from cadd_min.model import Denoiser
@@ -23,20 +23,20 @@ from cadd_min.text_scores import MAUVE_LEAST, score
 from cadd_min.tokenizer import Tokenizer
 
 
-def held_out_tokens(content: dict[str, Any], tokenizer: Tokenizer, dataset: str | None, cache: Path) -> np.ndarray:
+def held_out_tokens(content: dict[str, Any], tokenizer: Tokenizer, dataset: str | None, cache: Path) -> TokenView:
     """The held-out ids of the data set that a checkpoint was trained on, or of another one under its tokenizer."""
     name = dataset or content["settings"].get("dataset")
     if not name:
         raise InputError("--dataset must be given: the checkpoint does not say what it was trained on")
-    if not name.endswith(".bin"):
+    if not is_folder(name):
         return prepare(corpus.open_corpus(name, cache), tokenizer, cache).split("val")
-    file = TokenFile(Path(name))
-    if file.header["tokenizer"] != tokenizer.spec():
+    tokens = TokenFolder(Path(name))
+    if tokens.header["tokenizer"] != tokenizer.spec():
         raise InputError(f"--dataset {name} was made by another tokenizer than the checkpoint's")
-    return file.split("val")
+    return tokens.split("val")
 
 
-def windows(tokens: np.ndarray, count: int, length: int) -> Tensor:
+def windows(tokens: np.ndarray | TokenView, count: int, length: int) -> Tensor:
     """(count, length) pieces of held-out text, no two of them overlapping, the same at every call."""
     batches = Batches(tokens, length, count, name="the held-out text")
     if batches.per_epoch < count:
@@ -71,7 +71,7 @@ class Reader:
         return self.score(self.real[1::2])
 
 
-def bound_rows(model: Denoiser, tokenizer: Tokenizer, tokens: np.ndarray, args: argparse.Namespace) -> dict[str, Any]:
+def bound_rows(model: Denoiser, tokenizer: Tokenizer, tokens: TokenView, args: argparse.Namespace) -> dict[str, Any]:
     """The bound of held-out text in the field's units. A perplexity of the bound; never of CADD's cross-entropy."""
     length = model.config.length
     held_out = windows(tokens, args.num, length)

@@ -1,183 +1,237 @@
-"""Where text comes from: a corpus by name or path becomes documents, documents become one file of tokens.
-
-The token file is written once, beside its name, and renamed when it is whole, so a half-written one is never read:
-
-    8 bytes "CADDTOK1" | 8 bytes n, little endian | n bytes of JSON | tokens, uint16 or uint32
-
-The JSON states the tokenizer (in full), the number of tokens and where each split begins and ends. Every document ends
-with EOT. Every 20th document is held out; of a corpus with fewer, the last 5% of its tokens.
-"""
+"""Text as tokens: a folder of token files (shards.py says what is in it), read a slice at a time, and batches of it."""
 
 from __future__ import annotations
 
+import argparse
+import bisect
+import contextlib
+import fcntl
 import hashlib
+import io
 import json
 import os
-import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from cadd_min.corpus import Corpus, Piece
-from cadd_min.errors import InputError
+from cadd_min.corpus import Corpus
+from cadd_min.errors import InputError, run
+from cadd_min.shards import INDEX, sha256, write_folder
 from cadd_min.tokenizer import Tokenizer, from_spec
 
-MAGIC = b"CADDTOK1"
-HELD_OUT = 20  # one document in this many
+OPEN = 256  # files at a time: a process may often have no more than 1024
 
 
-class TokenFile:
-    """A memory-mapped token file: `split(name)` is a read-only array of ids.
+class Stretch(NamedTuple):
+    """Tokens that follow one another in one file: those from its `offset`-th are the folder's [start, end)."""
 
-    Raises InputError if the file is not one, or is cut short.
+    path: Path
+    offset: int
+    start: int
+    end: int
+
+
+class TokenFolder:
+    """A folder of token files: `split(name)` is a read-only sequence of ids.
+
+    Files are read, not mapped: a mapped file that shrinks kills the process, and reading random sequences is as fast.
+    Raises InputError if the folder is not one, or if a file is missing or cut short.
     """
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            with path.open("rb") as file:
-                start, size = file.read(16), path.stat().st_size
-                if start[:8] != MAGIC or len(start) < 16:
-                    raise InputError(f"{path} is not a token file of this project")
-                (length,) = struct.unpack("<Q", start[8:])
-                if length > size:
-                    raise InputError(f"{path} is cut short: its header is not whole")
-                self.header: dict[str, Any] = json.loads(file.read(length))
+            self.header: dict[str, Any] = json.loads((path / INDEX).read_bytes())
+            self.dtype = np.dtype(self.header["dtype"]).newbyteorder("<")
+            parts, self._splits = self.header["parts"], self.header["splits"]
+            files = {path / part["file"]: part for part in parts}
+            self._stretches = list(self._layout(files))
         except OSError as error:
-            raise InputError(f"cannot read the token file {path}: {error.strerror}") from None
-        except ValueError as error:
-            raise error if isinstance(error, InputError) else InputError(f"{path} has a damaged header") from None
-        dtype = np.dtype(self.header["dtype"]).newbyteorder("<")
-        if size != 16 + length + self.header["count"] * dtype.itemsize:
-            raise InputError(f"{path} is cut short: it should hold {self.header['count']} tokens")
-        self._tokens = np.memmap(path, dtype, "r", offset=16 + length, shape=(self.header["count"],))
+            raise InputError(f"cannot read the token folder {path}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path / INDEX} is damaged, or no index of a token folder") from None
+        for file, part in files.items():
+            _check_size(file, part["bytes"])
+        self._starts = [stretch.start for stretch in self._stretches]
+        self._open: dict[Path, io.FileIO] = {}
+
+    def _layout(self, files: dict[Path, dict[str, Any]]) -> Iterator[Stretch]:
+        """The folder's order of tokens: the training tokens of all files, then the held-out ones of all."""
+        start = 0
+        for split in ("train", "val"):
+            for path, part in files.items():
+                if part[split]:
+                    yield Stretch(path, part["train"] if split == "val" else 0, start, start + part[split])
+                    start += part[split]
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made it."""
         return from_spec(self.header["tokenizer"])
 
-    def split(self, name: str) -> np.ndarray:
+    def split(self, name: str) -> TokenView:
         """Token ids of "train", "val" or (text8) "test"."""
-        start, end = self.header["splits"][name]
-        return self._tokens[start:end]
+        return TokenView(self, *self._splits[name])
 
+    def read(self, start: int, end: int) -> np.ndarray:
+        """Tokens [start, end) in the folder's order. Raises InputError where a file has shrunk."""
+        found = []
+        at = bisect.bisect_right(self._starts, start) - 1
+        while start < end:
+            path, offset, first, last = self._stretches[at]
+            count = min(end, last) - start
+            found.append(self._read_file(path, offset + start - first, count))
+            start, at = start + count, at + 1
+        return found[0] if len(found) == 1 else np.concatenate(found or [np.empty(0, self.dtype)])
 
-def prepare(corpus: Corpus, tokenizer: Tokenizer, cache: Path) -> TokenFile:
-    """The token file of this corpus under this tokenizer: from the cache, or made now."""
-    key = hashlib.sha256(f"{corpus.identity}|{tokenizer.fingerprint()}".encode()).hexdigest()[:12]
-    path = cache / f"{corpus.name}-{tokenizer.kind}{tokenizer.vocab_size}-{key}.bin"
-    if path.exists():
+    def _read_file(self, path: Path, offset: int, count: int) -> np.ndarray:
+        content, wanted, offset = b"", count * self.dtype.itemsize, offset * self.dtype.itemsize
         try:
-            found = TokenFile(path)
-            if found.header["tokenizer"] == tokenizer.spec():
-                return found
-            print(f"{path} was made by another tokenizer: making it again")
-        except InputError as error:
-            print(f"{error}: making it again")
+            while len(content) < wanted:  # one read gives at most 2 GB
+                block = os.pread(self._file(path).fileno(), wanted - len(content), offset + len(content))
+                if not block:
+                    raise InputError(f"{path} has shrunk since it was opened: delete it and run again")
+                content += block
+        except OSError as error:
+            raise InputError(f"{path} cannot be read any more: {error.strerror}") from None
+        return np.frombuffer(content, self.dtype)
+
+    def _file(self, path: Path) -> io.FileIO:
+        file = self._open.get(path)
+        if file is None:
+            if len(self._open) >= OPEN:
+                self._open.pop(next(iter(self._open))).close()
+            file = self._open[path] = io.FileIO(path)
+        return file
+
+    def verify(self) -> None:
+        """Read everything. Raises InputError that names the files which are not what they were when written."""
+        damaged = [part["file"] for part in self.header["parts"] if sha256(self.path / part["file"]) != part["sha256"]]
+        if damaged:
+            raise InputError(
+                f"damaged in {self.path}, by their SHA-256: {', '.join(damaged)}; delete them and run again"
+            )
+
+
+class TokenView:
+    """Ids [start, end) of a token folder: len(view), and view[a:b] as an array that is read from the files then."""
+
+    def __init__(self, folder: TokenFolder, start: int, end: int):
+        self.folder, self.start, self.end = folder, start, end
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        start, end, step = index.indices(len(self))
+        if step != 1:
+            raise ValueError(f"tokens are read one after another: step must be 1, not {step}")
+        return self.folder.read(self.start + start, self.start + end)
+
+
+def _check_size(path: Path, size: int) -> None:
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        write_tokens(corpus, tokenizer, path)
+        found = path.stat().st_size
     except OSError as error:
-        raise InputError(f"cannot write the token file {path}: {error.strerror}") from None
-    return TokenFile(path)
+        raise InputError(f"cannot read the token file {path}: {error.strerror}") from None
+    if found != size:
+        raise InputError(
+            f"{path} is cut short or not the one of its index: it should have {size:,} bytes, not {found:,}"
+        )
 
 
-def write_tokens(corpus: Corpus, tokenizer: Tokenizer, path: Path) -> None:
-    """Tokenise a corpus into `path`, which exists only once it is whole."""
-    dtype = np.dtype("<u2" if tokenizer.mask_id < 2**16 else "<u4")
-    parts = {split: path.with_suffix(f".{split}.{os.getpid()}.tmp") for split in ("train", "val", "whole")}
+def is_folder(dataset: str) -> bool:
+    """Whether --dataset is a folder of tokens."""
+    return (Path(dataset) / INDEX).is_file()
+
+
+def prepare(corpus: Corpus, tokenizer: Tokenizer, cache: Path) -> TokenFolder:
+    """The tokens of this corpus under this tokenizer: from the cache, or made now, or made whole."""
+    key = hashlib.sha256(f"{corpus.identity}|{tokenizer.fingerprint()}".encode()).hexdigest()[:12]
+    path = cache / f"{corpus.name}-{tokenizer.kind}{tokenizer.vocab_size}-{key}"
+    if isinstance(found := _look(path, tokenizer), TokenFolder):
+        return found
     try:
-        with parts["train"].open("wb") as train, parts["val"].open("wb") as val:
-            _tokenise(corpus, tokenizer, dtype, train, val)
-            counts = [train.tell() // dtype.itemsize, val.tell() // dtype.itemsize]
-        header = {
-            "tokenizer": tokenizer.spec(),
-            "corpus": corpus.identity,
-            "dtype": dtype.name,
-            "count": sum(counts),
-            "splits": _splits(corpus, *counts),
-        }
-        text = json.dumps(header).encode()
-        with parts["whole"].open("wb") as whole:
-            whole.write(MAGIC + struct.pack("<Q", len(text)) + text)
-            for split in ("train", "val"):
-                with parts[split].open("rb") as part:
-                    while block := part.read(1 << 24):
-                        whole.write(block)
-            whole.flush()
-            os.fsync(whole.fileno())
-        os.replace(parts["whole"], path)
-    finally:
-        for leftover in parts.values():
-            leftover.unlink(missing_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+        with _alone(path):
+            if isinstance(found := _look(path, tokenizer), TokenFolder):  # made by the process that was waited for
+                return found
+            if (path / INDEX).exists():
+                print(f"{found}: making it again")
+                (path / INDEX).unlink()
+            write_folder(corpus, tokenizer, path)
+    except OSError as error:
+        raise InputError(f"cannot write the tokens to {path}: {error.strerror}") from None
+    return TokenFolder(path)
 
 
-def _tokenise(corpus: Corpus, tokenizer: Tokenizer, dtype: np.dtype, train: BinaryIO, val: BinaryIO) -> None:
-    """Stream the corpus through the tokenizer, on all cores, into its two splits."""
-    document = 0
-    with tqdm(total=corpus.size, unit="B", unit_scale=True, desc=f"tokenising {corpus.name}", leave=False) as bar:
-        for pieces in _batched(corpus.pieces()):
-            for piece, ids in zip(pieces, tokenizer.encode_batch([p.text for p in pieces])):
-                ids = [*ids, tokenizer.eot_id] if piece.last else ids
-                held_out = document % HELD_OUT == HELD_OUT - 1
-                (val if held_out else train).write(np.asarray(ids, dtype).tobytes())
-                document += piece.last
-                bar.update(len(piece.text.encode()))
+def _look(path: Path, tokenizer: Tokenizer) -> TokenFolder | str:
+    """The folder at that path, or why there is none of use."""
+    try:
+        found = TokenFolder(path)
+    except InputError as error:
+        return str(error)
+    return found if found.header["tokenizer"] == tokenizer.spec() else f"{path} was made by another tokenizer"
 
 
-def _batched(pieces: Iterator[Piece], size: int = 1 << 23) -> Iterator[list[Piece]]:
-    """Pieces in lists of about `size` characters: enough for all cores, flat in memory."""
-    batch, total = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        total += len(piece.text)
-        if total >= size:
-            yield batch
-            batch, total = [], 0
-    if batch:
-        yield batch
-
-
-def _splits(corpus: Corpus, train: int, val: int) -> dict[str, tuple[int, int]]:
-    """[start, end) of each split in the file."""
-    count = train + val
-    if corpus.shares is not None:
-        ends = [round(share * count) for share in np.cumsum(corpus.shares)]
-        return dict(zip(("train", "val", "test"), zip([0, *ends], ends)))
-    if val == 0:
-        train = count - count // HELD_OUT
-    return {"train": (0, train), "val": (train, count)}
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Only one process at a time comes in; the lock goes with it, however it ends."""
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that fills {folder}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 class Batches:
     """Sequences of `length` tokens, shuffled without replacement over each epoch: batches(index) is (B, L) int64.
 
-    A pure function of (seed, index). Each epoch cuts the stream at another place.
+    A pure function of (seed, index). Each epoch cuts the stream at another place. Its order takes 4 bytes a sequence:
+    for 9 billion tokens at length 1,024 these are 35 MB.
     """
 
-    def __init__(self, tokens: np.ndarray, length: int, batch_size: int, seed: int = 0, name: str = "the corpus"):
+    def __init__(
+        self, tokens: np.ndarray | TokenView, length: int, batch_size: int, seed: int = 0, name: str = "the corpus"
+    ):
         if len(tokens) < length:
             raise InputError(f"{name} has {len(tokens)} tokens: fewer than one sequence of --length {length}")
         self.tokens, self.length, self.batch_size, self.seed = tokens, length, batch_size, seed
         self.per_epoch = max(1, len(tokens) // length - 1)
-        self._epoch: tuple[int, int, np.ndarray] = (-1, 0, np.empty(0, np.int64))
+        self._epoch: tuple[int, int, np.ndarray] = (-1, 0, np.empty(0, np.uint32))
 
     def _order(self, epoch: int) -> tuple[int, np.ndarray]:
         if self._epoch[0] != epoch:
             rng = np.random.default_rng((self.seed, epoch))
             slack = len(self.tokens) - self.per_epoch * self.length
-            self._epoch = (epoch, int(rng.integers(slack + 1)), rng.permutation(self.per_epoch))
+            shift, order = int(rng.integers(slack + 1)), np.arange(self.per_epoch, dtype=np.uint32)
+            rng.shuffle(order)
+            self._epoch = (epoch, shift, order)
         return self._epoch[1:]
 
     def __call__(self, index: int) -> Tensor:
         rows = []
         for n in range(index * self.batch_size, (index + 1) * self.batch_size):
             shift, order = self._order(n // self.per_epoch)
-            start = shift + order[n % self.per_epoch] * self.length
+            start = shift + int(order[n % self.per_epoch]) * self.length
             rows.append(self.tokens[start : start + self.length].astype(np.int64))
         return torch.from_numpy(np.stack(rows))
+
+
+def main() -> None:
+    """python -m cadd_min.data FOLDER: read a token folder and compare its checksums."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("folder", type=Path, help="one in --cache: it has an index.json")
+    tokens = TokenFolder(parser.parse_args().folder)
+    tokens.verify()
+    counts = ", ".join(f"{name} {end - start:,}" for name, (start, end) in tokens.header["splits"].items())
+    print(f"{tokens.path} is whole: {len(tokens.header['parts'])} files; tokens: {counts}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -50,8 +50,8 @@ class Tokenizer:
         """16 hex digits that two tokenizers share only if they agree on every token."""
         return hashlib.sha256(json.dumps(self.spec(), sort_keys=True).encode()).hexdigest()[:16]
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text; special tokens written out in a text are ordinary characters."""
+    def encode_batch(self, texts: list[str], threads: int = 0) -> list[list[int]]:
+        """Ids of each text, by that many threads or all; special tokens in a text are ordinary characters."""
         raise TypeError("a tokenizer is a BPETokenizer or a CharTokenizer")
 
     def encode(self, text: str) -> list[int]:
@@ -93,8 +93,8 @@ class BPETokenizer(Tokenizer):
     def spec(self) -> dict[str, Any]:
         return {"kind": self.kind, "tokens": self._packed}
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self._encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+    def encode_batch(self, texts: list[str], threads: int = 0) -> list[list[int]]:
+        return self._encoding.encode_ordinary_batch(texts, num_threads=threads or os.cpu_count() or 1)
 
     def _decode(self, ids: list[int]) -> str:
         return self._encoding.decode(ids)
@@ -112,7 +112,7 @@ class CharTokenizer(Tokenizer):
     def spec(self) -> dict[str, Any]:
         return {"kind": self.kind, "alphabet": self.alphabet}
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    def encode_batch(self, texts: list[str], threads: int = 0) -> list[list[int]]:
         try:
             return [[self._ids[c] for c in text] for text in texts]
         except KeyError as missing:

@@ -164,7 +164,7 @@ def test_readme_names_files_and_targets_that_exist():
         ("train_text.py --dataset {text} --bayes-head --latent-table free", "bayes_head needs rows of one length"),
         ("train_text.py --dataset {text} --continuous log", "continuous schedule must be one of"),
         ("train_text.py --dataset {empty}", "is empty"),
-        ("train_text.py --dataset x.bin", "cannot read the token file x.bin"),
+        ("train_text.py --dataset {tokens}", "index.json is damaged"),
         ("train_text.py --resume", "there is no checkpoint"),
         ("train_text.py --device tpu9", "--device must be"),
         ("sample.py --ckpt none.pt", "there is no checkpoint at none.pt"),
@@ -186,9 +186,12 @@ def test_readme_names_files_and_targets_that_exist():
 )
 def test_bad_input_is_one_sentence(command, message, call, text, tmp_path):
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "index.json").write_text('{"parts": []}')
     files = {
         "text": text,
         "empty": tmp_path / "empty.txt",
+        "tokens": tmp_path / "tokens",
         "good": tmp_path / "good.pt",
         "other": tmp_path / "other.pt",
     }
