@@ -2,6 +2,7 @@
 positions only.
 
     python -m benchmarks.sampling                       tiny, vocabulary 4,096, 64 steps, K = 1
+    python -m benchmarks.sampling --steps 8 64 512      more numbers of steps
     CADD_BACKEND=torch python -m benchmarks.sampling    the same without the fused kernels
     python -m benchmarks.sampling --zhat soft --num-latents 4 --shapes 1x128
 
@@ -11,6 +12,7 @@ The sampler itself runs, with a denoiser that counts the time spent in it. Media
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import statistics
 import time
@@ -79,21 +81,21 @@ def main() -> None:
     parser.add_argument("--model", default="cadd", choices=("cadd", "mdlm"))
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--shapes", nargs="+", default=["1x128", "8x128", "8x1024"], help="BxL")
-    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--steps", nargs="+", type=int, default=[64], help="T, one or more")
     parser.add_argument("--zhat", default="hard", choices=ZHATS)
     parser.add_argument("--num-latents", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    if not all(re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape) for shape in args.shapes) or args.repeat < 1:
-        raise InputError(f"--shapes must look like 8x128, and --repeat be at least 1, not {args.shapes}, {args.repeat}")
+    if not all(re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape) for shape in args.shapes) or min(args.repeat, *args.steps) < 1:
+        raise InputError("--shapes must look like 8x128, and --repeat and --steps be at least 1")
     device = torch_device(args.device)
     dtype = best_dtype(device)
     options = {"zhat": args.zhat, "num_latents": args.num_latents}
     print(f"{ops.backend().name}, torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {dtype}, "
-          f"{args.model} {args.preset}, V = {args.vocab_size}, T = {args.steps}, {options}\n")  # fmt: skip
-    print("| B x L | head at | step, ms | network, ms | all else | tokens/s |\n|---|---|---|---|---|---|")
-    for text in args.shapes:
+          f"{args.model} {args.preset}, V = {args.vocab_size}, {options}\n")  # fmt: skip
+    print("| B x L | T | head at | step, ms | network, ms | all else | tokens/s |\n" + "|---" * 7 + "|")
+    for text, steps in itertools.product(args.shapes, args.steps):
         batch, length = map(int, text.split("x"))
         torch.manual_seed(0)
         model = Denoiser(ModelConfig(args.vocab_size, length, PRESETS[args.preset], model=args.model)).to(device).eval()
@@ -102,11 +104,18 @@ def main() -> None:
         with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
             for _ in range(args.repeat + 1):
                 for plain, found in runs.items():
-                    found.append(profile(model, (batch, length), args.steps, plain, **options))
+                    found.append(profile(model, (batch, length), steps, plain, **options))
         for plain, found in runs.items():
             step, network = (statistics.median(values) for values in zip(*found[1:]))
-            where, speed = "all positions" if plain else "masked ones", 1e3 * batch * length / (step * args.steps)
-            cells = (f"{batch} x {length}", where, f"{step:.2f}", f"{network:.2f}", f"{1 - network / step:.0%}")
+            where, speed = "all positions" if plain else "masked ones", 1e3 * batch * length / (step * steps)
+            cells = (
+                f"{batch} x {length}",
+                str(steps),
+                where,
+                f"{step:.2f}",
+                f"{network:.2f}",
+                f"{1 - network / step:.0%}",
+            )
             print("| " + " | ".join((*cells, f"{speed:,.0f}")) + " |")
 
 

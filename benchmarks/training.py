@@ -10,10 +10,10 @@ A model is one of cadd, mdlm, cdm, ar, udm, sedd, with fields of ModelConfig or 
 Hugging Face library's GPT-2 (pip install transformers) of the same width, depth, heads and vocabulary, trained by the
 plainest loop: AdamW, clipped, no average of weights.
 
-Steps of all models in turn, --repeat rounds, medians; each part of a step by itself, too. Peak memory is of two steps in
-a process of its own, weights, gradients and optimiser included. MFU: the arithmetic of the model, forward and backward,
-6 for each weight and row that it multiplies and 12 width L for each layer's attention (half of that if causal), over
-what this machine's matrix product of 2048 x 2048 (8192 on a GPU) reaches in the same dtype; the head counts the rows at
+Steps of all models in turn, --repeat rounds, medians; each part of a step by itself, too. Peak memory is of two steps
+in a process of its own, weights, gradients and optimiser included (on a CPU by Linux's /proc). MFU: the arithmetic of
+the model, forward and backward, 6 for each weight and row that it multiplies and 12 width L for each layer's attention
+(half of that if causal), over what this machine's matrix product of 2048 x 2048 (8192 on a GPU) reaches in the same dtype; the head counts the rows at
 which it runs.
 """
 
@@ -23,9 +23,10 @@ import argparse
 import dataclasses
 import math
 import multiprocessing
-import resource
+import re
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,7 +125,8 @@ class Gpt2:
         self.args, self.size = args, size
         config = GPT2Config(
             vocab_size=args.vocab_size, n_positions=args.length, n_embd=size.width, n_layer=size.layers,
-            n_head=size.heads, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, use_cache=False,
+            n_head=size.heads, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, use_cache=False, bos_token_id=None,
+            eos_token_id=None,
         )  # fmt: skip
         self.net = GPT2LMHeadModel(config).to(args.device)
         if args.compile:
@@ -161,16 +163,23 @@ def build(spec: str, args: argparse.Namespace) -> Ours | Gpt2:
 
 
 def peak_memory(job: tuple[str, argparse.Namespace]) -> float:
-    """GiB that two steps need at most: the allocator's on a GPU; on a CPU the process's, less what it had before."""
+    """GiB that two steps need at most: the allocator's on a GPU; on a CPU the process's, beyond what it had before."""
     spec, args = job
     torch.set_num_threads(args.threads)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, which was that of importing
     model = build(spec, args)
     for _ in range(2):
         model.step()
     if torch.device(args.device).type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    return (_resident("VmHWM") - before) / 2**20
+
+
+def _resident(key: str) -> int:
+    """KiB of this process by /proc: VmRSS now, VmHWM at most."""
+    found = re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())
+    return int(found[1]) if found else 0
 
 
 def machine_flops(args: argparse.Namespace, device: torch.device) -> float:
@@ -240,9 +249,8 @@ def main() -> None:
     what = f"U-Net {args.unet}, {args.batch_size} images of {'x'.join(map(str, args.image))}"
     if args.unet is None:
         what = f"{args.preset}, {args.batch_size} x {args.length} tokens"
-    print(
-        f"{ops.backend().name}, torch {torch.__version__}, {args.threads} threads, {args.dtype}, {what}, V = {args.vocab_size}\n"
-    )  # noqa: E501
+    backend = f"{ops.backend().name}, torch {torch.__version__}, {device}, {args.threads} threads, {args.dtype}"
+    print(f"{backend}, {what}, V = {args.vocab_size}\n")
     report({spec: build(spec, args) for spec in dict.fromkeys(args.models)}, args, device)
 
 
