@@ -25,10 +25,12 @@ train: $(VENV)/ready
 	$(BIN)/python sample.py --num 3 --top-p 0.8
 	$(BIN)/python sample.py --prompt "I have the honor to[8]the Congress of the United States[16]peace" --top-p 0.8
 
-# Twice: with the kernels that were built, and without: what goes through them must also pass on the reference.
+# Twice: with the kernels that were built, and without: what goes through them must also pass on the reference. On two
+# cores, a file at a time.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
-	CADD_BACKEND=torch $(BIN)/python -m pytest -m "not slow" tests/test_ops.py tests/test_sampler.py tests/test_orders.py \
+	$(PYTEST)
+	CADD_BACKEND=torch $(PYTEST) -m "not slow" tests/test_ops.py tests/test_sampler.py tests/test_orders.py \
 		tests/test_trainer.py \
 		tests/test_cli.py::test_train_then_sample_by_changing_one_word
 
@@ -50,11 +52,14 @@ sanitize: $(VENV)/ready
 
 gpu-check:
 	$(COPY) && CADD_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace && export CADD_BACKEND=cuda PYTHONPATH=. && \
-	$(PYTHON) -m pytest tests/test_ops.py && \
+	$(PYTHON) -m pytest tests/test_ops.py && $(PYTHON) -m pytest tests/test_trainer.py -k waits && \
 	if command -v compute-sanitizer > /dev/null; then for tool in memcheck racecheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 		$(PYTHON) -m pytest tests/test_ops.py -k "half_precision or strided" || exit 1; done; fi && \
-	$(PYTHON) -m benchmarks.kernels --json ../../gpu-check.json
+	$(PYTHON) -m benchmarks.kernels --json ../../gpu-check.json && \
+	$(PYTHON) -m benchmarks.training --preset small --length 1024 --vocab-size 50257 --batch-size 32 --compile \
+		--models mdlm cadd cadd:mse=1 ar gpt2 && \
+	$(PYTHON) -m benchmarks.sampling --preset small --vocab-size 50257 --shapes 1x1024 8x1024 --steps 16 128
 
 clean:
 	rm -rf $(VENV) build *.egg-info cadd_min/_C*

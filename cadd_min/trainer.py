@@ -179,7 +179,7 @@ class Trainer:
             )
         self.ema = copy.deepcopy(model).requires_grad_(False).eval()
         if config.compile:
-            model.backbone.compile()
+            model.backbone.compile(fullgraph=True)
         self._model = shared(model, self.world, config.shard)
         self._ema = shared(self.ema, self.world, config.shard)
         self.step = self.seen = 0  # seen: sequences trained on, which is the place in the data
@@ -231,8 +231,9 @@ class Trainer:
     def backward(self) -> dict[str, Tensor]:
         """Add up the step's gradients, of all processes, in the parameters. Returns this one's sums of the parts."""
         config, mine = self.config, self.accumulate // self.world.size
-        u = stratified_times(self.accumulate * config.batch_size, seeded(config.seed, self.step, use=1))
-        u = u.to(self.device).view(self.accumulate, config.batch_size)
+        shift = seeded(config.seed, self.step, self.device, use=1)
+        u = stratified_times(self.accumulate * config.batch_size, shift, self.device)
+        u = u.view(self.accumulate, config.batch_size)
         totals = dict.fromkeys(("ce", "masked", "mse"), torch.zeros((), device=self.device))
         for n in range(mine):
             share = n * self.world.size + self.world.rank

@@ -82,7 +82,7 @@ def readme_commands() -> list[str]:
     """Every command line of README's code blocks, comments cut and continued lines joined."""
     blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split("  #")[0].strip() for line in lines if line.startswith("python ")]
+    return [line.split("  #")[0].strip() for line in lines if line.startswith(("python ", "torchrun "))]
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def few(command: str, text: Path) -> str:
 
 
 def test_every_command_of_readme_works(call, text, photos, monkeypatch, tmp_path):
-    """All of them, in README's order, on little data and for a few steps; OpenWebText's is parsed only."""
+    """All of them, in README's order, on little data and for a few steps; OpenWebText's and torchrun's are parsed only."""
     commands = readme_commands()
     monkeypatch.setattr("tests.test_mdlm_weights.VOCAB", GPT2_SIZE)
     save_file(public_state(), tmp_path / "mdlm.safetensors")
@@ -120,9 +120,9 @@ def test_every_command_of_readme_works(call, text, photos, monkeypatch, tmp_path
         if command.startswith("-m benchmarks.text"):  # run by test_cli_text.py
             assert re.search(r"--ablation (\w+)", command)[1] in ABLATIONS
             continue
-        if "owt" in command:
+        if "owt" in command or "torchrun" in command:  # test_distributed.py runs torchrun
             parser = runpy.run_path(str(ROOT / "train_text.py"))["build_parser"]()
-            assert parser.parse_args(shlex.split(command)[1:]).preset == "small"
+            assert parser.parse_args(shlex.split(command.partition("train_text.py")[2])).accumulate in (0, 16)
             continue
         code, _, err = call(few(command, text))
         assert code == 0, (command, err)

@@ -165,6 +165,20 @@ def test_elbo_weights_alone_cannot_train_a_cdm():
         trainer("cdm", weighting="elbo")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_step_waits_for_the_gpu_only_to_count_its_masks():
+    """PyTorch itself warns of each wait: one for the number of masked positions, whatever else the step does."""
+    fitted = Trainer(nano().cuda(), batch, TrainConfig(batch_size=8, dtype="bfloat16"))
+    fitted.train_step()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchroniz") as found:
+            fitted.train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in found if "synchroniz" in str(w.message)]) == 1
+
+
 def test_damaged_checkpoints_are_refused_and_nothing_is_unpickled(tmp_path):
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path, {"trainer": trainer().state_dict()})
