@@ -31,14 +31,18 @@ DIGEST = 32  # bytes of SHA-256
 
 
 class Hashing:
-    """A file to write to that knows the SHA-256 of what was written."""
+    """A file to write to that knows the SHA-256 of what was written, and why it could not be: torch does not say."""
 
     def __init__(self, file: BinaryIO):
-        self.file, self.sha = file, hashlib.sha256()
+        self.file, self.sha, self.reason = file, hashlib.sha256(), ""
 
     def write(self, data: Any) -> int:
         self.sha.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.reason = error.strerror or ""
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -49,7 +53,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
     That one is kept under the name PREVIOUS where `path` is a run's FILE.
     """
-    part = path.with_suffix(f".{os.getpid()}.tmp")
+    part, hashing = path.with_suffix(f".{os.getpid()}.tmp"), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
@@ -63,7 +67,8 @@ def save(path: Path, content: dict[str, Any]) -> None:
             os.replace(path, path.with_name(PREVIOUS))
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        told = hashing.reason if hashing else ""
+        reason = told or getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"could not save {path} ({reason}); the checkpoint before it is untouched") from None
     finally:
         part.unlink(missing_ok=True)

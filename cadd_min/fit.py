@@ -68,7 +68,7 @@ class Fit:
         """Train to the last step. Raises Interrupted after Ctrl-C or SIGTERM, InputError where it cannot go on."""
         trainer, target = self.trainer, self.trainer.config.steps
         try:
-            with interrupts() as interrupted, _memory_is_named():
+            with interrupts() as interrupted, _want_is_named(self.run.out):
                 while trainer.step < target and not self._stopping(interrupted):
                     values = trainer.train_step()
                     self.bar.update()
@@ -148,8 +148,8 @@ def _due(step: int, every: int, last: bool) -> bool:
 
 
 @contextmanager
-def _memory_is_named() -> Iterator[None]:
-    """Out of memory is an InputError that names the settings that need less."""
+def _want_is_named(out: Path) -> Iterator[None]:
+    """Out of memory is an InputError that names the settings that need less; out of room on the disk is one, too."""
     try:
         yield
     except RuntimeError as error:  # OutOfMemoryError is one; a CPU's allocator has no error of its own
@@ -158,6 +158,10 @@ def _memory_is_named() -> Iterator[None]:
         raise InputError(
             "out of memory: lower --batch-size and raise --accumulate by as much, or lower --length, --preset or "
             "--vocab-size, or take --dtype bfloat16, or --shard over several GPUs; the last checkpoint is untouched"
+        ) from None
+    except OSError as error:
+        raise InputError(
+            f"--out {out} cannot be written to ({error.strerror}); the last checkpoint is untouched"
         ) from None
 
 

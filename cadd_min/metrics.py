@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,12 @@ class MetricsLog:
                 self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Close the files and draw the curve."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
-        loss_curve(self.path)
+        """Close the files and draw the curve, as far as there is room for it."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
+            loss_curve(self.path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -85,4 +88,7 @@ def _tensorboard(out: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
+    usual = threading.excepthook
+    # its own thread meets a full disk, too, and has nobody to tell: fit.py says it
+    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else usual(args)
     return SummaryWriter(str(out))

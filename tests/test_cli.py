@@ -109,7 +109,7 @@ def few(command: str, text: Path) -> str:
 
 
 def test_every_command_of_readme_works(call, text, photos, monkeypatch, tmp_path):
-    """All of them, in README's order, on little data and for a few steps; OpenWebText's and torchrun's are parsed only."""
+    """All of them, in README's order, on little data and for a few steps; OpenWebText's and torchrun's only parsed."""
     commands = readme_commands()
     monkeypatch.setattr("tests.test_mdlm_weights.VOCAB", GPT2_SIZE)
     save_file(public_state(), tmp_path / "mdlm.safetensors")
