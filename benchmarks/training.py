@@ -13,8 +13,8 @@ plainest loop: AdamW, clipped, no average of weights.
 Steps of all models in turn, --repeat rounds, medians; each part of a step by itself, too. Peak memory is of two steps
 in a process of its own, weights, gradients and optimiser included (on a CPU by Linux's /proc). MFU: the arithmetic of
 the model, forward and backward, 6 for each weight and row that it multiplies and 12 width L for each layer's attention
-(half of that if causal), over what this machine's matrix product of 2048 x 2048 (8192 on a GPU) reaches in the same dtype; the head counts the rows at
-which it runs.
+(half of that if causal), over what this machine's matrix product of 2048 x 2048 (8192 on a GPU) reaches in the same
+dtype; the head counts the rows at which it runs.
 """
 
 from __future__ import annotations

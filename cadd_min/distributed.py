@@ -33,13 +33,17 @@ class World:
         """Whether this is the one that prints and writes."""
         return self.rank == 0
 
+    def mean(self, here: float | Tensor) -> float:
+        """The mean of a number over the processes. All must ask at the same time."""
+        if self.size == 1:
+            return float(here)
+        value = torch.as_tensor(here, dtype=torch.float64, device=self.device)
+        dist.all_reduce(value)
+        return float(value) / self.size
+
     def any(self, here: bool) -> bool:
         """Whether it holds in any of the processes. All must ask at the same time."""
-        if self.size == 1:
-            return here
-        flag = torch.tensor(float(here), device=self.device)
-        dist.all_reduce(flag)
-        return bool(flag)
+        return self.mean(float(here)) > 0
 
 
 def launched() -> bool:

@@ -123,8 +123,8 @@ class Fit:
             )
 
     def _write(self, values: dict[str, Tensor]) -> None:
-        """A row of metrics: this process's loss, that of the whole gradient's norm."""
-        row = {name: float(value) for name, value in values.items()}
+        """A row of metrics, means over the processes."""
+        row = {name: self.trainer.world.mean(value) for name, value in values.items()}
         row["lr"], row["latent_norm"] = self.trainer.optimizer.param_groups[0]["lr"], self.trainer.latent_norm()
         row["skipped"] = int(self.trainer.skipped)
         speed = (self.bar.format_dict["rate"] or 0) * self.tokens

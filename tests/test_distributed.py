@@ -77,6 +77,7 @@ def in_process(rank: int, port: str, folder: Path) -> None:
             "resumed": {s: goes_on(processes, s, state) for s in (False, True)},
             "shown": shown(processes),
             "any": [processes.any(rank == 1), processes.any(False)],
+            "mean": processes.mean(torch.tensor(2.0 * rank)),
         }
         torch.save(found, folder / f"{rank}.pt")
 
@@ -139,6 +140,7 @@ def test_each_process_has_its_own_data_times_and_noise_and_together_they_are_one
 
 def test_what_holds_in_one_process_all_of_them_hear_of(two):
     assert [found["any"] for found in two] == [[True, False]] * 2
+    assert [found["mean"] for found in two] == [1.0, 1.0]
 
 
 def torchrun(tmp_path: Path, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess:
