@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cadd_min import assess_images, assess_text, checkpoint, generate
 from cadd_min.errors import InputError, run, torch_device
-from cadd_min.options import HelpFormatter
+from cadd_min.options import Parser, whole
 from cadd_min.pixels import Pixels
 from cadd_min.text_judge import SMOLLM2
 from cadd_min.trainer import DTYPES
@@ -26,7 +26,7 @@ TEXT, IMAGES = ("bound", "samples", "frontier"), ("bound", "frechet", "fid")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("what", choices=dict.fromkeys(TEXT + IMAGES))
     parser.add_argument(
         "--ckpt",
@@ -35,11 +35,11 @@ def build_parser() -> argparse.ArgumentParser:
         default=[Path("runs")],
         help="checkpoints, their folders, a folder of runs, folders of cadd_min.pretrained, hf:owner/name of the hub",
     )
-    parser.add_argument("--num", type=int, help="samples, or held-out sequences (default: text 128, images 2048)")
-    parser.add_argument("--batch-size", type=int, help="sequences at a time (default: text 32, images 128)")
+    parser.add_argument("--num", type=whole, help="samples, or held-out sequences (default: text 128, images 2048)")
+    parser.add_argument("--batch-size", type=whole, help="sequences at a time (default: text 32, images 128)")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "cadd_min", help="for prepared data")
-    parser.add_argument("--T", type=int, help="steps of the bound; without, continuous time")
-    parser.add_argument("--repeat", type=int, default=4, help="times that the bound draws for each sequence")
+    parser.add_argument("--T", type=whole, help="steps of the bound; without, continuous time")
+    parser.add_argument("--repeat", type=whole, default=4, help="times that the bound draws for each sequence")
     text = parser.add_argument_group("text")
     text.add_argument("--judge", help=f"{SMOLLM2} (default), or a causal model of the Hugging Face hub, or its folder")
     text.add_argument("--judge-dtype", choices=DTYPES, default="float32", help="bfloat16 is faster on some CPUs")

@@ -17,14 +17,14 @@ from pathlib import Path
 from cadd_min import checkpoint, generate
 from cadd_min.errors import InputError, run, torch_device
 from cadd_min.generate import add_sampling_options
-from cadd_min.options import HelpFormatter
+from cadd_min.options import Parser, whole
 from cadd_min.paint import ImageTask
 from cadd_min.pixels import Pixels
 from cadd_min.text import TextTask
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--ckpt",
         type=Path,
@@ -32,14 +32,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="a checkpoint, its folder, a folder of runs, a folder of cadd_min.pretrained, or hf:owner/name of the hub",
     )
     add_sampling_options(parser)
-    parser.add_argument("--num", type=int, help="samples (default: 1, images: 64)")
+    parser.add_argument("--num", type=whole, help="samples (default: 1, images: 64)")
     parser.add_argument("--watch", action="store_true", help="show the first sample's denoising in the terminal")
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", help='text with gaps, "The [8] of the union [16]"')
     image = parser.add_argument_group("images")
     image.add_argument("--out", type=Path, help="the grid of samples (default: samples.png)")
     image.add_argument("--gif", type=Path, help="the path there: what is masked, and z0_hat decoded, side by side")
-    image.add_argument("--classes", type=int, nargs="+", help="of which classes, in turn (default: all)")
+    image.add_argument("--classes", type=whole, nargs="+", help="of which classes, in turn (default: all)")
     image.add_argument("--guidance", type=float, help="0 ignores the class, 1 is the model's own, more exaggerates it")
     image.add_argument("--inpaint", type=Path, help="an image of the model's size to paint in")
     image.add_argument("--mask", type=Path, help="an image of the same size, white where to paint")

@@ -19,7 +19,7 @@ from cadd_min.data import Batches, TokenFolder, is_folder, prepare
 from cadd_min.dit import PRESETS
 from cadd_min.errors import choose, run
 from cadd_min.model import ModelConfig
-from cadd_min.options import from_args
+from cadd_min.options import from_args, whole
 from cadd_min.text import preview
 
 HELD_OUT = 4096  # tokens in each of four evaluation batches: the bound looks at all (B, L, V) probabilities at once
@@ -29,9 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = launch.build_parser(__doc__)
     parser.add_argument("--dataset", default="sotu", help=f"{', '.join(corpus.NAMES)}, or a path")
     parser.add_argument("--tokenizer", help="gpt2 or chars (default: the dataset's own)")
-    parser.add_argument("--vocab-size", type=int, default=8192, help="tokens of the gpt2 tokenizer, 257 to 50257")
+    parser.add_argument("--vocab-size", type=whole, default=8192, help="tokens of the gpt2 tokenizer, 257 to 50257")
     parser.add_argument("--preset", default="tiny", help=f"size of the network: {', '.join(PRESETS)}")
-    parser.add_argument("--length", type=int, default=128, help="tokens in a sequence")
+    parser.add_argument("--length", type=whole, default=128, help="tokens in a sequence")
     return parser
 
 

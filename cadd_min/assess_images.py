@@ -84,6 +84,8 @@ def _one(path: Path, model: Denoiser, pixels: Pixels, content: dict[str, Any], a
         raise InputError(f"--ckpt {path} does not say which images it was trained on")
     archive = args.archive or (Path(settings["archive"]) if settings.get("archive") else None)
     data = images.open_images(settings["dataset"], args.cache, archive)
+    if data.pixels() != pixels or 0 < model.config.classes < data.classes():
+        raise InputError(f"--ckpt {path} was trained on other images than {settings['dataset']} now has")
     if args.what == "bound":
         rows, how = bound(model, pixels, data, args), f"T {args.T or 'continuous'}, {args.dtype}, seed {args.seed}"
     else:

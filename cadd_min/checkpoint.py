@@ -9,17 +9,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import pickle
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from cadd_min.errors import InputError
+from cadd_min.errors import InputError, sentence, shown
 from cadd_min.model import SIZES, Denoiser, ModelConfig
-from cadd_min.options import from_dict
+from cadd_min.options import fits, from_dict
 from cadd_min.pixels import Pixels
 from cadd_min.tokenizer import Tokenizer, from_spec
 from cadd_min.trainer import Trainer
@@ -27,6 +25,7 @@ from cadd_min.trainer import Trainer
 FORMAT, VERSION = "cadd_min", 3
 FILE, PREVIOUS, WEIGHTS = "checkpoint.pt", "checkpoint.previous.pt", "model.safetensors"
 HUB = "hf:"  # hf:owner/name is a model of the Hugging Face hub
+PARTS = ("model_config", "tokenizer", "settings", "trainer")  # what a model's checkpoint is made of
 DIGEST = 32  # bytes of SHA-256
 
 
@@ -96,14 +95,17 @@ def load(path: Path) -> dict[str, Any]:
 def _load(path: Path) -> dict[str, Any]:
     try:  # the checksum first: a damaged archive can make torch.load fail in any way, or not at all
         content = torch.load(path, map_location="cpu", weights_only=True) if _digest_matches(path) else None
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile):
+    except Exception:
         content = None
     if content is None:
         raise InputError(f"{path} is not a checkpoint, or it is damaged (its checksum is missing or another)")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path} is not a checkpoint of this project")
     if content.get("version") != VERSION:
-        raise InputError(f"{path} has checkpoint version {content.get('version')}, expected {VERSION}")
+        raise InputError(f"{path} has checkpoint version {shown(repr(content.get('version')))}, expected {VERSION}")
+    for name in PARTS:
+        if not isinstance(content.get(name, {}), dict):
+            raise InputError(f"{path} is not a whole checkpoint: {name} is malformed")
     return content
 
 
@@ -150,9 +152,22 @@ def model_dict(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
+def check_outline(content: dict[str, Any], where: Path) -> None:
+    """Raise InputError unless all is there that is read of a model's checkpoint beside its shape and weights."""
+    for name in PARTS:
+        if not isinstance(content.get(name), dict):
+            raise InputError(f"{where} is not a whole checkpoint: {name} is missing or malformed")
+    step, settings = content["trainer"].get("step"), content["settings"]
+    if not (step == "unknown" or (fits(step, int) and step >= 0)):
+        raise InputError(f"{where} is not a whole checkpoint: its step is {shown(repr(step))}")
+    for name in ("dataset", "archive", "dtype"):
+        if not isinstance(settings.get(name, ""), str | None):
+            raise InputError(f"{where} is damaged: its setting {name} is {shown(repr(settings[name]))}")
+
+
 def kind(content: dict[str, Any]) -> str:
     """ "text" or "image": what this checkpoint's model draws."""
-    return "image" if content["tokenizer"]["kind"] == Pixels.kind else "text"
+    return "image" if content["tokenizer"].get("kind") == Pixels.kind else "text"
 
 
 def tuples(values: dict[str, Any]) -> dict[str, Any]:
@@ -196,25 +211,32 @@ def load_trainer(trainer: Trainer, content: dict[str, Any], where: Path) -> None
         state = content["trainer"]
         check_state(trainer.model, state["model"], where)
         trainer.load_state_dict(state)
-    except (KeyError, ValueError) as error:
-        raise error if isinstance(error, InputError) else InputError(f"{where} is not a whole checkpoint") from None
+    except Exception as error:  # whatever it is, the cause is in the file
+        raise error if sentence(error) else InputError(f"{where} is not a whole checkpoint: {_why(error)}") from None
 
 
 def denoiser_of(content: dict[str, Any], where: Path) -> tuple[Denoiser, Tokenizer | Pixels]:
     """The model in what was read from `where`, with its EMA weights, and its tokenizer or what stands for it."""
+    check_outline(content, where)
     try:
         model = build_model(content, where)
         check_state(model, content["trainer"]["ema"], where)
         model.load_state_dict(content["trainer"]["ema"])
         spec = content["tokenizer"]
         tokenizer = Pixels.from_spec(spec) if kind(content) == "image" else from_spec(spec)
-    except (KeyError, TypeError, AttributeError) as missing:
-        raise InputError(f"{where} is not a whole checkpoint: {missing} is missing or malformed") from None
+    except Exception as error:  # whatever it is, the cause is in the file
+        raise error if sentence(error) else InputError(f"{where} is not a whole checkpoint: {_why(error)}") from None
     if tokenizer.vocab_size != model.config.vocab_size:
         raise InputError(
             f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
         )
     return model.eval(), tokenizer
+
+
+def _why(error: Exception) -> str:
+    """The reason in one line; a KeyError says no more than what is missing."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return shown(f"{first} is missing" if isinstance(error, KeyError) else first)
 
 
 def load_denoiser(

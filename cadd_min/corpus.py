@@ -82,7 +82,7 @@ def _files(name: str, files: list[Path]) -> Corpus:
     digest, empty = hashlib.sha256(), True
     for file in files:
         stat = file.stat()
-        digest.update(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns};".encode())
+        digest.update(os.fsencode(file.resolve()) + f":{stat.st_size}:{stat.st_mtime_ns};".encode())
         empty = empty and stat.st_size == 0
     if empty:
         raise InputError(f"--dataset {files[0] if len(files) == 1 else name} is empty")

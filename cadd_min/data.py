@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import bisect
 import contextlib
 import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from cadd_min.corpus import Corpus
 from cadd_min.errors import InputError, run
-from cadd_min.shards import INDEX, sha256, write_folder
+from cadd_min.options import Parser
+from cadd_min.shards import INDEX, check_part, sha256, write_folder
 from cadd_min.tokenizer import Tokenizer, from_spec
 
 OPEN = 256  # files at a time: a process may often have no more than 1024
@@ -48,16 +49,33 @@ class TokenFolder:
             self.header: dict[str, Any] = json.loads((path / INDEX).read_bytes())
             self.dtype = np.dtype(self.header["dtype"]).newbyteorder("<")
             parts, self._splits = self.header["parts"], self.header["splits"]
+            self._check_header()
             files = {path / part["file"]: part for part in parts}
             self._stretches = list(self._layout(files))
         except OSError as error:
             raise InputError(f"cannot read the token folder {path}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise InputError(f"{path / INDEX} is damaged, or no index of a token folder") from None
         for file, part in files.items():
             _check_size(file, part["bytes"])
         self._starts = [stretch.start for stretch in self._stretches]
         self._open: dict[Path, io.FileIO] = {}
+
+    def _check_header(self) -> None:
+        """Raise ValueError, or what Python raises, where the index is not as `write_folder` writes it."""
+        parts = self.header["parts"]
+        for part in parts:
+            check_part(part)
+        total = sum(part["train"] + part["val"] for part in parts)
+        fit = all(part["bytes"] == self.dtype.itemsize * (part["train"] + part["val"]) for part in parts)
+        for start, end in [self._splits["train"], self._splits["val"], *self._splits.values()]:
+            fit = fit and type(start) is type(end) is int and 0 <= start <= end <= total
+        if not fit or self.dtype.kind != "u" or not isinstance(self.header["tokenizer"], dict):
+            raise ValueError
+
+    @functools.cached_property
+    def _tokens(self) -> int:
+        return self.tokenizer().vocab_size
 
     def _layout(self, files: dict[Path, dict[str, Any]]) -> Iterator[Stretch]:
         """The folder's order of tokens: the training tokens of all files, then the held-out ones of all."""
@@ -85,7 +103,10 @@ class TokenFolder:
             count = min(end, last) - start
             found.append(self._read_file(path, offset + start - first, count))
             start, at = start + count, at + 1
-        return found[0] if len(found) == 1 else np.concatenate(found or [np.empty(0, self.dtype)])
+        ids = found[0] if len(found) == 1 else np.concatenate(found or [np.empty(0, self.dtype)])
+        if len(ids) and ids.max() >= self._tokens:
+            raise InputError(f"{self.path} is damaged: it has the token {ids.max()} of a vocabulary of {self._tokens}")
+        return ids
 
     def _read_file(self, path: Path, offset: int, count: int) -> np.ndarray:
         content, wanted, offset = b"", count * self.dtype.itemsize, offset * self.dtype.itemsize
@@ -215,17 +236,17 @@ class Batches:
         return self._epoch[1:]
 
     def __call__(self, index: int) -> Tensor:
-        rows = []
-        for n in range(index * self.batch_size, (index + 1) * self.batch_size):
+        rows = torch.empty(self.batch_size, self.length, dtype=torch.int64)  # first: there may be no room for them
+        for row, n in zip(rows.numpy(), range(index * self.batch_size, (index + 1) * self.batch_size)):
             shift, order = self._order(n // self.per_epoch)
             start = shift + int(order[n % self.per_epoch]) * self.length
-            rows.append(self.tokens[start : start + self.length].astype(np.int64))
-        return torch.from_numpy(np.stack(rows))
+            row[:] = self.tokens[start : start + self.length]
+        return rows
 
 
 def main() -> None:
     """python -m cadd_min.data FOLDER: read a token folder and compare its checksums."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = Parser(main.__doc__)
     parser.add_argument("folder", type=Path, help="one in --cache: it has an index.json")
     tokens = TokenFolder(parser.parse_args().folder)
     tokens.verify()

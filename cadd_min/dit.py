@@ -7,12 +7,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadd_min.errors import InputError
+
+LARGEST = 2**16  # of anything that a size counts, but the layers
+DEEPEST = 1000
+
+
+def check_size(size: Any) -> None:
+    """Raise InputError where a number of a Size, PatchSize or UNetSize is none that a network could have."""
+    for name, value in vars(size).items():
+        least, most = 0 if name in ("attention", "dropout") else 1, DEEPEST if name in ("layers", "blocks") else LARGEST
+        for number in value if isinstance(value, tuple) else (value,):
+            if not least <= number <= most:
+                raise InputError(f"{name} must be from {least} to {most}, not {number}")
 
 
 @dataclass(frozen=True)
@@ -23,6 +36,9 @@ class Size:
     width: int
     heads: int
     cond: int = 128  # width of the time conditioning
+
+    def __post_init__(self) -> None:
+        check_size(self)
 
     @property
     def embed(self) -> int:
@@ -44,6 +60,9 @@ class PatchSize:
     embed: int  # of one value of one colour
     patch: int
     cond: int = 128
+
+    def __post_init__(self) -> None:
+        check_size(self)
 
     def build(self, shape: tuple[int, ...], classes: int = 0) -> nn.Module:
         """The backbone for images of this shape, (H, W, C)."""

@@ -158,11 +158,11 @@ def _json_text(line: bytes, path: str, at: int) -> str:
     try:
         row = json.loads(line)
         if isinstance(row, dict) and isinstance(row.get("text"), str):
-            return row["text"]
+            return row["text"].encode("utf-8", "replace").decode()  # JSON may have halves of characters
         why = "expected an object with a string 'text'"
     except UnicodeDecodeError:
         raise InputError(f"--dataset {path} is not UTF-8 text") from None
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         why = "not valid JSON"
     with _open(path) as file:
         number = 1 + sum(file.read(min(PIECE, at - start)).count(b"\n") for start in range(0, at, PIECE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -19,17 +20,51 @@ class Interrupted(Exception):
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main: bad input is one line and exit code 2, an interrupt is exit code 130."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a text, or a file's name, may have what a terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
-    except InputError as error:
-        rank = os.environ.get("RANK", "0")  # one of many processes says which it is
-        print(f"error{f' in process {rank}' if rank != '0' else ''}: {error}", file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:  # the reader of our output, like head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Interrupted, KeyboardInterrupt) as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        said = sentence(error)
+        if said is None:
+            raise
+        rank = os.environ.get("RANK", "0")  # one of many processes says which it is
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)  # a path may be so
+        print(f"error{f' in process {rank}' if rank != '0' else ''}: {line}", file=sys.stderr)
+        sys.exit(2)
+
+
+def sentence(error: Exception) -> str | None:
+    """What to tell a user of this exception; None of one that is a mistake of ours.
+
+    Files and memory can fail anywhere; where more can be said of it, it is an InputError.
+    """
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{shown(error.filename)}: {error.strerror}"
+    if is_out_of_memory(error):
+        return "out of memory: these settings, or what is in these files, need more than there is"
+    return None
+
+
+def shown(path: object, most: int = 200) -> str:
+    """A path in a sentence, cut in the middle if it is very long."""
+    text = str(path)
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether there was not enough memory, or could never be: a CPU's allocator has no exception of its own."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = ("allocate memory", "Storage size calculation overflowed", "integer multiplication overflow")
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in words)
 
 
 def torch_device(name: str) -> torch.device:

@@ -11,13 +11,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from cadd_min import checkpoint
 from cadd_min.distributed import launched
-from cadd_min.errors import InputError, Interrupted
+from cadd_min.errors import InputError, Interrupted, is_out_of_memory
 from cadd_min.metrics import MetricsLog
 from cadd_min.options import option
 from cadd_min.trainer import Batch, Trainer
@@ -152,8 +151,8 @@ def _want_is_named(out: Path) -> Iterator[None]:
     """Out of memory is an InputError that names the settings that need less; out of room on the disk is one, too."""
     try:
         yield
-    except RuntimeError as error:  # OutOfMemoryError is one; a CPU's allocator has no error of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         raise InputError(
             "out of memory: lower --batch-size and raise --accumulate by as much, or lower --length, --preset or "

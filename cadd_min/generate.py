@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cadd_min import methods, ops
-from cadd_min.errors import InputError
+from cadd_min.errors import InputError, choose
 from cadd_min.model import Denoiser
 from cadd_min.options import add_options, from_args
 from cadd_min.plan import Sampling, cosine_temperature
@@ -39,11 +39,14 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def dtype_of(asked: str, content: dict[str, Any]) -> str:
     """The dtype asked for, or of "auto" the one that this checkpoint was trained in."""
-    return content.get("settings", {}).get("dtype", "float32") if asked == "auto" else asked
+    found = content["settings"].get("dtype", "float32") if asked == "auto" else asked
+    return choose("the dtype of the checkpoint", found, DTYPES)
 
 
 def sampling(args: argparse.Namespace) -> Sampling:
-    """The options as they were given; a cosine temperature is a function of t."""
+    """The options as they were given, with a seed that is one; a cosine temperature is a function of t."""
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed must be from 0 to 2^63 - 1, not {args.seed}")
     options = from_args(Sampling, args)
     if args.cosine_temperature is None:
         return options
@@ -63,8 +66,6 @@ def samples(
     callback: Callable[[Step], None] | None = None,
 ) -> Tensor:
     """(count, L) tokens; `index` is of the batch: another one has other noise."""
-    if not 0 <= seed < 2**63:
-        raise InputError(f"--seed must be from 0 to 2^63 - 1, not {seed}")
     device = model.embedding.weight.device
     with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
         return methods.draw(

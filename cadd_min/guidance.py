@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from cadd_min.errors import InputError
 from cadd_min.model import Denoiser
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 class Guided:
@@ -14,6 +18,8 @@ class Guided:
     """
 
     def __init__(self, model: Denoiser, label: Tensor, guidance: float = 1.0):
+        if not 0 <= guidance <= LARGEST:
+            raise InputError(f"--guidance must be 0 or more, and not beyond float32, not {guidance}")
         self.model, self.label, self.guidance = model, label, guidance
 
     def logits_at(self, x_t: Tensor, z_t: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:

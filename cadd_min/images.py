@@ -6,13 +6,13 @@ import gzip
 import io
 import struct
 import tarfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cadd_min.documents import reason
 from cadd_min.download import checked, download
 from cadd_min.errors import InputError
 from cadd_min.pixels import Pixels
@@ -183,8 +183,8 @@ def _arrays(path: Path, wanted: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is not an .npz file that can be read: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a damaged archive fails in any way
+        raise InputError(f"{path} is not an .npz file that can be read: {reason(error)}") from None
     for name in wanted:
         if name not in arrays:
             raise InputError(f"{path} has no array {name!r}, only {', '.join(arrays)}")
@@ -222,11 +222,14 @@ def _packed(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Images kept as files: `jpeg`, the bytes of all; `offset`, N + 1 places where they begin and end; where there are
     any `label`, and `split`, 0 for training and 1 for test."""
     data, offset = arrays["jpeg"], arrays["offset"]
-    if data.dtype != np.uint8 or offset.ndim != 1 or (np.diff(offset) < 0).any() or offset[-1] != len(data):
-        raise InputError(f"--dataset {path}: 'offset' must rise from 0 to the {len(data)} bytes of 'jpeg'")
+    rises = offset.ndim == 1 and offset.dtype.kind in "iu" and len(offset) > 1 and (offset[1:] >= offset[:-1]).all()
+    if data.dtype != np.uint8 or data.ndim != 1 or not rises or offset[0] != 0 or offset[-1] != data.size:
+        raise InputError(f"--dataset {path}: 'offset' must rise from 0 to the {data.size} bytes of 'jpeg'")
     count = len(offset) - 1
     images = _stack([(f"image {i} of {path}", data[offset[i] : offset[i + 1]].tobytes()) for i in range(count)], path)
     split, label = arrays.get("split", np.zeros(count)), arrays.get("label")
+    if split.shape != (count,) or (label is not None and label.shape != (count,)):
+        raise InputError(f"--dataset {path}: 'split' and 'label' must have one number for each of the {count} images")
     found = {}
     for number, name in enumerate(("train", "test")):
         part = split == number
@@ -277,5 +280,5 @@ def read_image(data: bytes, name: str) -> np.ndarray:
             return np.atleast_3d(np.asarray(image.convert("L" if grey else "RGB")))
     except InputError:
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # a damaged image fails in any way
         raise InputError(f"{name} is not an image that can be read") from None

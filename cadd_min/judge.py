@@ -77,8 +77,8 @@ def open_judge(data: Images, cache: Path) -> tuple[Classifier, float]:
             saved = checkpoint.load(path)
             net = Classifier(data.train.shape[-1], data.classes())
             net.load_state_dict(saved["state"])
-            return net.eval(), saved["accuracy"]
-        except (InputError, RuntimeError, KeyError):
+            return net.eval(), float(saved["accuracy"])
+        except Exception:  # whatever it is, the cause is in the file
             print(f"{path} is damaged: training the judge again")
     net, accuracy = train_judge(data)
     checkpoint.save(path, {"state": net.state_dict(), "accuracy": accuracy})
@@ -132,6 +132,9 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
 
     "Among" is nearer to one of them than its k-th neighbour of its own kind is.
     """
+
+    if min(len(real), len(fake)) <= k:
+        raise InputError(f"precision and recall need more than {k} images of each kind, not {len(real)}, {len(fake)}")
 
     def among(points: Tensor, manifold: Tensor) -> float:
         radius = torch.cdist(manifold, manifold).kthvalue(k + 1, dim=1).values  # itself is the first

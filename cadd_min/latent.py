@@ -30,11 +30,15 @@ def evidence_norm(vocab_size: int, schedule: NoiseSchedule, share: float, dim: i
     """The norm of w at which a latent of `dim` dimensions is worth `share` of log V nats at half time.
 
     Shannon's capacity: dim/2 log(1 + ||w||^2 SNR(1/2) / dim) = share log V; with many dimensions ||w||^2 SNR / 2.
+    Infinite where it is beyond any number.
     """
     if dim == 0:
         return 0.0
     snr = float(schedule.snr(torch.tensor(0.5, dtype=torch.float64)))
-    return math.sqrt(dim * math.expm1(2 * share * math.log(vocab_size) / dim) / snr)
+    try:
+        return math.sqrt(dim * math.expm1(2 * share * math.log(vocab_size) / dim) / snr)
+    except OverflowError:
+        return math.inf
 
 
 def ordered_rows(count: int, dim: int) -> Tensor:

@@ -14,7 +14,7 @@ from cadd_min.distributed import World, world
 from cadd_min.errors import InputError
 from cadd_min.fit import FitConfig, Run, fit
 from cadd_min.model import Denoiser, ModelConfig
-from cadd_min.options import HelpFormatter, add_options, from_args
+from cadd_min.options import Parser, add_options, from_args, set_defaults
 from cadd_min.trainer import Batch, TrainConfig, Trainer
 
 RUNS = Path("runs")
@@ -22,7 +22,7 @@ RUNS = Path("runs")
 
 def build_parser(description: str | None) -> argparse.ArgumentParser:
     """The options that every training has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    parser = Parser(description)
     parser.add_argument("--out", type=Path, help="folder of the run (default: a new one in runs/)")
     parser.add_argument("--resume", action="store_true", help="go on with --out, or with the newest run")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "cadd_min", help="for prepared data")
@@ -41,10 +41,12 @@ def parse_args(parser: argparse.ArgumentParser, kind: str) -> tuple[argparse.Nam
     if not args.resume:
         return args, None
     content, where = checkpoint.load(args.out or RUNS), checkpoint.find(args.out or RUNS)
+    checkpoint.check_outline(content, where)
     found = checkpoint.kind(content)
     if found != kind:
         raise InputError(f"--resume: {where} was trained by train_{found}.py: resume it with that")
-    parser.set_defaults(**content["settings"], out=where.parent)
+    set_defaults(parser, content.get("settings"), str(where))
+    parser.set_defaults(out=where.parent)
     return parser.parse_args(), content
 
 

@@ -15,9 +15,7 @@ Tested on a network made by the description of theirs, in their names and shapes
 
 from __future__ import annotations
 
-import argparse
 import math
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from cadd_min.checkpoint import check_shapes
 from cadd_min.dit import DiT, Size
 from cadd_min.errors import InputError, run
 from cadd_min.model import Denoiser, ModelConfig
-from cadd_min.options import HelpFormatter
+from cadd_min.options import Parser, whole
 
 PREFIX = "backbone."
 WAVES = 256  # cosines and sines of the time that go into its embedding; at time 0 half of them are 1, the others 0
@@ -200,7 +198,7 @@ def read(path: Path) -> dict[str, Any]:
         return pretrained.read_weights(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
+    except Exception:  # a damaged archive fails in any way
         raise InputError(f"{path} is no file of tensors alone, or it is damaged") from None
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
@@ -209,10 +207,10 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("source", type=Path, help="their weights, or their folder; with --back, what --ckpt accepts")
     parser.add_argument("target", type=Path, help="a new folder; with --back, a new .safetensors file")
-    parser.add_argument("--length", type=int, default=1024, help="tokens in a sequence, which the weights do not say")
+    parser.add_argument("--length", type=whole, default=1024, help="tokens in a sequence, which the weights do not say")
     parser.add_argument("--back", action="store_true", help="from ours to theirs")
     parser.add_argument("--time", type=float, help="t from 0 to 1 at which to take a model that looks at it")
     args = parser.parse_args()

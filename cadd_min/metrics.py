@@ -19,8 +19,11 @@ class MetricsLog:
         self.path = out / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.exists() and step else []
         part = self.path.with_suffix(".tmp")
-        part.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(part, self.path)
+        try:
+            part.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            os.replace(part, self.path)
+        finally:
+            part.unlink(missing_ok=True)
         self._file = self.path.open("a")
         self._board = _tensorboard(out)
 
@@ -43,13 +46,16 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that a crash cut short is left out."""
+    """The rows of a metrics.jsonl, up to one that is none: a crash may have cut short the last."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+            if type(row["step"]) is not int or not all(map(math.isfinite, row.values())):
+                break
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             break
+        rows.append(row)
     return rows
 
 

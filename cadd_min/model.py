@@ -20,6 +20,7 @@ from cadd_min.options import option
 from cadd_min.schedule import NoiseSchedule, per_token
 from cadd_min.unet import UNetSize
 
+LONGEST = 1e18  # a latent whose squares are still float32
 BASELINES = ("ar", "udm", "sedd")  # for text; autoregressive, uniform-state diffusion, score entropy
 MODELS = ("cadd", "mdlm", "cdm", *BASELINES)
 SIZES = {cls.__name__: cls for cls in (Size, PatchSize, UNetSize)}
@@ -64,6 +65,11 @@ class ModelConfig:
             raise InputError(f"latent dim {self.latent_dim}: a free table has the width {self.size.embed}")
         if self.bayes_head and (self.latent_table == "free" or (self.latent_table, self.latent_dim) == ("ordered", 1)):
             raise InputError("bayes_head needs rows of one length: not a free table, nor an ordered one of dimension 1")
+        if isinstance(self.size, Size) != (self.image is None) or min(self.image or (1,)) < 1 or self.classes < 0:
+            raise InputError(
+                f"a model of images has their height, width and colours and a backbone for images, and 0 classes or "
+                f"more, not {self.image}, {type(self.size).__name__}, {self.classes}"
+            )
         if self.image is not None and self.length != math.prod(self.image):
             raise InputError(
                 f"images of {self.image} have {math.prod(self.image)} values, not the length {self.length}"
@@ -88,6 +94,8 @@ class Denoiser(nn.Module):
         width = config.size.embed
         dim = 0 if config.model in ("mdlm", *BASELINES) else config.latent_dim or width
         norm = config.latent_norm or evidence_norm(config.vocab_size, self.schedule, config.evidence, dim)
+        if not norm <= LONGEST:
+            raise InputError(f"the latent's rows would have the length {norm:.3g}: lower evidence or latent_norm")
         self.latent = Latent(
             config.vocab_size,
             width,

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import typing
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-from cadd_min.errors import InputError
+from cadd_min.errors import InputError, shown
 
 T = TypeVar("T")
-TYPES: dict[str, type] = {"int": int, "float": float, "str": str, "Temperature": float}
+
+
+def whole(text: str) -> int:
+    """A whole number on the command line. One beyond 64 bits can count nothing."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 2**63
+    if abs(number) >= 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number below 2^63, not {shown(repr(text))}")
+    return number
+
+
+TYPES: dict[str, Callable[[str], Any]] = {"int": whole, "float": float, "str": str, "Temperature": float}
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -18,6 +33,21 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         silent = any(action.default is value for value in (None, False, argparse.SUPPRESS))
         return (action.help or "") + ("" if silent else " (default: %(default)s)")
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads the command line, and keeps a script's description as it is written."""
+
+    def __init__(self, description: str | None):
+        super().__init__(description=description, formatter_class=HelpFormatter)
+
+    def parse_args(self, *args: Any, **more: Any) -> Any:
+        """As argparse does; but there `--option=--` may be an empty list, and here it is an error."""
+        found = super().parse_args(*args, **more)
+        for action in self._actions:
+            if action.nargs is None and getattr(found, action.dest, None) == []:
+                self.error(f"argument {'/'.join(action.option_strings) or action.dest}: expected one argument")
+        return found
 
 
 def option(default: Any, help: str) -> Any:
@@ -47,8 +77,39 @@ def from_args(cls: type[T], args: argparse.Namespace, **more: Any) -> T:
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
-    """The dataclass from saved values. Raises InputError where they are another version's."""
+    """The dataclass from saved values. Raises InputError where they are another version's, or of another type."""
+    hints = typing.get_type_hints(cls)
+    for name, value in values.items():
+        if name in hints and not fits(value, hints[name]):
+            raise InputError(f"{where} is damaged: {name} is {shown(repr(value))}")
     try:
         return cls(**values)
     except TypeError as error:
         raise InputError(f"{where} was made by another version of this project: {error}") from None
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Whether a plain value is of this type: int, float, str, bool, None, a dataclass, tuples and unions of these."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        each = parts[:1] * len(value) if Ellipsis in parts and isinstance(value, tuple) else parts
+        return isinstance(value, tuple) and len(value) == len(each) and all(map(fits, value, each))
+    if parts:
+        return any(fits(value, part) for part in parts)
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def set_defaults(parser: argparse.ArgumentParser, values: object, where: str) -> None:
+    """Let saved values be the parser's defaults. Raises InputError where one is not what its option takes."""
+    if not isinstance(values, dict):
+        raise InputError(f"{where} is damaged: its settings are {shown(repr(values))}")
+    for action in parser._actions:
+        if action.dest not in values:
+            continue
+        value = values[action.dest]
+        kind = {whole: int, float: float}.get(action.type, str) if action.nargs != 0 else bool  # type: ignore[arg-type]
+        if not (fits(value, kind) or (value is None and action.default is None)):
+            raise InputError(f"{where} is damaged: its setting {action.dest} is {shown(repr(value))}")
+        action.default = value

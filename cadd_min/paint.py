@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,8 +48,6 @@ class ImageTask:
         for label in args.classes or ():
             if not 0 <= label < classes:
                 raise InputError(f"--classes must be from 0 to {classes - 1}, not {label}")
-        if args.guidance is not None and not 0 <= args.guidance < math.inf:
-            raise InputError(f"--guidance must be 0 or more, not {args.guidance}")
 
     def _given(self) -> Tensor | None:
         """The tokens (L,) of the image to paint in, mask_id where the mask is white."""
@@ -70,8 +67,8 @@ class ImageTask:
         """The model, or of a model of classes the one that draws them, in turn."""
         if not self.model.config.classes:
             return self.model
-        chosen = self.args.classes or range(self.model.config.classes)
-        label = torch.tensor([chosen[i % len(chosen)] for i in range(count)], device=self.model.embedding.weight.device)
+        chosen = torch.tensor(self.args.classes or range(self.model.config.classes))
+        label = chosen[torch.arange(count) % len(chosen)].to(self.model.embedding.weight.device)
         return Guided(self.model, label, 1.0 if self.args.guidance is None else self.args.guidance)
 
     def prompt(self, count: int) -> Tensor | None:

@@ -47,9 +47,13 @@ class Pixels:
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> Pixels:
-        """The inverse of `spec`."""
-        height, width, colours = spec["shape"]
-        return cls((height, width, colours), spec["levels"])
+        """The inverse of `spec`. Raises InputError where it is none."""
+        shape, levels = spec.get("shape"), spec.get("levels")
+        if not (isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)):
+            raise InputError(f"images must have a height, a width and colours, not {shape!r}")
+        if type(levels) is not int or shape[2] not in (1, 3):
+            raise InputError(f"images must have 1 or 3 colours and a number of levels, not {shape[2]} and {levels!r}")
+        return cls((shape[0], shape[1], shape[2]), levels)
 
     def encode(self, images: np.ndarray) -> Tensor:
         """(N, H, W, C) uint8 -> (N, L) int64, each value the level nearest to it."""
@@ -91,8 +95,9 @@ class ImageBatches:
         return int(self._epoch[1][place])
 
     def __call__(self, index: int) -> Tensor | tuple[Tensor, Tensor]:
-        numbers = range(index * self.batch_size, (index + 1) * self.batch_size)
-        chosen = [self._image(number) for number in numbers]
+        chosen = np.empty(self.batch_size, np.int64)  # first: there may be no room for so many
+        for place in range(self.batch_size):
+            chosen[place] = self._image(index * self.batch_size + place)
         images = self.images[chosen]
         if self.flip:
             mirrored = np.random.default_rng((self.seed, index, 1)).random(len(chosen)) < 0.5

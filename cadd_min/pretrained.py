@@ -9,7 +9,6 @@ codec.json           the tokenizer's spec, or the pixels': tokens to text or ima
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from cadd_min import checkpoint
 from cadd_min.checkpoint import HUB, WEIGHTS
 from cadd_min.errors import InputError, run
 from cadd_min.model import Denoiser
-from cadd_min.options import HelpFormatter
+from cadd_min.options import Parser
 from cadd_min.pixels import Pixels
 from cadd_min.tokenizer import Tokenizer
 from cadd_min.trainer import DTYPES
@@ -132,7 +131,7 @@ def read(source: Path | str, revision: str | None = None, **download: Any) -> di
     if config.get("version") != VERSION:
         raise InputError(f"{folder / CONFIG} has version {config.get('version')}, expected {VERSION}")
     settings = config.get("settings")
-    if not isinstance(settings, dict) or settings.get("dtype", "float32") not in DTYPES:
+    if not isinstance(settings, dict) or settings.get("dtype", "float32") not in [*DTYPES]:
         raise InputError(f"{folder / CONFIG}: settings must be an object, and its dtype one of {', '.join(DTYPES)}")
     return {
         "model_config": config.get("model_config", {}),
@@ -146,7 +145,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises InputError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise InputError(f"{path} is not an object in JSON, or it is damaged")
@@ -181,7 +180,7 @@ def from_pretrained(source: Path | str, revision: str | None = None) -> tuple[De
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("ckpt", type=Path, help="a checkpoint, its folder, or a folder of runs")
     parser.add_argument("folder", type=Path, help="a new folder")
     args = parser.parse_args()

@@ -22,12 +22,15 @@ def record(out: Path, settings: dict[str, Any], start: dict[str, Any]) -> None:
     """Write run.json: the settings as they now are, and `start` after the starts before it."""
     path = out / FILE
     try:
-        starts = json.loads(path.read_text())["starts"]
-    except (OSError, ValueError, KeyError, TypeError):
+        starts = [*json.loads(path.read_text())["starts"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         starts = []
     part = path.with_suffix(".tmp")
-    part.write_text(json.dumps({**settings, "starts": [*starts, start | _here()]}, indent=1) + "\n")
-    os.replace(part, path)
+    try:
+        part.write_text(json.dumps({**settings, "starts": [*starts, start | _here()]}, indent=1) + "\n")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _here() -> dict[str, Any]:

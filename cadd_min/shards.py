@@ -52,10 +52,20 @@ class Job(NamedTuple):
         """What its .json says, if the part is finished."""
         try:
             entry = json.loads(self.path.with_suffix(".json").read_bytes())
-            whole = self.path.stat().st_size == entry["bytes"]
+            check_part(entry)
+            whole = self.path.stat().st_size == entry["bytes"] and self.path.name == entry["file"]
             return entry if whole and entry["source"] == self.source else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
+
+
+def check_part(entry: dict[str, Any]) -> None:
+    """Raise ValueError, KeyError or TypeError unless it is as a part's .json is: a file beside it, counts that fit."""
+    sizes = [entry["train"], entry["val"], entry["bytes"]]
+    if not (type(entry["file"]) is type(entry["sha256"]) is str and Path(entry["file"]).name == entry["file"]):
+        raise ValueError
+    if not all(type(n) is int and n >= 0 for n in sizes) or sizes[2] not in (2 * sum(sizes[:2]), 4 * sum(sizes[:2])):
+        raise ValueError
 
 
 def write_folder(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:

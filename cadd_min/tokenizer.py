@@ -125,12 +125,23 @@ class CharTokenizer(Tokenizer):
 
 
 def from_spec(spec: dict[str, Any]) -> Tokenizer:
-    """Rebuild a tokenizer from its `spec`."""
-    if spec.get("kind") == "bpe":
-        return BPETokenizer([base64.b64decode(token) for token in spec["tokens"].split()])
-    if spec.get("kind") == "chars":
-        return CharTokenizer(spec["alphabet"])
-    raise InputError(f"tokenizer kind must be bpe or chars, not {spec.get('kind')!r}")
+    """Rebuild a tokenizer from its `spec`. Raises InputError where it is none."""
+    kind, key = spec.get("kind"), {"bpe": "tokens", "chars": "alphabet"}
+    if kind not in ("bpe", "chars"):
+        raise InputError(f"tokenizer kind must be bpe or chars, not {kind!r}")
+    listed = spec.get(key[kind])
+    try:
+        if kind == "chars":
+            whole = isinstance(listed, str) and len(set(listed)) == len(listed)
+            tokens: list[bytes] = []
+        else:  # tiktoken itself ends the process without a token for every byte
+            tokens = [base64.b64decode(token, validate=True) for token in listed.split()]  # type: ignore[union-attr]
+            whole = len(set(tokens)) == len(tokens) and {bytes([b]) for b in range(256)} <= set(tokens)
+    except (ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise InputError(f"a tokenizer of kind {kind} is damaged: its {key[kind]} are not what they should be")
+    return CharTokenizer(listed) if kind == "chars" else BPETokenizer(tokens)  # type: ignore[arg-type]
 
 
 def gpt2(vocab_size: int = GPT2_SIZE) -> BPETokenizer:

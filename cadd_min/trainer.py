@@ -318,10 +318,17 @@ class Trainer:
             own = module.state_dict()
             module.load_state_dict({key: share_of(v, own[key]) if key in own else v for key, v in part.items()})
         ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for n, found in state["optimizer"]["state"].items():
+            shapes = {key: tuple(v.shape) for key, v in found.items()}
+            if shapes != {"step": (), "exp_avg": ordered[n].shape, "exp_avg_sq": ordered[n].shape}:
+                raise ValueError(f"the optimiser's moments of parameter {n} have the shapes {shapes}")
         moments = {  # cloned: torch would go on counting steps in the caller's tensor
-            n: {key: share_of(v.clone(), ordered[n]) for key, v in found.items()}
+            n: {key: share_of(v.float().clone(), ordered[n]) for key, v in found.items()}
             for n, found in state["optimizer"]["state"].items()
         }
-        self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})  # groups are of the settings
+        for name in ("step", "seen", "skipped"):
+            if type(state[name]) is not int or not 0 <= state[name] < 2**63:
+                raise ValueError(f"{name} is {state[name]!r}")
         self.step, self.seen = state["step"], state["seen"]
         self.skipped = torch.tensor(float(state["skipped"]), device=self.device)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cadd_min.dit import TimeEmbedding, attend
+from cadd_min.dit import TimeEmbedding, attend, check_size
 from cadd_min.errors import InputError
 
 
@@ -29,6 +29,13 @@ class UNetSize:
     heads: int = 1
     dropout: float = 0.0
     cond: int = 512  # width of the time conditioning
+
+    def __post_init__(self) -> None:
+        check_size(self)
+        if not self.mults or not 0 <= self.dropout < 1:
+            raise InputError(
+                f"a U-Net needs one level at least and dropout in [0, 1), not {self.mults}, {self.dropout}"
+            )
 
     def build(self, shape: tuple[int, ...], classes: int = 0) -> nn.Module:
         """The backbone for images of this shape, (H, W, C)."""

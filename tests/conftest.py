@@ -35,10 +35,10 @@ def nano(model: str = "cadd", vocab_size: int = 11, length: int = 12, seed: int 
     return Denoiser(ModelConfig(vocab_size, length, NANO, model=model, **options))  # type: ignore[arg-type]
 
 
-def save_untrained(path: Path, config: ModelConfig, spec: dict[str, object]) -> Path:
+def save_untrained(path: Path, config: ModelConfig, spec: dict[str, object], **settings: object) -> Path:
     """A checkpoint of a model that has learned nothing, for text or images by its codec's spec."""
     state = {"ema": Denoiser(config).state_dict(), "step": 1}
-    content = {"model_config": checkpoint.model_dict(config), "tokenizer": spec, "trainer": state, "settings": {}}
+    content = {"model_config": checkpoint.model_dict(config), "tokenizer": spec, "trainer": state, "settings": settings}
     checkpoint.save(path, content)
     return path
 
@@ -69,3 +69,11 @@ def text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("To be, or not to be, that is the question. " * 2000)
     return path
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """The fuzzers' files, built once; each case has a copy of its own."""
+    from tests.fuzzing import World
+
+    return World(tmp_path_factory.mktemp("fuzz"))
