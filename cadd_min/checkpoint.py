@@ -87,7 +87,8 @@ def load(path: Path) -> dict[str, Any]:
         if path.name != FILE or not previous.exists():
             raise
         content = _load(previous)
-        step = content.get("trainer", {}).get("step", "unknown")
+        trainer = content.get("trainer")
+        step = trainer.get("step") if isinstance(trainer, dict) else "unknown"
         print(f"warning: {error}; using the one before it, {previous}, of step {step}", file=sys.stderr)
         return content
 
@@ -103,9 +104,6 @@ def _load(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not a checkpoint of this project")
     if content.get("version") != VERSION:
         raise InputError(f"{path} has checkpoint version {shown(repr(content.get('version')))}, expected {VERSION}")
-    for name in PARTS:
-        if not isinstance(content.get(name, {}), dict):
-            raise InputError(f"{path} is not a whole checkpoint: {name} is malformed")
     return content
 
 

@@ -14,14 +14,14 @@ T = TypeVar("T")
 
 
 def whole(text: str) -> int:
-    """A whole number on the command line. One beyond 64 bits can count nothing."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = 2**63
+    """A whole number on the command line. Raises ValueError where it is none, or beyond 64 bits."""
+    number = int(text)
     if abs(number) >= 2**63:
-        raise argparse.ArgumentTypeError(f"expected a whole number below 2^63, not {shown(repr(text))}")
+        raise ValueError(f"expected a whole number below 2^63, not {shown(text)}")
     return number
+
+
+whole.__name__ = "int"  # as argparse calls it
 
 
 TYPES: dict[str, Callable[[str], Any]] = {"int": whole, "float": float, "str": str, "Temperature": float}
