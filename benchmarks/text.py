@@ -88,7 +88,7 @@ def varied(items: list[str]) -> list[dict[str, Any]]:
         kind = TYPES[fields[choose("--vary", name, fields)]]
         try:
             axes.append([(name, kind(value)) for value in values.split(",")])
-        except ValueError:
+        except (ValueError, argparse.ArgumentTypeError):
             raise InputError(f"--vary {name} must be of type {kind.__name__}, not {values!r}") from None
     settings = [dict(pairs) for pairs in itertools.product(*axes)]
     for how in settings:

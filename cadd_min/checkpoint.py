@@ -84,7 +84,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         return _load(path)
     except InputError as error:
-        if path.name != FILE or not previous.exists():
+        if path.name != FILE or not previous.exists() or path.is_dir():
             raise
         content = _load(previous)
         trainer = content.get("trainer")

@@ -63,7 +63,7 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether there was not enough memory, or could never be: a CPU's allocator has no exception of its own."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    words = ("allocate memory", "Storage size calculation overflowed", "integer multiplication overflow")
+    words = ("allocate memory", "calculation overflowed", "integer multiplication overflow", "cannot be represented")
     return isinstance(error, RuntimeError) and any(part in str(error) for part in words)
 
 

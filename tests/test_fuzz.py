@@ -126,13 +126,13 @@ def fuzz(world: World, script: str, cases: int) -> None:
 
 @pytest.mark.parametrize("script", BASE)
 def test_arguments(script, world):
-    fuzz(world, script, 40)
+    fuzz(world, script, 20)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", BASE)
 def test_more_arguments(script, world):
-    fuzz(world, script, 400)
+    fuzz(world, script, 80)
 
 
 LONG_NAME = "x" * 300

@@ -137,7 +137,7 @@ def long_text(path: Path, megabytes: float, mark: str = "\n<|endoftext|>\n") -> 
 
 @pytest.mark.slow
 def test_killed_stopped_and_started_twice_at_once_it_makes_the_files_of_one_run(tmp_path, monkeypatch):
-    path, cache = long_text(tmp_path / "long.txt", 12), tmp_path / "cache"
+    path, cache = long_text(tmp_path / "long.txt", 30), tmp_path / "cache"
     arguments = (path, cache, 1 << 20, 2)
     kept: dict[str, int] = {}
     for how, code in [(signal.SIGKILL, -9), (signal.SIGINT, 130)]:
