@@ -132,7 +132,7 @@ def test_arguments(script, world):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", BASE)
 def test_more_arguments(script, world):
-    fuzz(world, script, 80)
+    fuzz(world, script, 60)
 
 
 LONG_NAME = "x" * 300

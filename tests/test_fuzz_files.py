@@ -197,7 +197,7 @@ def test_damaged_bytes(name, world):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_more_damaged_bytes(name, world):
-    fuzz_bytes(world, name, 20)
+    fuzz_bytes(world, name, 15)
 
 
 HAVE_CONTENT = [n for n in READERS if n.endswith((".pt", ".json", ".jsonl", ".npz", ".safetensors", "judge*"))]
@@ -211,7 +211,7 @@ def test_damaged_content(name, world):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HAVE_CONTENT)
 def test_more_damaged_content(name, world):
-    fuzz_content(world, name, 40)
+    fuzz_content(world, name, 30)
 
 
 TEXTS, RUNS, IMAGES_PT, INDEX = "text.pt", "runs/text/checkpoint.pt", "image.pt", "tokens/index.json"

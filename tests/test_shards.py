@@ -126,7 +126,10 @@ def start(folder: Path, *arguments: object) -> subprocess.Popen:
     script.write_text(SCRIPT)
     command = [sys.executable, str(script), *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
+    listen = lambda: signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # a shell lets what it runs in the background ignore it
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, preexec_fn=listen, **pipes)
 
 
 def long_text(path: Path, megabytes: float, mark: str = "\n<|endoftext|>\n") -> Path:
