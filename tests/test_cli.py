@@ -198,7 +198,7 @@ def test_bad_input_is_one_sentence(command, message, call, text, tmp_path):
     for name, vocab_size in (("good", 300), ("other", 11)):
         save_untrained(files[name], ModelConfig(vocab_size, 8, PRESETS["nano"]), gpt2(300).spec())
     code, _, err = call(command.format(**files, tiny=TINY))
-    shown = [line for line in err.split("\r")[-1].splitlines() if "step/s" not in line and "s/step" not in line]  # no progress bar
+    shown = [line for line in err.split("\r")[-1].splitlines() if "step/s" not in line and "s/step" not in line]
     assert code == 2 and len(shown) == 1 and message in shown[0]
 
 
