@@ -79,7 +79,7 @@ class Through(nn.Module):
         return f(self.model, *args)
 
 
-def shared(model: nn.Module, world: World, shard: bool = False) -> nn.Module:
+def shared(model: nn.Module, processes: World, shard: bool = False) -> nn.Module:
     """A `Through` of the model whose gradients are the mean over all processes.
 
     shard: each process keeps a share of every parameter, which become DTensors; else all keep all. Raises InputError
@@ -92,13 +92,13 @@ def shared(model: nn.Module, world: World, shard: bool = False) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh(world.device.type, (world.size,))
+        mesh = init_device_mesh(processes.device.type, (processes.size,))
         for module in model.modules():
             if isinstance(module, Block):
                 fully_shard(module, mesh=mesh)
         fully_shard(through, mesh=mesh, reshard_after_forward=True)  # a look at the weights leaves none of them whole
         return through
-    if world.size > 1 and any(p.requires_grad for p in model.parameters()):
+    if processes.size > 1 and any(p.requires_grad for p in model.parameters()):
         return nn.parallel.DistributedDataParallel(through, broadcast_buffers=False, gradient_as_bucket_view=True)
     return through
 
@@ -122,8 +122,9 @@ def whole(value: Any) -> Any:
 
 def share_of(value: Tensor, like: Tensor) -> Tensor:
     """This process's share of a whole tensor, if `like` is sharded; else the tensor."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if not isinstance(like, DTensor) or value.shape != like.shape:
+    mesh: Any = getattr(like, "device_mesh", None)
+    if mesh is None or value.shape != like.shape:
         return value
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), mesh, like.placements)  # type: ignore[attr-defined]

@@ -21,9 +21,7 @@ from cadd_min.metrics import MetricsLog
 from cadd_min.options import option
 from cadd_min.trainer import Batch, Trainer
 
-LOOK = (
-    10  # steps after which many processes ask each other whether to stop, and skipped steps are counted at the latest
-)
+LOOK = 10  # steps between two looks whether to stop, where there are many processes, or no log
 LIMIT = 10  # skipped steps in a row after which going on makes no sense
 
 

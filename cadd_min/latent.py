@@ -117,14 +117,15 @@ class Latent(nn.Module):
         directions = embedding.detach() @ self.mixing if self.fewer else embedding.detach()
         return self.norm * F.normalize(directions, dim=-1)
 
-    def fuse(self, e: Tensor, z_t: Tensor, masked: Tensor, t: Tensor, table: Tensor) -> Tensor:
+    def fuse(self, e: Tensor, z_t: Tensor, masked: Tensor, t: Tensor, embedding: Tensor) -> Tensor:
         """The network's input z_tilde (B, L, width) from embeddings e = E[x_t] (B, L, width) and latents z_t (B, L, D).
 
-        E[x_t] + z_t where masked; E[x_t] alone where not: there z_t says nothing that x_t does not.
+        E[x_t] + z_t where masked; E[x_t] alone where not: there z_t says nothing that x_t does not. From the whole token
+        embedding (V + 1, width) the table is made where the hint needs it: with 50,257 tokens that takes time.
         """
         if self.dim == 0:
             return e
-        z = self._hint(z_t, t, table) * masked[..., None]
+        z = self._hint(z_t, t, embedding) * masked[..., None]
         if self.fusion == "concat":
             return self.project(torch.cat([e, z.to(e.dtype)], -1))
         z = self.project(z)
@@ -133,11 +134,12 @@ class Latent(nn.Module):
             return (1 - gamma_bar) * e + gamma_bar * z
         return e + z
 
-    def _hint(self, z_t: Tensor, t: Tensor, table: Tensor) -> Tensor:
+    def _hint(self, z_t: Tensor, t: Tensor, embedding: Tensor) -> Tensor:
         if self.hint == "raw":
             return z_t
         if self.hint == "posterior":
-            return log_likelihood(z_t, t, table[:-1], self.schedule).softmax(-1) @ table[:-1]
+            table = self.table(embedding)[:-1]
+            return log_likelihood(z_t, t, table, self.schedule).softmax(-1) @ table
         signal, noise = self.schedule.signal(t), self.schedule.noise(t)
         variance = self.norm**2 / self.dim  # of z_0, per dimension
         return per_token(signal * variance / (signal**2 * variance + noise**2), z_t) * z_t

@@ -89,6 +89,7 @@ def train(
             f"--dataset {args.dataset} has other tokens than the run had: resume on the same data, or anew"
         )
     train_config, fit_config = from_args(TrainConfig, args), from_args(FitConfig, args)
+    ops.backend()  # it must be there before a folder is made
     with world(args.device) as processes:
         torch.manual_seed(args.seed)
         trainer = Trainer(Denoiser(config).to(processes.device), data, train_config, processes)

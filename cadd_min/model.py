@@ -125,8 +125,7 @@ class Denoiser(nn.Module):
 
     def features(self, x_t: Tensor, z_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """(B, L, F) with logits = features @ head_matrix().T. Without a label (B,) for any class."""
-        masked, table = x_t == self.mask_id, self.table()
-        z_tilde = self.latent.fuse(self.embedding(x_t), z_t, masked, t, table)
+        z_tilde = self.latent.fuse(self.embedding(x_t), z_t, x_t == self.mask_id, t, self.embedding.weight)
         # entries of about 1, as in Vaswani et al.
         h = self.backbone(math.sqrt(self.config.size.embed) * z_tilde, t, label)
         columns = [h]

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from cadd_min import philox
-from cadd_min.errors import InputError, choose
+from cadd_min.errors import InputError, choose, run
 from cadd_min.forward import noised
+from cadd_min.options import Parser
 from cadd_min.posterior import posterior_coefficients
 from cadd_min.reverse import COLD, ZHATS, reverse_rows, token_probs
 from cadd_min.schedule import NoiseSchedule
@@ -147,12 +148,18 @@ def _register(compiled: ModuleType | None) -> torch.library.Library | None:
     return library
 
 
-compiled, _backend = _load()
+_failure: InputError | None = None
+try:
+    compiled, _backend = _load()
+except InputError as error:  # told when the first of the loops is to run: a script is then ready to say it
+    compiled, _backend, _failure = None, Backend("torch", "what was asked for cannot be had"), error
 _library = _register(compiled)
 
 
 def backend() -> Backend:
-    """What runs forward noising and the reverse step."""
+    """What runs forward noising and the reverse step. Raises InputError if it is not what was asked for."""
+    if _failure is not None:
+        raise _failure
     return _backend
 
 
@@ -176,6 +183,7 @@ def forward_noising(
     wrong hints); t (B,); seed (2,) int64, a seed and an offset: the same pair draws the same noise on every backend.
     Returns: x_t (B, L), z_t (B, L, D) of table's dtype, with a gradient to it.
     """
+    backend()
     clock = torch.stack([schedule.alpha(t), schedule.signal(t), schedule.noise(t)], -1).double()
     z_t, x_t = torch.ops.cadd_min.forward_noising(
         x_0.contiguous(), ids.contiguous(), table.contiguous(), clock, seed, mask_id
@@ -207,6 +215,7 @@ def reverse_step(
     (K, P, D); table (V, D); seed (2,) int64, as above, with another offset at every step.
     Returns: x_s (N,), mask_id where a position stays masked; z_s (K, N, D).
     """
+    backend()
     if rho_flip is not None and rho_flip.dtype == torch.bool:  # two steps, of those that flip and of those that stay
         how: dict[str, Any] = {"zhat": zhat, "temperature": temperature, "top_p": top_p}
         x_s, z_s = torch.full_like(rows, mask_id), z_t[:, rows]
@@ -231,7 +240,12 @@ def reverse_step(
     return x_s, z_s.to(z_t.dtype)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    Parser(__doc__).parse_args()
     print(": ".join(backend()))
     if compiled is not None:
         print(f"self-test {'passed' if compiled.self_test() else 'FAILED: build again with ' + BUILD}")
+
+
+if __name__ == "__main__":
+    run(main)

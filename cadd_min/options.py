@@ -96,9 +96,9 @@ def fits(value: object, hint: Any) -> bool:
         return isinstance(value, tuple) and len(value) == len(each) and all(map(fits, value, each))
     if parts:
         return any(fits(value, part) for part in parts)
-    if hint in (int, float):
-        return isinstance(value, int | hint) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    if hint in (int, float) and type(value) is int:
+        return abs(value) < 2**63  # as on the command line
+    return hint is not int and isinstance(value, hint)
 
 
 def set_defaults(parser: argparse.ArgumentParser, values: object, where: str) -> None:

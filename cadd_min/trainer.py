@@ -183,10 +183,8 @@ class Trainer:
         self._model = shared(model, self.world, config.shard)
         self._ema = shared(self.ema, self.world, config.shard)
         self.step = self.seen = 0  # seen: sequences trained on, which is the place in the data
-        self.skipped = torch.zeros(
-            (), device=self.device
-        )  # steps without a finite gradient: all, and the last in a row
-        self.in_a_row = torch.zeros((), device=self.device)
+        # steps without a finite gradient, all and the last in a row: on the device, so that counting does not wait
+        self.skipped, self.in_a_row = torch.zeros(2, device=self.device).unbind()
         self.dtype = config.dtype
         if config.dtype == "auto":  # the slowest process decides for all
             self.dtype = "float32" if self.world.any(best_dtype(self.device) == "float32") else "bfloat16"

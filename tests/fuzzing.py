@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from cadd_min import checkpoint, judge, mdlm_weights, metrics, provenance, shards
 from cadd_min.corpus import open_corpus
 from cadd_min.dit import Size
+from cadd_min.errors import InputError
 from cadd_min.images import open_images
 from cadd_min.model import ModelConfig
 from cadd_min.pretrained import save_pretrained
@@ -164,8 +165,13 @@ def faults(outcome: Outcome, before: dict[Path, object], folder: Path, may_write
         found.append(f"a traceback is printed: {outcome.err}")
     after = contents(folder)
     found += [f"harmed: {path}" for path, was in before.items() if after.get(path) != was and not may_write(path)]
-    found += [f"left behind: {path}" for path in after.keys() - before.keys() if ".tmp" in path.name + path.parent.name]
+    found += [f"left behind: {path}" for path in after.keys() - before.keys() if _unfinished(path)]
     return found
+
+
+def _unfinished(path: Path) -> bool:
+    """Whether a file, or its folder, has a name that is for what is being written."""
+    return any(".tmp" in name or ".part" in name or name.startswith(".") for name in path.parts[-2:])
 
 
 def many(cases: int) -> settings:
@@ -263,15 +269,27 @@ class World:
         """The same in a world that has been changed, and was as `before`."""
         with _quick():
             outcome = call(script, *arguments)
-        outputs = _outputs(script, arguments)
+        outputs, began = _outputs(script, arguments), script.startswith("train") and ", run in " in outcome.out
 
         def may_write(path: Path) -> bool:
             if path.parts[0] == "cache" or str(path) in outputs:
                 return True
-            of_run = path.name in WRITTEN or path.name.startswith(("samples", "events"))
-            return script.startswith("train") and (path.name == "run.json" or (of_run and outcome.code != 2))
+            return began and (path.name in WRITTEN or path.name.startswith(("samples", "events")))
 
-        return faults(outcome, before, folder, may_write)
+        found = faults(outcome, before, folder, may_write)
+        return found + _lost(Path("runs")) if began else found
+
+
+def _lost(runs: Path) -> list[str]:
+    """What is lost of the runs: each must have a whole checkpoint, or the one before it."""
+    found = []
+    for folder in runs.iterdir():
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                checkpoint.load(folder)
+        except InputError as error:
+            found.append(f"a run is lost: {error}")
+    return found
 
 
 def _outputs(script: str, arguments: tuple[str, ...]) -> set[str]:

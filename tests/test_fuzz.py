@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cadd_min.options import whole
-from tests.fuzzing import BASE, World, faults, many, options, run
+from tests.fuzzing import BASE, faults, many, options, run
 
 LONG = ("steps", "num", "num_latents", "repeat", "accumulate")  # of these a large number may rightly take for ever
 SLOW = ("compile",)  # takes a minute by itself
@@ -115,24 +115,15 @@ STARTS = {
 }
 
 
-def fuzz(world: World, script: str, cases: int) -> None:
-    @many(cases)
+@pytest.mark.slow
+@pytest.mark.parametrize("script", BASE)
+def test_arguments(script, world):
+    @many(120)
     @given(command(script, options(script)))
     def check(arguments: list[str]) -> None:
         assert world.check(script, *arguments) == []
 
     check()
-
-
-@pytest.mark.parametrize("script", BASE)
-def test_arguments(script, world):
-    fuzz(world, script, 20)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", BASE)
-def test_more_arguments(script, world):
-    fuzz(world, script, 60)
 
 
 LONG_NAME = "x" * 300

@@ -12,7 +12,7 @@ from cadd_min.errors import InputError
 from cadd_min.posterior import posterior_coefficients
 from cadd_min.reverse import ZHATS, draw, token_probs
 from cadd_min.schedule import NoiseSchedule
-from tests.conftest import ALPHA, rng
+from tests.conftest import ALPHA, ROOT, rng
 
 # On a machine with a GPU and CUDA kernels the whole of this file runs there (make gpu-check).
 DEVICE = "cuda" if ops.backend().name == "cuda" else "cpu"
@@ -290,6 +290,15 @@ def test_backend_says_what_runs_and_why():
     assert "must be one of" in run_python(code, CADD_BACKEND="tpu").stderr
 
 
+def test_a_backend_that_is_none_is_a_sentence(tmp_path):
+    for command in (["-m", "cadd_min.ops"], ["train_text.py", "--steps", "1", "--out", str(tmp_path / "run")]):
+        environment = {**os.environ, "CADD_BACKEND": "tpu"}
+        found = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert found.returncode == 2 and "Traceback" not in found.stderr
+        assert found.stderr.endswith("error: CADD_BACKEND must be one of auto, torch, cpp, cuda, not 'tpu'\n")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_door_says_what_is_active():
     found = subprocess.run([sys.executable, "-m", "cadd_min.ops"], capture_output=True, text=True)
     assert found.returncode == 0 and found.stdout.startswith(f"{ops.backend().name}: ")
@@ -308,7 +317,7 @@ def test_a_backend_asked_for_is_never_replaced():
     """Without its shared library, CADD_BACKEND=cpp is an error that says how to build it."""
     code = (
         "import sys; sys.modules['cadd_min._C'] = None\n"
-        "import cadd_min.build as b; b.CSRC = b.CSRC / 'none'\nimport cadd_min.ops"
+        "import cadd_min.build as b; b.CSRC = b.CSRC / 'none'\nimport cadd_min.ops as o; o.backend()"
     )
     found = run_python(code, CADD_BACKEND="cpp")
     assert found.returncode != 0 and "pip install" in found.stderr
