@@ -155,14 +155,6 @@ def token_losses(
     """
     precise = torch.promote_types(features.dtype, torch.float32)
     chunk = chunk or chunk_rows(head)
-    if torch.is_autocast_enabled(features.device.type):  # the fused loss is unknown to autocast
-        features = features.to(torch.get_autocast_dtype(features.device.type))
-    head = head.to(features.dtype)
-    if table is None and hasattr(F, "linear_cross_entropy"):
-        # Its own choice of chunks is made for GPUs: of a few rows each, five times slower on a CPU.
-        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
-        ce = F.linear_cross_entropy(features, head, targets, reduction="none", options=options)
-        return ce.to(precise), torch.zeros_like(ce, dtype=precise)
 
     def piece(rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         logits = (rows @ head.T).to(precise)

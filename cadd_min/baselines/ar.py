@@ -9,12 +9,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from cadd_min import philox
 from cadd_min.baselines.common import draw_tokens, features, logits_of, seen
-from cadd_min.loss import Bound, chunk_rows, token_losses
+from cadd_min.loss import Bound, token_losses
 from cadd_min.model import Denoiser
 from cadd_min.plan import Sampling
 from cadd_min.sampler import Step
@@ -49,10 +48,7 @@ def training_loss(
 @torch.no_grad()
 def nelbo_parts(model: Denoiser, x_0: Tensor, *, steps: int | None = None, generator: Generator | None = None) -> Bound:
     """-log p(x_0) itself, (B,) nats: the bound is exact, so `steps` and `generator` are ignored."""
-    head = model.head_matrix()
-    chunks = zip(*(each.split(chunk_rows(head)) for each in (causal_features(model, x_0), x_0.flatten())))
-    # not by token_losses, whose fused form rounds to bfloat16 under autocast
-    nats = torch.cat([F.cross_entropy(logits_of(rows, head), some, reduction="none") for rows, some in chunks])
+    nats, _ = token_losses(causal_features(model, x_0), model.head_matrix(), x_0.flatten())
     discrete = nats.view_as(x_0).sum(-1)
     return Bound(discrete, torch.zeros_like(discrete))
 
