@@ -120,8 +120,8 @@ class Latent(nn.Module):
     def fuse(self, e: Tensor, z_t: Tensor, masked: Tensor, t: Tensor, embedding: Tensor) -> Tensor:
         """The network's input z_tilde (B, L, width) from embeddings e = E[x_t] (B, L, width) and latents z_t (B, L, D).
 
-        E[x_t] + z_t where masked; E[x_t] alone where not: there z_t says nothing that x_t does not. The table is made of
-        the whole embedding (V + 1, width) only where the hint needs it: with 50,257 tokens that takes time.
+        E[x_t] + z_t where masked; E[x_t] alone where not: there z_t says nothing that x_t does not. Only a hint that
+        needs the latent table has it made from the whole embedding (V + 1, width): with 50,257 tokens that takes time.
         """
         if self.dim == 0:
             return e
