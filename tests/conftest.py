@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import shlex
 import sys
@@ -14,6 +15,7 @@ from cadd_min import checkpoint
 from cadd_min.dit import Size
 from cadd_min.model import Denoiser, ModelConfig
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network, whether there is one or not
 ROOT = Path(__file__).parent.parent
 ALPHA = 1e-4  # a correct implementation fails a statistical check at one seed in 10,000; the seeds are fixed
 NANO = Size(layers=2, width=32, heads=2, cond=32)
