@@ -4,6 +4,7 @@ python sample.py                                       the newest run
 python sample.py --zhat soft --steps 256 --num 4       mode covering, more steps, four samples
 python sample.py --watch                               see it happen
 python sample.py --prompt "The [8] of the union [16]"  text: what is given stays, [n] is a gap of n tokens
+python sample.py --from my-model --prompt "Once"       text: an upgraded model, or a masked one of the Hugging Face hub
 python sample.py --gif path.gif                        images: a grid in samples.png, and the path from noise to it
 python sample.py --classes 3 8 --guidance 2            images: of these classes, and more so than they are
 python sample.py --inpaint digit.png --mask hole.png   images: paint where the mask is white
@@ -13,8 +14,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from cadd_min import checkpoint, generate
+import torch
+
+from cadd_min import checkpoint, generate, upgraded
 from cadd_min.errors import InputError, run, torch_device
 from cadd_min.generate import add_sampling_options
 from cadd_min.options import Parser, whole
@@ -36,6 +40,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--watch", action="store_true", help="show the first sample's denoising in the terminal")
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", help='text with gaps, "The [8] of the union [16]"')
+    text.add_argument("--from", dest="source", help="instead of --ckpt: a folder of cadd_min.upgraded, or owner/name")
+    text.add_argument("--length", type=whole, help="with --from: tokens in a sample (default: as it was tuned, or 256)")
+    text.add_argument("--mask-token", help="with --from: the mask's text, if the model does not say it")
+    text.add_argument("--chat", action="store_true", help="the prompt goes through the tokenizer's chat template")
     image = parser.add_argument_group("images")
     image.add_argument("--out", type=Path, help="the grid of samples (default: samples.png)")
     image.add_argument("--gif", type=Path, help="the path there: what is masked, and z0_hat decoded, side by side")
@@ -46,10 +54,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def open_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, Any, dict[str, Any], Path | str]:
+    """The model, its tokenizer or what stands for it, what else its checkpoint says, and where it was found."""
+    if args.source:
+        model, words = upgraded.open_upgraded(args.source, args.length, args.mask_token)
+        return model.eval().to(device), words, {"settings": {}, "trainer": {"step": "unknown"}}, args.source
+    for name in ("length", "mask_token"):
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} goes with --from, and --ckpt has its own")
+    return *checkpoint.load_denoiser(args.ckpt, device), checkpoint.find(args.ckpt)
+
+
 def main() -> None:
     args = build_parser().parse_args()
     device = torch_device(args.device)
-    model, codec, content = checkpoint.load_denoiser(args.ckpt, device)
+    model, codec, content, where = open_model(args, device)
     task = ImageTask(model, codec, args) if isinstance(codec, Pixels) else TextTask(model, codec, args)
     args.zhat, args.num = args.zhat or task.zhat, task.num if args.num is None else args.num
     args.dtype = generate.dtype_of(args.dtype, content)
@@ -67,7 +86,7 @@ def main() -> None:
     )
     task.show(x)
     print(
-        f"model {model.config.model} at step {content['trainer']['step']} ({checkpoint.find(args.ckpt)}), "
+        f"model {model.config.model} at step {content['trainer']['step']} ({where}), "
         f"{generate.settings(args)}{task.settings()}"
     )
 

@@ -20,7 +20,7 @@ import torch
 from cadd_min import images, launch
 from cadd_min.dit import PATCH_PRESETS
 from cadd_min.errors import InputError, choose, run
-from cadd_min.model import ModelConfig
+from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.options import from_args
 from cadd_min.pictures import preview
 from cadd_min.pixels import ImageBatches
@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args, resumed = launch.parse_args(build_parser(), "image")
+    args, resumed = launch.parse_args(build_parser(), "train_image.py")
     presets = PRESETS[choose("--backbone", args.backbone, PRESETS)]
     size = presets[choose("--preset", args.preset, presets)]
     images.pillow()  # missed now, not at the first picture
@@ -81,7 +81,7 @@ def main() -> None:
     launch.train(
         args,
         resumed,
-        config,
+        lambda: Denoiser(config),
         batches,
         [held_out(i) for i in range(4)],
         pixels,

@@ -18,7 +18,7 @@ from cadd_min import corpus, launch, tokenizer
 from cadd_min.data import Batches, TokenFolder, is_folder, prepare
 from cadd_min.dit import PRESETS
 from cadd_min.errors import choose, run
-from cadd_min.model import ModelConfig
+from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.options import from_args, whole
 from cadd_min.text import preview
 
@@ -46,7 +46,7 @@ def open_tokens(args: argparse.Namespace) -> TokenFolder:
 
 
 def main() -> None:
-    args, resumed = launch.parse_args(build_parser(), "text")
+    args, resumed = launch.parse_args(build_parser(), "train_text.py")
     size = PRESETS[choose("--preset", args.preset, PRESETS)]
     config = from_args(ModelConfig, args, vocab_size=args.vocab_size, length=args.length, size=size)
     tokens = open_tokens(args)
@@ -59,7 +59,7 @@ def main() -> None:
     launch.train(
         args,
         resumed,
-        config,
+        lambda: Denoiser(config),
         data,
         [held_out(i) for i in range(4)],
         words,

@@ -21,6 +21,7 @@ from cadd_min.options import fits, from_dict
 from cadd_min.pixels import Pixels
 from cadd_min.tokenizer import Tokenizer, from_spec
 from cadd_min.trainer import Trainer
+from cadd_min.upgrade import UpgradeConfig, build
 
 FORMAT, VERSION = "cadd_min", 3
 FILE, PREVIOUS, WEIGHTS = "checkpoint.pt", "checkpoint.previous.pt", "model.safetensors"
@@ -139,14 +140,20 @@ def holds_run(folder: Path) -> bool:
     return (folder / FILE).exists() or (folder / PREVIOUS).exists()
 
 
+def is_ours(path: Path) -> bool:
+    """Whether there is a model of this project: a checkpoint, a folder of runs, or a folder of cadd_min.pretrained."""
+    return path.is_file() or (path / "codec.json").exists() or any(map(holds_run, [path, *path.glob("*/")]))
+
+
 def _saved(folder: Path) -> float:
     return max(os.path.getmtime(folder / name) for name in (FILE, PREVIOUS) if (folder / name).exists())
 
 
-def model_dict(config: ModelConfig) -> dict[str, Any]:
+def model_dict(config: ModelConfig | UpgradeConfig) -> dict[str, Any]:
     """The model's configuration as plain values."""
     values = dataclasses.asdict(config)
-    values["size"]["kind"] = type(config.size).__name__
+    if isinstance(config, ModelConfig):
+        values["size"]["kind"] = type(config.size).__name__
     return values
 
 
@@ -158,14 +165,15 @@ def check_outline(content: dict[str, Any], where: Path) -> None:
     step, settings = content["trainer"].get("step"), content["settings"]
     if not (step == "unknown" or (fits(step, int) and step >= 0)):
         raise InputError(f"{where} is not a whole checkpoint: its step is {shown(repr(step))}")
-    for name in ("dataset", "archive", "dtype"):
+    for name in ("dataset", "archive", "dtype", "script"):
         if not isinstance(settings.get(name, ""), str | None):
             raise InputError(f"{where} is damaged: its setting {name} is {shown(repr(settings[name]))}")
 
 
-def kind(content: dict[str, Any]) -> str:
-    """ "text" or "image": what this checkpoint's model draws."""
-    return "image" if content["tokenizer"].get("kind") == Pixels.kind else "text"
+def trained_by(content: dict[str, Any]) -> str:
+    """The script that trained it."""
+    image = content["tokenizer"].get("kind") == Pixels.kind
+    return content["settings"].get("script", "train_image.py" if image else "train_text.py")
 
 
 def tuples(values: dict[str, Any]) -> dict[str, Any]:
@@ -174,8 +182,10 @@ def tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_model(content: dict[str, Any], where: Path) -> Denoiser:
-    """A denoiser of the checkpoint's shape, without its weights."""
+    """A denoiser of the checkpoint's shape, without its weights; an `Upgraded` has all that a Denoiser has."""
     config = tuples(content["model_config"])
+    if "base" in config:
+        return build(from_dict(UpgradeConfig, config, str(where)))  # type: ignore[return-value]
     size = tuples(config["size"])
     config["size"] = from_dict(SIZES[size.pop("kind", "Size")], size, str(where))
     return Denoiser(from_dict(ModelConfig, config, str(where)))
@@ -221,7 +231,7 @@ def denoiser_of(content: dict[str, Any], where: Path) -> tuple[Denoiser, Tokeniz
         check_state(model, content["trainer"]["ema"], where)
         model.load_state_dict(content["trainer"]["ema"])
         spec = content["tokenizer"]
-        tokenizer = Pixels.from_spec(spec) if kind(content) == "image" else from_spec(spec)
+        tokenizer = Pixels.from_spec(spec) if spec.get("kind") == Pixels.kind else from_spec(spec)
     except Exception as error:  # whatever it is, the cause is in the file
         raise error if sentence(error) else InputError(f"{where} is not a whole checkpoint: {_why(error)}") from None
     if tokenizer.vocab_size != model.config.vocab_size:

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cadd_min.dit import Block
 from cadd_min.errors import InputError, torch_device
 
 
@@ -75,8 +74,8 @@ class Through(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, f: Callable[..., Any], *args: Any) -> Any:
-        return f(self.model, *args)
+    def forward(self, f: Callable[..., Any], *args: Any, **given: Any) -> Any:
+        return f(self.model, *args, **given)
 
 
 def shared(model: nn.Module, processes: World, shard: bool = False) -> nn.Module:
@@ -93,9 +92,8 @@ def shared(model: nn.Module, processes: World, shard: bool = False) -> nn.Module
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(processes.device.type, (processes.size,))
-        for module in model.modules():
-            if isinstance(module, Block):
-                fully_shard(module, mesh=mesh)
+        for block in model.blocks():  # type: ignore[operator]
+            fully_shard(block, mesh=mesh)
         fully_shard(through, mesh=mesh, reshard_after_forward=True)  # a look at the weights leaves none of them whole
         return through
     if processes.size > 1 and any(p.requires_grad for p in model.parameters()):

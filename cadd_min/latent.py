@@ -72,7 +72,8 @@ class Latent(nn.Module):
     embedding itself with its gradient, which is a trap, to look at and not to use. dim = 0 is no latent at all: a
     masked model runs the same code.
     fusion: "add" (the paper's), "concat" or "reweight". hint: "raw", z_t as it is (the paper's); "linear", the best
-    linear guess of z_0, which is silent where z_t is noise; "posterior", E[w | z_t] under the table.
+    linear guess of z_0, which is silent where z_t is noise; "posterior", E[w | z_t] under the table. unit: how long the
+    hint is where z_0 has length 1: 1, or by what a pretrained embedding is longer than z_0.
     """
 
     directions: Tensor
@@ -89,10 +90,11 @@ class Latent(nn.Module):
         table: str = "tied",
         fusion: str = "add",
         hint: str = "linear",
+        unit: float = 1.0,
     ):
         super().__init__()
         self.kind, self.fusion, self.hint = table, fusion, hint
-        self.dim, self.norm, self.schedule = dim, norm, schedule
+        self.dim, self.norm, self.schedule, self.unit = dim, norm, schedule, unit
         random = torch.Generator().manual_seed(0)
         if table == "fixed":
             directions = torch.randn(vocab_size + 1, dim, generator=random)
@@ -125,9 +127,9 @@ class Latent(nn.Module):
         """
         if self.dim == 0:
             return e
-        z = self._hint(z_t, t, embedding) * masked[..., None]
+        z = (self.unit * self._hint(z_t, t, embedding) * masked[..., None]).to(e.dtype)
         if self.fusion == "concat":
-            return self.project(torch.cat([e, z.to(e.dtype)], -1))
+            return self.project(torch.cat([e, z], -1))
         z = self.project(z)
         if self.fusion == "reweight":  # trust each part as far as it goes: the mask's embedding when z_t is noise
             gamma_bar = per_token(self.schedule.gamma_bar(t), e) * masked[..., None]

@@ -20,31 +20,32 @@ from cadd_min.trainer import Batch, TrainConfig, Trainer
 RUNS = Path("runs")
 
 
-def build_parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that every training has."""
+def build_parser(description: str | None, model: type = ModelConfig) -> argparse.ArgumentParser:
+    """The options that every training has; model: the configuration whose options are the model's."""
     parser = Parser(description)
     parser.add_argument("--out", type=Path, help="folder of the run (default: a new one in runs/)")
     parser.add_argument("--resume", action="store_true", help="go on with --out, or with the newest run")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "cadd_min", help="for prepared data")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for config in (ModelConfig, TrainConfig, FitConfig):
+    for config in (model, TrainConfig, FitConfig):
         add_options(parser, config)
     return parser
 
 
-def parse_args(parser: argparse.ArgumentParser, kind: str) -> tuple[argparse.Namespace, dict[str, Any] | None]:
+def parse_args(parser: argparse.ArgumentParser, script: str) -> tuple[argparse.Namespace, dict[str, Any] | None]:
     """The settings, and the checkpoint to resume from: its settings hold unless the command line says otherwise.
 
-    kind: "text" or "image", which the checkpoint must be of.
+    script: the one that asks, which the checkpoint must be of.
     """
+    parser.set_defaults(script=script)
     args = parser.parse_args()
     if not args.resume:
         return args, None
     content, where = checkpoint.load(args.out or RUNS), checkpoint.find(args.out or RUNS)
     checkpoint.check_outline(content, where)
-    found = checkpoint.kind(content)
-    if found != kind:
-        raise InputError(f"--resume: {where} was trained by train_{found}.py: resume it with that")
+    found = checkpoint.trained_by(content)
+    if found != script:
+        raise InputError(f"--resume: {where} was trained by {found}: resume it with that")
     set_defaults(parser, content.get("settings"), str(where))
     parser.set_defaults(out=where.parent)
     return parser.parse_args(), content
@@ -72,7 +73,7 @@ def new_folder(args: argparse.Namespace) -> Path:
 def train(
     args: argparse.Namespace,
     resumed: dict[str, Any] | None,
-    config: ModelConfig,
+    make: Callable[[], Denoiser],
     data: Callable[[int], Batch],
     held_out: Sequence[Batch],
     codec: Any,
@@ -81,8 +82,8 @@ def train(
 ) -> None:
     """Train on `data` by these settings, from the start or from where `resumed` left off.
 
-    codec: the tokenizer, or what stands for it: its spec() goes into the checkpoint; show_sample(trainer, folder): a
-    line about a sample, no folder where it shall not write; what: the data, in words.
+    make: makes the model; codec: the tokenizer, or what stands for it: its spec() goes into the checkpoint;
+    show_sample(trainer, folder): a line about a sample, no folder where it shall not write; what: the data, in words.
     """
     if resumed and codec.spec() != resumed["tokenizer"]:
         raise InputError(
@@ -92,7 +93,7 @@ def train(
     ops.backend()  # it must be there before a folder is made
     with world(args.device) as processes:
         torch.manual_seed(args.seed)
-        trainer = Trainer(Denoiser(config).to(processes.device), data, train_config, processes)
+        trainer = Trainer(make().to(processes.device), data, train_config, processes)
         out = args.out or RUNS
         if processes.first and not resumed:
             out = new_folder(args)
@@ -103,7 +104,8 @@ def train(
         }
         # a resumed run does not measure again, and its steps stay as large, however many processes share them
         settings |= {"dtype": trainer.dtype, "accumulate": trainer.accumulate}
-        contents = {"settings": settings, "model_config": checkpoint.model_dict(config), "tokenizer": codec.spec()}
+        shape = checkpoint.model_dict(trainer.model.config)
+        contents = {"settings": settings, "model_config": shape, "tokenizer": codec.spec()}
         if processes.first:
             _announce(args, trainer, processes, out, what, contents)
         fit(trainer, Run(out, list(held_out), show_sample, contents), fit_config)
@@ -119,7 +121,7 @@ def _announce(
         part.unlink(missing_ok=True)
     where = f"{processes.device}" + (f" in {processes.size} processes" if processes.size > 1 else "")
     print(
-        f"{args.model} {args.preset}, {trainer.parameters():,} parameters, {trainer.dtype} on {where}, "
+        f"{args.model} {getattr(args, 'preset', '')}, {trainer.parameters():,} parameters, {trainer.dtype} on {where}, "
         f"backend {ops.backend().name}, {what}, run in {out}"
     )
     start = {"step": trainer.step, "processes": processes.size, "device": str(processes.device)}

@@ -25,11 +25,11 @@ def held_out_bound(
     """
     device, found = model.embedding.weight.device, []
     for index, batch in enumerate(tqdm(list(batches), desc="bound", unit="batch", leave=False)):
-        (x_0, label), draws = unpack(batch, device), []
+        (x_0, given), draws = unpack(batch, device), []
         for n in range(repeat):
             generator = seeded(seed, index * repeat + n, device)
             with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
-                parts = bound(model, x_0, label=label, steps=steps, generator=generator)
+                parts = bound(model, x_0, **given, steps=steps, generator=generator)
             draws.append(torch.stack([*parts], -1).double())
         found.append(torch.stack(draws).mean(0))
     return torch.cat(found)

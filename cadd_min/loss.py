@@ -85,15 +85,20 @@ def nelbo_parts(
     mask_id: int,
     *,
     steps: int | None = None,
+    free: Tensor | None = None,
     generator: Generator | None = None,
 ) -> Bound:
-    """The bound of `nelbo`, its discrete (token) and continuous (latent) part apart."""
+    """The bound of `nelbo`, its discrete (token) and continuous (latent) part apart.
+
+    free (B, L): the bound is of these tokens given the others; None: of all.
+    """
     check_steps(steps)
     z_0 = table[x_0]
 
     def errors(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Per masked position at time t: the CE, the soft estimate z0_hat, and where it is masked."""
         x_t, z_t = q_sample(x_0, z_0, t, schedule, mask_id, generator=generator)
+        x_t = x_t if free is None else torch.where(free, x_t, x_0)
         log_p = log_probs(denoiser(x_t, z_t, t.to(table.dtype)).to(table.dtype), mask_id)
         ce = -log_p.gather(-1, x_0[..., None])[..., 0]
         return ce, log_p.exp() @ table[: log_p.shape[-1]], (x_t == mask_id).to(table.dtype)
@@ -116,7 +121,8 @@ def nelbo_parts(
         kept = torch.where(keep > 0, keep * kl_continuous(z_0, z_hat, s, t, schedule), torch.zeros_like(ce))
         discrete = steps * (per_token(schedule.rho_flip(s, t), ce) * ce * masked).sum(-1)
         continuous = steps * (kept * masked).sum(-1)
-    return Bound(discrete, continuous + kl_prior(z_0, schedule).sum(-1))
+    prior = kl_prior(z_0, schedule)
+    return Bound(discrete, continuous + (prior if free is None else prior * free).sum(-1))
 
 
 def nelbo(
@@ -145,12 +151,18 @@ def chunk_rows(head: Tensor) -> int:
 
 
 def token_losses(
-    features: Tensor, head: Tensor, targets: Tensor, *, table: Tensor | None = None, chunk: int = 0
+    features: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    *,
+    table: Tensor | None = None,
+    mask_id: int | None = None,
+    chunk: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """CE and squared error of z0_hat for N masked positions, never holding their (N, V) logits at once.
 
     Args: features (N, F); head (V, F), logits are features @ head.T; targets (N,); table (V, D) for the squared error;
-    chunk, rows at once (0: by the size of V).
+    mask_id, which has probability zero where V counts it; chunk, rows at once (0: by the size of V).
     Returns: ce (N,) nats; mse (N,) = ||w[x_0] - sum_v p_v w_v||^2, zero without a table.
     """
     precise = torch.promote_types(features.dtype, torch.float32)
@@ -158,6 +170,8 @@ def token_losses(
 
     def piece(rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         logits = (rows @ head.T).to(precise)
+        if mask_id is not None and mask_id < len(head):
+            logits[:, mask_id] = -torch.inf
         ce = F.cross_entropy(logits, target, reduction="none")
         if table is None:
             return ce, torch.zeros_like(ce)

@@ -35,18 +35,20 @@ def bound(
     x_0: Tensor,
     *,
     label: Tensor | None = None,
+    free: Tensor | None = None,
     steps: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Bound:
     """The likelihood bound of x_0 (B, L), given labels (B,) or none: two parts, (B,) nats each.
 
-    steps: of the discrete chain, or None for continuous time.
+    free (B, L): of these tokens given the others; steps: of the discrete chain, or None for continuous time.
     """
     other = baseline(model.config.model)
     if other is not None:
         return other.nelbo_parts(model, x_0, steps=steps, generator=generator)
     denoiser = model if label is None else Guided(model, label)
-    return nelbo_parts(denoiser, x_0, model.table(), model.schedule, model.mask_id, steps=steps, generator=generator)
+    chain = (model.table(), model.schedule, model.mask_id)
+    return nelbo_parts(denoiser, x_0, *chain, steps=steps, free=free, generator=generator)
 
 
 def draw(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cadd_min.dit import PatchSize, Size
+from cadd_min.dit import Block, PatchSize, Size
 from cadd_min.errors import InputError, choose
 from cadd_min.latent import FUSIONS, HINTS, TABLES, Latent, evidence_norm, ordered_rows
 from cadd_min.options import option
@@ -35,6 +35,7 @@ class ModelConfig:
     size: Size | PatchSize | UNetSize  # of the backbone, and which it is
     image: tuple[int, int, int] | None = None  # (H, W, C) where the tokens are the values of pixels
     classes: int = 0  # labels that the model is conditioned on; 0: none
+    hint_unit: float = 1.0  # how long the network's hint of z_0 is, against z_0
     model: str = option(
         "cadd",
         "cadd, mdlm (no latent), cdm (everything masked, only latents); baselines for text: ar (autoregressive), "
@@ -105,6 +106,7 @@ class Denoiser(nn.Module):
             table=config.latent_table,
             fusion=config.fusion,
             hint=config.hint,
+            unit=config.hint_unit,
         )
         self.embedding = nn.Embedding(config.vocab_size + 1, width)
         nn.init.normal_(self.embedding.weight, std=width**-0.5)  # rows of length about 1
@@ -122,6 +124,10 @@ class Denoiser(nn.Module):
     def table(self) -> Tensor:
         """The latent table w (V + 1, D)."""
         return self.latent.table(self.embedding.weight)
+
+    def blocks(self) -> list[nn.Module]:
+        """The backbone's transformer blocks: what FSDP2 shares out one by one."""
+        return [module for module in self.backbone.modules() if isinstance(module, Block)]
 
     def features(self, x_t: Tensor, z_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """(B, L, F) with logits = features @ head_matrix().T. Without a label (B,) for any class."""

@@ -72,8 +72,12 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
 
 def from_args(cls: type[T], args: argparse.Namespace, **more: Any) -> T:
     """The dataclass with the values parsed for its options."""
-    names = [f.name for f in dataclasses.fields(cls) if "help" in f.metadata]  # type: ignore[arg-type]
-    return cls(**{name: getattr(args, name) for name in names}, **more)
+    return cls(**options_of(cls, args), **more)
+
+
+def options_of(cls: type, args: argparse.Namespace) -> dict[str, Any]:
+    """The values parsed for its options."""
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(cls) if "help" in f.metadata}
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:

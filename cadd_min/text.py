@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cadd_min.errors import InputError
+from cadd_min.hf_tokenizer import HFTokenizer
 from cadd_min.methods import draw
 from cadd_min.model import Denoiser
 from cadd_min.tokenizer import Tokenizer
@@ -18,12 +19,17 @@ GAP = re.compile(r"\[(\d+)\]")
 DIM, BRIGHT, RESET = "\x1b[2m", "\x1b[1;92m", "\x1b[0m"
 
 
-def parse_prompt(prompt: str, tokenizer: Tokenizer, length: int) -> Tensor:
+def parse_prompt(prompt: str, tokenizer: Tokenizer, length: int, chat: bool = False) -> Tensor:
     """ "The [8] of the union" -> (length,) ids: given text stays, [n] is a gap of n tokens, what follows is free.
 
-    Raises InputError for a prompt longer than `length` tokens.
+    chat: all of it is a message under the tokenizer's chat template. Raises InputError for a prompt longer than
+    `length` tokens.
     """
     ids: list[int] = []
+    if chat and not isinstance(tokenizer, HFTokenizer):
+        raise InputError("--chat is for models with a chat template: those of --from")
+    if isinstance(tokenizer, HFTokenizer) and chat:
+        ids, prompt = tokenizer.encode_chat(prompt), ""
     for i, part in enumerate(GAP.split(prompt)):
         gap = int(part[:9]) if i % 2 else 0
         if gap > length:
@@ -61,7 +67,8 @@ class TextTask:
         """(count, L), or None."""
         if not self.args.prompt:
             return None
-        return parse_prompt(self.args.prompt, self.tokenizer, self.model.config.length).expand(count, -1)
+        ids = parse_prompt(self.args.prompt, self.tokenizer, self.model.config.length, self.args.chat)
+        return ids.expand(count, -1)
 
     def callback(self, steps: int) -> Watch | None:
         if not self.args.watch:
@@ -71,6 +78,8 @@ class TextTask:
     def show(self, x: Tensor) -> None:
         """Print the samples (B, L)."""
         for row in x.tolist():
+            while row[-2:] == [self.tokenizer.eot_id] * 2:  # what fills up an answer
+                row.pop()
             print(self.tokenizer.decode(row), end="\n\n")
 
     def settings(self) -> str:

@@ -126,9 +126,13 @@ class CharTokenizer(Tokenizer):
 
 def from_spec(spec: dict[str, Any]) -> Tokenizer:
     """Rebuild a tokenizer from its `spec`. Raises InputError where it is none."""
+    if spec.get("kind") == "hf":
+        from cadd_min import hf_tokenizer  # which needs more packages
+
+        return hf_tokenizer.from_spec(spec)
     kind, key = spec.get("kind"), {"bpe": "tokens", "chars": "alphabet"}
     if kind not in ("bpe", "chars"):
-        raise InputError(f"tokenizer kind must be bpe or chars, not {kind!r}")
+        raise InputError(f"tokenizer kind must be bpe, chars or hf, not {kind!r}")
     listed = spec.get(key[kind])
     try:
         if kind == "chars":

@@ -29,7 +29,8 @@ from cadd_min.model import Denoiser
 from cadd_min.options import option
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Batch = Tensor | tuple[Tensor, Tensor]  # x_0 (B, L) int64, or with it the label (B,) of each sequence
+# x_0 (B, L) int64; or with it the label (B,) of each sequence, or free (B, L) bool: which tokens are not given
+Batch = Tensor | tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,12 @@ def misled(x_0: Tensor, share: float, vocab_size: int, generator: torch.Generato
     return torch.where(wrong, random, x_0)
 
 
-def unpack(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """x_0 and the labels, or None, of a batch, on the device."""
-    x_0, label = batch if isinstance(batch, tuple) else (batch, None)
-    return x_0.to(device, non_blocking=True), None if label is None else label.to(device, non_blocking=True)
+def unpack(batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+    """x_0, and {"label": (B,)} or {"free": (B, L)} where the batch has them, on the device."""
+    if not isinstance(batch, tuple):
+        return batch.to(device, non_blocking=True), {}
+    x_0, more = (part.to(device, non_blocking=True) for part in batch)
+    return x_0, {"free" if more.dtype == torch.bool else "label": more}
 
 
 def training_loss(
@@ -130,17 +133,20 @@ def training_loss(
     config: TrainConfig,
     generator: torch.Generator,
     label: Tensor | None = None,
+    free: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """E_t E_q [-sum over masked i of log p(x_0^i | x_t, z_t)] per token, plus the weighted squared error if asked for.
 
-    Args: x_0 (B, L); u (B,) times on (0, 1]; label (B,) or None. Returns: the scalar loss, divided by B L, not by the
-    number of masked positions, so that equal batches weigh the same; its parts, detached: the CE summed over masked
-    positions and their number, and the squared error.
+    Args: x_0 (B, L); u (B,) times on (0, 1]; label (B,) or None; free (B, L), the tokens that are ever masked and
+    scored, or None for all. Returns: the scalar loss, divided by B L, not by the number of masked positions, so that
+    equal batches weigh the same; its parts, detached: the CE summed over masked positions and their number, and the
+    squared error.
     """
     schedule, table = model.schedule, model.table()
     t = T_MIN + (1 - T_MIN) * u  # elbo weights grow like 1/t
-    hinted = misled(x_0, config.wrong_hints, model.mask_id, generator)
+    hinted = misled(x_0, config.wrong_hints, model.config.vocab_size, generator)
     x_t, z_t = ops.forward_noising(x_0, hinted, table, t, schedule, model.mask_id, ops.draw_seed(generator))
+    x_t = x_t if free is None else torch.where(free, x_t, x_0)
     if config.drop_latent > 0:
         kept = torch.rand(len(x_0), generator=generator, device=x_0.device) >= config.drop_latent
         z_t = z_t * kept[:, None, None]
@@ -149,7 +155,8 @@ def training_loss(
         label = torch.where(known, label, model.config.classes)
     masked = x_t == model.mask_id
     features = model.features(x_t, z_t, t.float(), label)[masked]
-    ce, mse = token_losses(features, model.head_matrix(), x_0[masked], table=table if config.mse > 0 else None)
+    z_0 = table if config.mse > 0 else None
+    ce, mse = token_losses(features, model.head_matrix(), x_0[masked], table=z_0, mask_id=model.mask_id)
     ce_weight, mse_weight = (
         w[:, None].expand_as(x_0)[masked].float() for w in time_weights(t, schedule, config.weighting)
     )
@@ -177,7 +184,8 @@ class Trainer:
             raise InputError(
                 "weighting elbo gives the CE of a cdm no weight at all: set mse to 1, or weighting uniform"
             )
-        self.ema = copy.deepcopy(model).requires_grad_(False).eval()
+        fixed: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+        self.ema = copy.deepcopy(model, fixed).requires_grad_(False).eval()  # what is not trained needs no copy
         if config.compile:
             model.backbone.compile(fullgraph=True)
         self._model = shared(model, self.world, config.shard)
@@ -188,8 +196,8 @@ class Trainer:
         self.dtype = config.dtype
         if config.dtype == "auto":  # the slowest process decides for all
             self.dtype = "float32" if self.world.any(best_dtype(self.device) == "float32") else "bfloat16"
-        decay = [p for p in model.backbone.parameters() if p.dim() >= 2]
-        rest = [p for p in model.parameters() if not any(p is d for d in decay)]
+        decay = [p for p in model.backbone.parameters() if p.dim() >= 2 and p.requires_grad]
+        rest = [p for p in model.parameters() if p.requires_grad and not any(p is d for d in decay)]
         self.optimizer = torch.optim.AdamW(
             [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}],
             lr=config.lr,
@@ -213,6 +221,9 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config)
+        for model in (self.model, self.ema):
+            if (at_step := getattr(model, "at_step", None)) is not None:  # a model that is opened by and by
+                at_step(self.step)
         totals = self.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -237,11 +248,11 @@ class Trainer:
             share = n * self.world.size + self.world.rank
             index = self.seen // config.batch_size + share
             following = index + self.world.size if n + 1 < mine else index + self.accumulate - share + self.world.rank
-            x_0, label = unpack(self._read(index, following), self.device)
+            x_0, given = unpack(self._read(index, following), self.device)
             accumulate_only(self._model, n + 1 < mine)
             noise = seeded(config.seed, index, self.device)
             with self.autocast():
-                loss, parts = self._model(self.training_loss, x_0, u[share, : len(x_0)], config, noise, label)
+                loss, parts = self._model(self.training_loss, x_0, u[share, : len(x_0)], config, noise, **given)
             (loss / mine).backward()
             totals = {name: totals[name] + parts[name] for name in totals}
         return totals
@@ -261,9 +272,9 @@ class Trainer:
         return found
 
     @torch.no_grad()
-    def averaged(self, f: Callable[..., Any], *args: Any) -> Any:
-        """f(the EMA model, *args): everything that looks at the averaged weights goes through here."""
-        return self._ema(f, *args)
+    def averaged(self, f: Callable[..., Any], *args: Any, **given: Any) -> Any:
+        """f(the EMA model, ...): everything that looks at the averaged weights goes through here."""
+        return self._ema(f, *args, **given)
 
     @torch.no_grad()
     def latent_norm(self) -> float:
@@ -273,7 +284,9 @@ class Trainer:
     def _update_ema(self) -> None:
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))  # early on, forget the random start quickly
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+            pairs = zip(self.ema.parameters(), self.model.parameters())
+            averages, weights = zip(*[(a, w) for a, w in pairs if a is not w])
+            torch._foreach_lerp_(averages, weights, 1 - decay)
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> dict[str, float]:
@@ -284,14 +297,14 @@ class Trainer:
         config = dataclasses.replace(self.config, wrong_hints=0.0, drop_latent=0.0, drop_label=0.0)
         ce, masked, discrete, continuous, tokens = 0.0, 0, 0.0, 0.0, 0
         for i, batch in enumerate(batches):
-            (x_0, label), gen = unpack(batch, self.device), seeded(config.seed + 1, i, self.device)
+            (x_0, given), gen = unpack(batch, self.device), seeded(config.seed + 1, i, self.device)
             u = stratified_times(len(x_0), gen, self.device)
             with self.autocast():
-                _, parts = self.averaged(self.training_loss, x_0, u, config, gen, label)
-                found = self.averaged(lambda ema: bound(ema, x_0, label=label, generator=gen))  # noqa: B023
+                _, parts = self.averaged(self.training_loss, x_0, u, config, gen, **given)
+                found = self.averaged(bound, x_0, **given, generator=gen)
             ce, masked = ce + float(parts["ce"]), masked + int(parts["masked"])
             discrete, continuous = discrete + float(found.discrete.sum()), continuous + float(found.continuous.sum())
-            tokens += x_0.numel()
+            tokens += int(given["free"].sum()) if "free" in given else x_0.numel()
         return {
             "val_ce": ce / max(1, masked),
             "val_bound": (discrete + continuous) / tokens,

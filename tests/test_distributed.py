@@ -52,7 +52,7 @@ def shown(processes, accumulate: int = 2) -> list[tuple[torch.Tensor, ...]]:
     """What the loss of each micro-batch is given: tokens, times, the first of the noise."""
     fit, seen = made(processes, accumulate=accumulate), []
 
-    def loss(model, x_0, u, config, generator, label):
+    def loss(model, x_0, u, config, generator, label=None):
         seen.append((x_0, u, torch.rand(3, generator=generator)))
         zero = sum(p.sum() for p in model.parameters()) * 0
         return zero, dict.fromkeys(("ce", "masked", "mse"), zero.detach())

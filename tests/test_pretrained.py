@@ -155,7 +155,7 @@ def test_what_is_wrong_with_a_folder_is_one_sentence(tmp_path):
         (lambda folder: rewrite(folder / "config.json", format=None), "is not of this project"),
         (lambda folder: rewrite(folder / "config.json", model_config=None), "'size' is missing"),
         (lambda folder: rewrite(folder / "config.json", settings={"dtype": "int3"}), "its dtype one of float32"),
-        (lambda folder: rewrite(folder / "codec.json", kind=None), "kind must be bpe or chars, not None"),
+        (lambda folder: rewrite(folder / "codec.json", kind=None), "kind must be bpe, chars or hf, not None"),
         (lambda folder: rewrite(folder / "codec.json", alphabet="ab"), "the tokenizer has 3 tokens, the model 11"),
         (model_config(colour="red"), "another version of this project"),
         (model_config(size=size | {"width": 64}), r"another shape .* has the shape \(12, 32\), expected \(12, 64\)"),

@@ -1,0 +1,81 @@
+"""An upgraded model as a folder in the Hugging Face library's own format, with cadd.json beside it; and any other.
+
+python -m cadd_min.upgraded runs/my-run my-model        of a run of finetune.py, its averaged weights, LoRA added in
+
+The library opens such a folder too, as the masked model that it is without its latent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+from cadd_min import checkpoint, families
+from cadd_min.errors import InputError, run
+from cadd_min.hf_tokenizer import HFTokenizer
+from cadd_min.options import Parser, from_dict
+from cadd_min.pretrained import free, read_json
+from cadd_min.upgrade import UpgradeConfig, Upgraded, merged, upgrade
+
+FILE, FORMAT, VERSION = "cadd.json", "cadd_min upgrade", 1
+FOUND = ("base", "vocab_size", "mask_id", "masked_lm")  # what is seen again when the folder is opened
+
+
+def save(model: Upgraded, tokenizer: HFTokenizer, folder: Path | str) -> None:
+    """Write `folder`, which must be new or empty: it is whole or was not there. The model is not one afterwards.
+
+    Raises InputError.
+    """
+    folder = free(folder)
+    config = {name: value for name, value in dataclasses.asdict(model.config).items() if name not in FOUND}
+    config |= {"format": FORMAT, "version": VERSION, "lora": 0}
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        network = merged(model)
+        network.config.mask_token_id = model.mask_id
+        network.save_pretrained(part)
+        tokenizer.library().save_pretrained(part)
+        (part / FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        os.replace(part, folder)  # an empty folder may be replaced
+    except OSError as error:
+        raise InputError(f"could not save {folder} ({error.strerror}); nothing was changed") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def open_upgraded(name: str, length: int | None = None, mask_token: str | None = None) -> tuple[Upgraded, HFTokenizer]:
+    """The model of a folder or of the hub: an upgraded one, or, without its cadd.json, a masked one as it is.
+
+    length: of its sequences, if not that which it was tuned on. Raises InputError.
+    """
+    source = families.open_source(name, mask_token)
+    file = (families.smollm2()[0] if name == families.SMOLLM2 else families.fetch(name)) / FILE
+    if not file.exists():
+        return upgrade(source, length or 256, model="mdlm"), source.tokenizer
+    values = read_json(file)
+    if (values.pop("format", None), values.pop("version", None)) != (FORMAT, VERSION):
+        raise InputError(f"{file} is not of this version of the project")
+    found = {"base": "", "vocab_size": source.tokenizer.vocab_size, "mask_id": source.tokenizer.mask_id}
+    config = from_dict(UpgradeConfig, values | found | {"masked_lm": False}, str(file))
+    how = {name: value for name, value in dataclasses.asdict(config).items() if name not in FOUND}
+    return upgrade(source, length or how["length"], **{k: v for k, v in how.items() if k != "length"}), source.tokenizer
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("ckpt", type=Path, help="a checkpoint of finetune.py, its folder, or a folder of runs")
+    parser.add_argument("folder", type=Path, help="a new folder")
+    args = parser.parse_args()
+    free(args.folder)
+    model, tokenizer, content = checkpoint.load_denoiser(args.ckpt)
+    if not (isinstance(model, Upgraded) and isinstance(tokenizer, HFTokenizer)):
+        raise InputError(f"{args.ckpt} is no upgraded model: python -m cadd_min.pretrained writes its folder")
+    save(model, tokenizer, args.folder)
+    print(f"written: {args.folder}, {model.config.model} at step {content['trainer']['step']}")
+
+
+if __name__ == "__main__":
+    run(main)
