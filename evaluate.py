@@ -5,6 +5,7 @@ text
 python evaluate.py samples --ckpt runs/a runs/b        under a real language model, beside held-out text: one row each
 python evaluate.py samples --steps 32 --judge gpt2-large    the papers' judge, which needs a network
 python evaluate.py frontier --ckpt runs/a runs/b       bits against entropy over temperatures: frontier.png
+python evaluate.py infill --ckpt runs/a runs/b         how many tokens, masked in held-out text, they put back
 images
 python evaluate.py frechet                             in the features of a small classifier; never to be called FID
 python evaluate.py fid --num 50000 --steps 512         FID, IS, precision and recall by torch-fidelity (Inception)
@@ -22,7 +23,7 @@ from cadd_min.pixels import Pixels
 from cadd_min.text_judge import SMOLLM2
 from cadd_min.trainer import DTYPES
 
-TEXT, IMAGES = ("bound", "samples", "frontier"), ("bound", "frechet", "fid")
+TEXT, IMAGES = ("bound", "samples", "frontier", "infill"), ("bound", "frechet", "fid")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     text.add_argument("--dataset", help="held-out text, if not the one of the run: sotu, a path, ...")
     text.add_argument("--temperatures", type=float, nargs="+", help="of a frontier (default: 0.6 to 1 by 0.1)")
     text.add_argument("--top-ps", type=float, nargs="+", help="of a frontier, instead of temperatures")
+    text.add_argument("--masked", type=float, nargs="+", help="shares that infill masks (default: 0.15 and 0.5)")
     text.add_argument("--out", type=Path, help="the picture of a frontier (default: frontier.png)")
     image = parser.add_argument_group("images")
     image.add_argument("--archive", type=Path, help="where the data set lies, if not where the run found it")
@@ -61,7 +63,7 @@ def check(args: argparse.Namespace, images: bool) -> None:
     if args.what not in (IMAGES if images else TEXT):
         raise InputError(f"{args.what} is for models of {other}, and --ckpt {args.ckpt[0]} is one of {kind}")
     for name in (
-        ("judge", "dataset", "temperatures", "top_ps", "out")
+        ("judge", "dataset", "temperatures", "top_ps", "masked", "out")
         if images
         else ("archive", "inception_weights", "guidance")
     ):
@@ -73,6 +75,7 @@ def check(args: argparse.Namespace, images: bool) -> None:
         ("num", 2048 if images else 128),
         ("batch_size", 128 if images else 32),
         ("temperatures", [0.6, 0.7, 0.8, 0.9, 1.0]),
+        ("masked", [0.15, 0.5]),
         ("out", Path("frontier.png")),
     ):
         if getattr(args, name) is None:
@@ -80,6 +83,8 @@ def check(args: argparse.Namespace, images: bool) -> None:
     for name in ("num", "batch_size", "repeat"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if not all(0 < share <= 1 for share in args.masked):
+        raise InputError(f"--masked must be shares above 0 and up to 1, not {args.masked}")
     generate.sampling(args)  # options out of range are named before anything is loaded
     if images and args.what != "bound" and args.num < 10:
         raise InputError(f"--num must be at least 10 to compare samples with images, not {args.num}")

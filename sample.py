@@ -4,7 +4,7 @@ python sample.py                                       the newest run
 python sample.py --zhat soft --steps 256 --num 4       mode covering, more steps, four samples
 python sample.py --watch                               see it happen
 python sample.py --prompt "The [8] of the union [16]"  text: what is given stays, [n] is a gap of n tokens
-python sample.py --from my-model --prompt "Once"       text: an upgraded model, or a masked one of the Hugging Face hub
+python sample.py --from owner/name --prompt "Once"     text: a masked language model of the Hugging Face hub, as it is
 python sample.py --gif path.gif                        images: a grid in samples.png, and the path from noise to it
 python sample.py --classes 3 8 --guidance 2            images: of these classes, and more so than they are
 python sample.py --inpaint digit.png --mask hole.png   images: paint where the mask is white
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--watch", action="store_true", help="show the first sample's denoising in the terminal")
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", help='text with gaps, "The [8] of the union [16]"')
-    text.add_argument("--from", dest="source", help="instead of --ckpt: a folder of cadd_min.upgraded, or owner/name")
+    text.add_argument("--from", dest="source", help="instead of --ckpt: a model of the Hugging Face hub, or its folder")
     text.add_argument("--length", type=whole, help="with --from: tokens in a sample (default: as it was tuned, or 256)")
     text.add_argument("--mask-token", help="with --from: the mask's text, if the model does not say it")
     text.add_argument("--chat", action="store_true", help="the prompt goes through the tokenizer's chat template")

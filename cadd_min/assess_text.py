@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from cadd_min import corpus, generate
 from cadd_min.data import Batches, TokenFolder, TokenView, is_folder, prepare
@@ -157,6 +159,9 @@ def assess(models: dict[Path, tuple[Denoiser, Tokenizer, dict[str, Any]]], args:
     (first, tokenizer, content), *others = models.values()
     if any(t.spec() != tokenizer.spec() or m.config.length != first.config.length for m, t, _ in others):
         raise InputError("--ckpt: models that are compared must have one tokenizer and one length")
+    if args.what == "infill":
+        tokens = held_out_tokens(content, tokenizer, args.dataset, args.cache)
+        return infill_table(models, windows(tokens, args.num, first.config.length), args)
     if args.what == "frontier" and args.out.suffix != ".png":
         raise InputError(f"--out must be a .png file, not {args.out}")
     tokens = held_out_tokens(content, tokenizer, args.dataset, args.cache)
@@ -186,6 +191,38 @@ def assess(models: dict[Path, tuple[Denoiser, Tokenizer, dict[str, Any]]], args:
 def drawn(model: Denoiser, how: Sampling, args: argparse.Namespace) -> Tensor:
     """(num, L) samples of a model by these options."""
     return generate.many(model, how, args.num, seed=args.seed, dtype=args.dtype, batch_size=args.batch_size)
+
+
+def infilled(model: Denoiser, x_0: Tensor, share: float, how: Sampling, args: argparse.Namespace) -> Tensor:
+    """(N,) which share of its masked tokens each held-out sequence gets back: `share` of x_0 (N, L) masked, at random.
+
+    The masks are the same for every model of one length.
+    """
+    count, length = x_0.shape
+    ranks = torch.rand(count, length, generator=torch.Generator().manual_seed(args.seed)).argsort(1).argsort(1)
+    masked = ranks < max(1, round(share * length))
+    prompt = torch.where(masked, model.mask_id, x_0)
+    parts = [
+        generate.samples(model, how, len(part), seed=args.seed, dtype=args.dtype, index=index, prompt=part)
+        for index, part in enumerate(tqdm(prompt.split(args.batch_size), desc="filling in", leave=False))
+    ]
+    right = (torch.cat(parts).cpu() == x_0) & masked
+    return right.sum(1) / masked.sum(1)
+
+
+def infill_table(
+    models: dict[Path, tuple[Denoiser, Tokenizer, dict[str, Any]]], x_0: Tensor, args: argparse.Namespace
+) -> str:
+    """Markdown: of each model, how many of the tokens masked in x_0 (N, L) it puts back."""
+    lines = ["| model | " + " | ".join(f"{share:.0%} masked" for share in args.masked) + " |"]
+    lines.append("|---" * (1 + len(args.masked)) + "|")
+    for path, (model, _, content) in models.items():
+        found = [infilled(model, x_0, share, generate.sampling(args), args) for share in args.masked]
+        cells = [f"{100 * f.mean():.1f}% ± {100 * f.std() / len(f) ** 0.5:.1f}" for f in found]
+        name = f"{model.config.model} at step {content['trainer']['step']} ({path.parent.name})"
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    how = f"{len(x_0)} held-out sequences of {x_0.shape[1]} tokens, ± standard error; {generate.settings(args)}"
+    return "\n".join([*lines, "", how])
 
 
 def _bound_lines(

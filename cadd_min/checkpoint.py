@@ -251,8 +251,12 @@ def load_denoiser(
     path: Path, device: torch.device | str = "cpu"
 ) -> tuple[Denoiser, Tokenizer | Pixels, dict[str, Any]]:
     """The trained model (EMA weights), what decodes its samples to text or images, and all else in the checkpoint."""
-    from cadd_min import pretrained  # which reads folders, with what is here
+    from cadd_min import pretrained, upgraded  # which read folders, with what is here
 
+    if (path / upgraded.FILE).exists():
+        tuned, words = upgraded.open_upgraded(str(path))
+        content = {"settings": {}, "tokenizer": words.spec(), "trainer": {"step": "unknown"}}
+        return tuned.eval().to(device), words, content  # type: ignore[return-value]
     where = find(path)
     content = pretrained.read(path) if where == path / WEIGHTS else load(path)
     model, tokenizer = denoiser_of(content, where)

@@ -257,6 +257,7 @@ def upgrade_own(model: Denoiser, how: dict[str, Any]) -> Denoiser:
 
     Raises InputError for one that is no masked model of text, or options that only others have.
     """
+    choose("model", how["model"], MODELS)
     for name in ("lora", "anneal"):
         if how[name]:
             raise InputError(f"{name} is for models of the Hugging Face library, and --from is one of this project")

@@ -19,6 +19,7 @@ from cadd_min.text import frame, parse_prompt
 from cadd_min.tokenizer import GPT2_SIZE, gpt2
 from tests.conftest import ROOT, TINY, save_untrained
 from tests.test_mdlm_weights import public_state
+from tests.test_upgrade import write
 
 
 @pytest.mark.parametrize("model", ["cadd", "mdlm", "cdm"])
@@ -105,6 +106,9 @@ def few(command: str, text: Path) -> str:
         return f"{command} --preset nano --batch-size 4 --steps 4"
     if script == "evaluate.py":
         return f"{command} --num 12 --steps 2"
+    if script == "finetune.py":
+        command = command.replace("my.txt", str(text)).replace("owner/name", "masked").replace("smollm2", "causal")
+        return f"{command} --length 40 --batch-size 4 --steps 4"
     return command if script.startswith("cadd_min/") else f"{command} --steps 4"
 
 
@@ -113,7 +117,10 @@ def test_every_command_of_readme_works(call, text, photos, monkeypatch, tmp_path
     commands = readme_commands()
     monkeypatch.setattr("tests.test_mdlm_weights.VOCAB", GPT2_SIZE)
     save_file(public_state(), tmp_path / "mdlm.safetensors")
-    for script in ("sample.py", "train_text.py", "train_image.py", "evaluate.py"):
+    write("llama", tmp_path / "causal", mask=False)  # what README's commands take from the hub, and from a package
+    write("bert", tmp_path / "masked")
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 30)
+    for script in ("sample.py", "train_text.py", "train_image.py", "evaluate.py", "finetune.py"):
         assert sum(script in c for c in commands) >= 2
     for command in commands:
         command = re.sub(r"^-m cadd_min\.(\w+)", r"cadd_min/\1.py", command.removeprefix("python "))
@@ -181,6 +188,14 @@ def test_readme_names_files_and_targets_that_exist():
         ("sample.py --ckpt {good} --prompt [99999999999999999999]", "has a gap of 99999999999999999999 tokens"),
         ("sample.py --ckpt {good} --device meta", "--device must be"),
         ("sample.py --ckpt {good} --device tpu9", "--device must be"),
+        ("sample.py --ckpt {good} --length 9", "--length goes with --from"),
+        ("sample.py --ckpt {good} --prompt a --chat", "--chat is for models with a chat template"),
+        ("sample.py --from nowhere", "there is no folder nowhere"),
+        ("finetune.py --dataset {text}", "--from must name a model"),
+        ("finetune.py --from nowhere", "there is no folder nowhere"),
+        ("finetune.py --from {good} --dataset {text} --anneal 3", "anneal is for models of the Hugging Face library"),
+        ("finetune.py --from {good} --dataset {text} --chat", "--chat is for prompts and responses"),
+        ("finetune.py --from {good} --dataset {text} --model udm", "must be one of cadd, mdlm"),
         ("sample.py --ckpt {other}", "the tokenizer has 300 tokens, the model 11"),
     ],
 )

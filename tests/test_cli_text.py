@@ -1,15 +1,19 @@
 """evaluate.py on models of text, as people type it, with the real judge; and benchmarks/text.py from end to end."""
 
+import argparse
 import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import text as benchmark
+from cadd_min import assess_text
 from cadd_min.dit import PRESETS
 from cadd_min.errors import InputError
-from cadd_min.model import BASELINES, MODELS, ModelConfig
+from cadd_min.model import BASELINES, MODELS, Denoiser, ModelConfig
+from cadd_min.plan import Sampling
 from cadd_min.tokenizer import gpt2
 from tests.conftest import ROOT, TINY, save_untrained
 
@@ -68,6 +72,8 @@ def test_samples_and_frontier_stand_beside_real_text(call, text):
         ("samples --ckpt udm.pt --dataset text.txt --order entropy --num 2", "order is for cadd, mdlm and cdm"),
         ("samples --ckpt text.pt --dataset text.txt --order best", "order must be one of random"),
         ("samples --ckpt short.pt --dataset text.txt --num 2", "must have 4 tokens at least"),
+        ("infill --ckpt text.pt --dataset text.txt --masked 0.5 0", "--masked must be shares above 0"),
+        ("infill --ckpt text.pt --dataset text.txt --num 100000", "--num: the held-out text has"),
     ],
 )
 def test_bad_input_is_one_sentence(command, message, call, text):
@@ -77,6 +83,20 @@ def test_bad_input_is_one_sentence(command, message, call, text):
     code, _, err = call(f"evaluate.py {command}")
     shown = err.split("\r")[-1].strip().splitlines()
     assert code == 2 and len(shown) == 1 and message in shown[0], err
+
+
+def test_infill_counts_what_is_put_back(call, text):
+    """A model that says token 5 everywhere puts back the 5s among the masked tokens, and never a wrong one."""
+    model = Denoiser(ModelConfig(300, 8, PRESETS["nano"], model="mdlm", head_bias=True)).eval()
+    model.head.bias.data[5] = 50
+    args = argparse.Namespace(seed=0, batch_size=3, dtype="float32")
+    x_0 = torch.tensor([[5] * 8, [6] * 8, [5, 6] * 4, [6, 5] * 4])
+    found = assess_text.infilled(model, x_0, 0.5, Sampling(steps=3), args)
+    assert found[:2].tolist() == [1, 0] and torch.all(found * 4 % 1 == 0)  # of four tokens each
+    assert assess_text.infilled(model, x_0, 1.0, Sampling(steps=3), args).tolist() == [1, 0, 0.5, 0.5]
+    call(f"train_text.py --dataset {text} {TINY} --out cadd")
+    code, out, err = call("evaluate.py infill --ckpt cadd --num 4 --steps 2 --masked 0.25")
+    assert code == 0 and "| model | 25% masked |" in out and "4 held-out sequences of 16 tokens" in out, err
 
 
 def test_baselines_are_for_text(call):

@@ -438,6 +438,8 @@ def test_finetune_on_pairs_leaves_the_prompt_alone(tmp_path: Path, call: Any) ->
     code, _, err = call(f"cadd_min/upgraded.py {tmp_path / 'run'} {tmp_path / 'folder'}")
     code, out, err = call(f"sample.py --from {tmp_path / 'folder'} --steps 4 --prompt ab --chat --length 10")
     assert code == 0 and out.startswith("<s>ab</s><s>"), err
+    code, again, err = call(f"sample.py --ckpt {tmp_path / 'folder'} --steps 4 --prompt ab --chat")
+    assert code == 0 and again.startswith("<s>ab</s><s>"), err
     code, _, err = call(f"sample.py --from {tmp_path / 'folder'} --prompt abcdefgh --chat --length 8")
     assert code == 2 and "--prompt has 11 tokens" in err
 
