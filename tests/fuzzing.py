@@ -39,6 +39,7 @@ from cadd_min.pretrained import save_pretrained
 from cadd_min.tokenizer import gpt2
 from cadd_min.unet import UNET_PRESETS
 from tests.conftest import ROOT, save_untrained
+from tests.test_upgrade import write
 
 MORE = int(os.environ.get("FUZZ", 0))
 SECONDS = 120.0  # for one command; the slowest takes about two on an idle core
@@ -53,6 +54,7 @@ WRITTEN = {
 }  # by a run
 TEXT = "--dataset text.txt --cache cache --preset nano --length 8 --vocab-size 300 --batch-size 2 --dtype float32"
 IMAGE = "--dataset images.npz --cache cache --preset nano --batch-size 2 --dtype float32"
+TUNE = "--dataset text.txt --cache cache --length 8 --batch-size 2 --dtype float32"
 RUN = "--steps 2 --eval-every 0 --sample-every 0 --log-every 1"
 BASE = {  # each script's arguments of a valid and quick call
     "train_text.py": f"{TEXT} {RUN} --out new",
@@ -62,6 +64,8 @@ BASE = {  # each script's arguments of a valid and quick call
     "cadd_min/pretrained.py": "text.pt new",
     "cadd_min/mdlm_weights.py": "mdlm.safetensors new",
     "cadd_min/data.py": "tokens",
+    "finetune.py": f"--from masked {TUNE} {RUN} --out new",
+    "cadd_min/upgraded.py": "runs/tuned new",
 }
 
 
@@ -239,6 +243,11 @@ def _write_models(folder: Path) -> None:
         name = f"runs/{kind}"
         done = call(f"train_{kind}.py", *BASE[f"train_{kind}.py"].replace("new", name).split(), "--save-every", "1")
         assert done.code == 0, done
+    write("bert", folder / "masked")
+    write("llama", folder / "causal", mask=False)
+    (folder / "pairs.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 9)
+    done = call("finetune.py", *BASE["finetune.py"].replace("new", "runs/tuned").split())
+    assert done.code == 0, done
     os.utime(folder / "runs" / "text" / "checkpoint.pt")  # the newest
 
 
@@ -269,7 +278,10 @@ class World:
         """The same in a world that has been changed, and was as `before`."""
         with _quick():
             outcome = call(script, *arguments)
-        outputs, began = _outputs(script, arguments), script.startswith("train") and ", run in " in outcome.out
+        outputs, began = (
+            _outputs(script, arguments),
+            script.startswith(("train", "fine")) and ", run in " in outcome.out,
+        )
 
         def may_write(path: Path) -> bool:
             if path.parts[0] == "cache" or str(path) in outputs:

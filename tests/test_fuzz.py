@@ -44,7 +44,7 @@ FILES = [
     "ar.pt", "mdlm.pt", "image.pt", "exported", "mdlm.safetensors", "theirs.pt", "tokens", "tokens/index.json",
     "tokens/00000.bin", "runs", "runs/text", "runs/image", "runs/text/checkpoint.pt", "missing", "missing/deeper",
     "text.txt/below", "new", "new.png", "new.gif", "image.png/below.png", "photos/x.png", "hf:", "hf:no/such",
-    "hf:a/b/c",
+    "hf:a/b/c", "masked", "causal", "masked/config.json", "pairs.jsonl", "runs/tuned",
 ]  # fmt: skip
 PATHS = st.one_of(st.sampled_from(FILES), st.sampled_from(FILES), JUNK)
 
@@ -101,7 +101,9 @@ STARTS = {
         BASE["train_image.py"].replace("images.npz", "photos"),
     ],
     "sample.py": [
-        f"--ckpt {ckpt} --steps 2 --num 2" for ckpt in ("text.pt", "image.pt", "ar.pt", "mdlm.pt", "exported")
+        *(f"--ckpt {ckpt} --steps 2" for ckpt in ("text.pt", "image.pt", "ar.pt", "mdlm.pt", "exported", "runs/tuned")),
+        "--from masked --length 8 --steps 2 --prompt a --chat",
+        "--from causal --mask-token x --length 8 --steps 2",
     ],
     "evaluate.py": [
         BASE["evaluate.py"],
@@ -109,6 +111,14 @@ STARTS = {
         "frechet --ckpt image.pt --cache cache --num 10 --steps 2",
         "samples --ckpt text.pt exported --dataset text.txt --cache cache --num 2 --steps 2 --judge missing",
         "frontier --ckpt text.pt --dataset text.txt --cache cache --num 2 --steps 2 --judge missing",
+        "infill --ckpt text.pt runs/tuned --dataset text.txt --cache cache --num 2 --steps 2",
+    ],
+    "finetune.py": [
+        BASE["finetune.py"],
+        BASE["finetune.py"].replace("masked", "causal") + " --mask-token x --lora 1",
+        BASE["finetune.py"].replace("text.txt", "pairs.jsonl") + " --chat --checkpointing",
+        BASE["finetune.py"].replace("masked", "mdlm.pt"),
+        BASE["finetune.py"].replace("new", "runs/tuned") + " --resume",
     ],
     "cadd_min/pretrained.py": ["text.pt new", "image.pt new", "runs new"],
     "cadd_min/mdlm_weights.py": ["mdlm.safetensors new", "theirs.pt new", "mdlm.pt new.safetensors --back --time 0.5"],
