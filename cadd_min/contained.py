@@ -94,9 +94,8 @@ def die_with_parent() -> None:
 
 
 def follow(child: int) -> NoReturn:
-    """Wait for a child, and end as it did: not at all, while it lives."""
-    os.waitpid(child, 0)
-    os._exit(0)
+    """Wait for a child, and end well only if it did: who is killed meanwhile ends otherwise."""
+    os._exit(0 if os.waitpid(child, 0)[1] == 0 else 1)
 
 
 def run(spec: dict[str, Any]) -> None:

@@ -124,9 +124,19 @@ def contain(program: str, tests: str, limits: Limits, root: str) -> Outcome:
     theirs.close()
     with ours:
         try:
-            return converse(ours, program, tests, limits.seconds)
+            outcome = converse(ours, program, tests, limits.seconds)
+            if outcome.status == "passed" and not ends_well(stage):
+                return dataclasses.replace(outcome, status="killed", detail="it did not end well, or killed its parent")
+            return outcome
         finally:
             end(stage)
+
+
+def ends_well(stage: subprocess.Popen[bytes]) -> bool:
+    """Whether the driver, and all who wait for it, have left as they should. It is no more than an exit away."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return stage.wait(START) == 0
+    return False
 
 
 def end(stage: subprocess.Popen[bytes]) -> None:
