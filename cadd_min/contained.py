@@ -17,7 +17,16 @@ import sys
 from typing import Any, NoReturn
 
 LIBC = ctypes.CDLL(None, use_errno=True)
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
+    1,
+    2,
+    4,
+    8,
+    32,
+    4096,
+    16384,
+    1 << 18,
+)
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x20000, 0x8000000, 1 << 28, 1 << 29, 1 << 30
 NAMESPACES = {"mounts": CLONE_NEWNS, "processes": CLONE_NEWPID, "network": CLONE_NEWNET, "ipc": CLONE_NEWIPC}
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
@@ -58,7 +67,9 @@ def build(root: str, readable: list[str], uid: int, size: int) -> None:
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     for path in readable:
         target = root + path
-        os.makedirs(target if os.path.isdir(path) and not os.path.islink(path) else os.path.dirname(target), exist_ok=True)
+        os.makedirs(
+            target if os.path.isdir(path) and not os.path.islink(path) else os.path.dirname(target), exist_ok=True
+        )
         if os.path.islink(path):
             os.symlink(os.readlink(path), target)
             continue

@@ -1,8 +1,8 @@
 """The innermost process of the sandbox: runs a program, then its tests, and says over its one socket how that went.
 
 It is started as `python -c` with this file's text (contained.py). The socket is file descriptor 3. It says `ready`,
-hears the program and the tests, each with its length before it, and says `wrong ...`, `error ...` or `ran`. To `ran` it is
-answered with a token, and gives it back: before the tests have run, the token is nowhere in this process.
+hears the program and the tests, each with its length before it, and says `wrong ...`, `error ...` or `ran`. To `ran` it
+is answered with a token, and gives it back: before the tests have run, the token is nowhere in this process.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,15 +54,15 @@ def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise InputError(f"{path}, line {number}: expected a JSON object ({shown(error)})") from None
 
 
-def load(path: Path, parse: Callable[[dict[str, Any]], T], wanted: dict[str, type | tuple[type, ...]]) -> list[T]:
+def load(path: Path, parse: Callable[[dict[str, Any]], T], wanted: Mapping[str, type], empty: bool = False) -> list[T]:
     """parse(row) of every row. Raises InputError where one lacks what is `wanted`, by name and type."""
-    found = []
+    found: list[T] = []
     for number, row in rows(path):
         for name, kind in wanted.items():
             if not isinstance(row.get(name), kind):
                 raise InputError(f"{path}, line {number}: {name} is missing or not as in this benchmark")
         found.append(parse(row))
-    if not found:
+    if not found and not empty:
         raise InputError(f"{path} has no problems in it")
     return found
 

@@ -1,4 +1,4 @@
-"""Run programs that nobody has read: each in a process that reaches no file, network, process or secret of this machine.
+"""Run programs that nobody has read, each in a process that reaches no file, network, process or secret of the machine.
 
 contained.py builds the walls and says which they are; driver.py runs a program and its tests inside. Before the first
 program is run, one of ours tries what is forbidden: if any of it succeeds, nothing is run.
@@ -81,7 +81,7 @@ Run = Callable[[str, str], Outcome]
 
 @contextlib.contextmanager
 def opened(limits: Limits) -> Iterator[Run]:
-    """A function run(program, tests) that many threads may call. Raises InputError where programs cannot be contained."""
+    """A function run(program, tests) that threads may share. Raises InputError where programs cannot be contained."""
     if not sys.platform.startswith("linux"):
         raise InputError("execution needs Linux: programs are contained by its namespaces, which this system has not")
     with tempfile.TemporaryDirectory(prefix="cadd_min-") as root:
