@@ -4,7 +4,7 @@ contained.py builds the walls and says which they are; driver.py runs a program 
 program is run, one of ours tries what is forbidden: if any of it succeeds, nothing is run.
 
 It is the machine that is kept safe, not the score: a program shares its process with its tests, so one that knew
-driver.py well could lie about itself, as in any such harness.
+driver.py and looked for its key there could lie about itself, as in any such harness.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ LONGEST = 4096  # bytes of an answer
 SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/nix", "/dev/null", "/dev/zero", "/dev/urandom")
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": contained.FOLDER, "TMPDIR": contained.FOLDER,
                "PYTHONHASHSEED": "0"}  # fmt: skip
+VARIABLES = frozenset(ENVIRONMENT) | {"LC_CTYPE"}  # which Python sets itself
 MIB = 1 << 20
 UNBOUND = "execution refuses to run anything: a program on this machine could not be kept from "
 
@@ -156,14 +157,14 @@ def converse(channel: socket.socket, program: str, tests: str, seconds: float) -
         reason = said.removeprefix("refused ") if said else "its Python does not start there"
         raise InputError(f"execution refuses to run anything: a program cannot be contained on this machine ({reason})")
     start = time.monotonic()
-    token = secrets.token_hex(16)
+    key, token = secrets.token_hex(16), secrets.token_hex(16)
     try:
         channel.settimeout(seconds)
-        for text in (program, tests):
+        for text in (program, tests, key):
             content = text.encode("utf-8", "surrogatepass")
             channel.sendall(f"{len(content)}\n".encode() + content)
         said = hear(channel, start + seconds)
-        if said == "ran":
+        if said == key:
             channel.sendall(token.encode() + b"\n")
             said = hear(channel, start + seconds)
     except TimeoutError:
@@ -258,7 +259,7 @@ def probe(run: Run, limits: Limits) -> None:
             server.listen()
             port = port or server.getsockname()[1]
         tried = PROBE.format(
-            port=port, abstract=abstract, victim=str(victim), parent=os.getpid(), names=set(ENVIRONMENT) | {"LC_CTYPE"},
+            port=port, abstract=abstract, victim=str(victim), parent=os.getpid(), names=set(VARIABLES),
             processes=limits.processes, memory=limits.memory, folder=limits.folder,
         )  # fmt: skip
         found = run(tried, "")
