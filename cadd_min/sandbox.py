@@ -44,7 +44,7 @@ class Limits:
 
     seconds: float = option(10.0, "that one program may run")
     memory: int = option(512, "MiB of addresses, of each of its processes")
-    processes: int = option(8, "its processes and threads, itself included")
+    processes: int = option(4, "its processes and threads, itself included")
     folder: int = option(64, "MiB in its folder, which is in memory")
 
     def __post_init__(self) -> None:
@@ -238,6 +238,7 @@ for escape in (lambda: os.setuid(0), lambda: os.chroot("."), lambda: os.setprior
     assert fails(escape), "becoming another user"
 assert fails(crowd), "starting more processes than it may"
 assert fails(bytes, ({memory} + 8) << 20), "taking more memory than it may"
+assert fails(os.memfd_create, "memory"), "taking memory that no limit counts"
 assert fails(fill), "filling more of a disk than it may"
 os.remove("full")
 """

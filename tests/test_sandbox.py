@@ -72,6 +72,8 @@ HOSTILE = {
     "growing list": "found = []\nfor _ in range(200): found.append(bytearray(b'x' * (10 << 20)))",
     "huge map": "m = mmap.mmap(-1, 1 << 30)",
     "families that grow": "for _ in range(3): os.fork()\nfound = [bytearray(b'x' * (10 << 20)) for _ in range(50)]",
+    "memory without addresses": "for _ in range(9): os.write(os.memfd_create('m'), bytes(1 << 20))",
+    "memory of all": "if ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) < 0: raise OSError('no')",
     "deep recursion": "sys.setrecursionlimit(10**6)\ndef f(n): return n and f(n - 1) + 1\nf(10**6 - 9)\ntime.sleep(60)",
     "huge file": "with open('f', 'wb') as f:\n    for _ in range(64): f.write(bytes(1 << 20))",
     "hole of a file": "os.truncate(os.open('f', os.O_CREAT | os.O_RDWR), 1 << 30)",
