@@ -78,6 +78,9 @@ def check(args: argparse.Namespace) -> None:
     for k in args.k:
         if not 1 <= k <= args.num_samples:
             raise InputError(f"--k must be from 1 to --num-samples {args.num_samples}, not {k}")
+    from_args(sandbox.Limits, args)
+    args.zhat = args.zhat or "hard"
+    generate.sampling(args)
 
 
 def load(args: argparse.Namespace) -> list[Problem]:
@@ -219,7 +222,6 @@ def assess(asked: list[Problem], complete: Complete | None, model: str, folder: 
 def main(arguments: list[str]) -> None:
     args = build_parser().parse_args(arguments)
     check(args)
-    from_args(sandbox.Limits, args)
     asked = load(args)
     if args.reference:
         print(assess(asked, None, "reference solutions", args.out or Path(f"{args.benchmark}-reference"), args))
@@ -227,7 +229,7 @@ def main(arguments: list[str]) -> None:
     model, codec, content = checkpoint.load_denoiser(args.ckpt, torch_device(args.device))
     if isinstance(codec, Pixels):
         raise InputError(f"code is for models of text, and --ckpt {args.ckpt} is one of images")
-    args.zhat, args.dtype = args.zhat or "hard", generate.dtype_of(args.dtype, content)
+    args.dtype = generate.dtype_of(args.dtype, content)
     check_lengths(asked, codec, model.config.length)
     path = checkpoint.find(args.ckpt)
     said = f"model {model.config.model} at step {content['trainer']['step']} ({path}), {generate.settings(args)}"

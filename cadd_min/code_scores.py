@@ -24,7 +24,7 @@ def extract(text: str, problem: Problem) -> str:
     if whole:
         start = named.search(problem.prompt) if problem.continues else None
         return (problem.prompt[: start.start()] if start else "") + whole[0]
-    code = blocks[0] if blocks else text[: min(_found(text, stop) for stop in (*problem.stops, "\0"))]
+    code = blocks[0] if blocks else text[: min(_found(text, stop) for stop in problem.stops)]
     return problem.prompt + code if problem.continues else code
 
 

@@ -56,11 +56,12 @@ def settle(folder: Path, name: str, values: dict[str, Any]) -> None:
     path = folder / SETTINGS
     try:
         known = json.loads(path.read_text()) if path.exists() else {}
-        differing = [key for key in values if known[name].get(key) != values[key]] if name in known else []
+        before = known.get(name, values)
+        differing = [key for key in values if before.get(key) != values[key]]
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path} is damaged: give another --out") from None
     if differing:
-        was, now = known[name].get(differing[0]), values[differing[0]]
+        was, now = before.get(differing[0]), values[differing[0]]
         raise InputError(
             f"{folder / name} was made with {differing[0]} {was}, not {now}: give another --out, or delete it"
         )
