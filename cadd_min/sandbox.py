@@ -134,9 +134,9 @@ def contain(program: str, tests: str, limits: Limits, root: str) -> Outcome:
 
 
 def ends_well(stage: subprocess.Popen[bytes]) -> bool:
-    """Whether the driver, and all who wait for it, have left as they should. It is no more than an exit away."""
+    """Whether the driver, and all who wait for it, leave as they should. It is no more than an exit away."""
     with contextlib.suppress(subprocess.TimeoutExpired):
-        return stage.wait(START) == 0
+        return stage.wait(5) == 0
     return False
 
 

@@ -18,6 +18,7 @@ from cadd_min.model import ModelConfig
 from cadd_min.text import frame, parse_prompt
 from cadd_min.tokenizer import GPT2_SIZE, gpt2
 from tests.conftest import ROOT, TINY, save_untrained
+from tests.test_code import HUMAN, MBPP, write
 from tests.test_mdlm_weights import public_state
 
 
@@ -103,6 +104,9 @@ def few(command: str, text: Path) -> str:
         return f"{command.replace('my.txt', str(text))}{data} {TINY.replace('16', '64')}"
     if script == "train_image.py":
         return f"{command} --preset nano --batch-size 4 --steps 4"
+    if command.startswith("evaluate.py code"):
+        problems = "" if "--problems" in command else " --problems human.jsonl"
+        return f"{command}{problems} --steps 2"
     if script == "evaluate.py":
         return f"{command} --num 12 --steps 2"
     return command if script.startswith("cadd_min/") else f"{command} --steps 4"
@@ -113,6 +117,8 @@ def test_every_command_of_readme_works(call, text, photos, monkeypatch, tmp_path
     commands = readme_commands()
     monkeypatch.setattr("tests.test_mdlm_weights.VOCAB", GPT2_SIZE)
     save_file(public_state(), tmp_path / "mdlm.safetensors")
+    write(tmp_path / "human.jsonl", HUMAN)
+    write(tmp_path / "mbpp.jsonl", MBPP)
     for script in ("sample.py", "train_text.py", "train_image.py", "evaluate.py"):
         assert sum(script in c for c in commands) >= 2
     for command in commands:

@@ -121,7 +121,7 @@ for _ in range(9):
     "replaces the channel": "os.dup2(os.open('f', os.O_CREAT | os.O_RDWR), 3)",
     "leaves it to a child": "if os.fork(): os._exit(0)",
     "lets a child speak": "if os.fork(): time.sleep(60)\ndef f(x): return x + 1",
-    "breaks the builtins": "import builtins\nbuiltins.exec = builtins.compile = lambda *a, **k: None",
+    "breaks the builtins": "import builtins\nbuiltins.compile = lambda *a, **k: (lambda: 0).__code__",
     "breaks the system": "os.write = os.read = lambda *a: b''\nos._exit = os.getpid = lambda *a: None",
     "breaks the exceptions": "import builtins\nbuiltins.BaseException = builtins.AssertionError = KeyError",
     "swallows assertions": "sys.excepthook = lambda *a: os._exit(0)",
@@ -196,6 +196,16 @@ def f(x):
 def test_nothing_stays_from_one_program_to_the_next(run):
     assert run("open('note', 'w').close()", "").status == "passed"
     assert run("import os", "assert os.listdir('.') == []").status == "passed"
+
+
+def test_what_may_be_read_may_not_be_written(run, names, monkeypatch):
+    """Even where permissions let everybody."""
+    paths = [*sandbox.readable(), names["folder"]]
+    monkeypatch.setattr(sandbox, "readable", lambda: paths)
+    assert run(f"assert open({names['file']!r}).read() == 'untouched'", "").status == "passed"
+    for action in ("open(FILE, 'a')", "os.remove(FILE)", "os.mkdir(FILE + '.new')", "os.chmod(FILE, 0)"):
+        found = run(f"import os\nFILE = {names['file']!r}\n{action}", "")
+        assert found.status == "error" and "Read-only file system" in found.detail, found
 
 
 @pytest.mark.parametrize(
