@@ -147,6 +147,7 @@ def digest(texts: dict[str, str]) -> str:
 def programs(asked: list[Problem], folder: Path, count: int) -> None:
     """Step 2: the program in each answer."""
     by_name = {problem.task_id: problem for problem in asked}
+    settle(folder, PROGRAMS, {"solutions": "of a model"})
     with Journal(folder / GENERATIONS) as written, Journal(folder / PROGRAMS) as extracted:
         for key in tqdm(extracted.missing(wanted(asked, count)), desc="extraction", unit="program", leave=False):
             extracted.add(key, program=extract(str(written.rows[key].get("text")), by_name[key[0]]))
@@ -155,7 +156,7 @@ def programs(asked: list[Problem], folder: Path, count: int) -> None:
 def references(asked: list[Problem], folder: Path) -> None:
     """Steps 1 and 2 of the reference solutions."""
     solutions = {problem.task_id: problem.solution for problem in asked}
-    settle(folder, PROGRAMS, {"reference solutions": digest(solutions)})
+    settle(folder, PROGRAMS, {"solutions": f"of the reference ({digest(solutions)})"})
     with Journal(folder / PROGRAMS) as extracted:
         for key in extracted.missing(wanted(asked, 1)):
             extracted.add(key, program=solutions[key[0]])

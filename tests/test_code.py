@@ -307,6 +307,8 @@ def test_the_whole_chain_with_a_model_of_this_project(call, human, tmp_path):
     assert len(set(texts)) == 6 and all("[mask]" not in text for text in texts)
     code, _, err = call(f"{base} --seed 1")
     assert code == 2 and "generations.jsonl was made with model" in err and "give another --out" in err
+    code, _, err = call(f"evaluate.py code --benchmark humaneval --problems {human} --reference --out run/humaneval")
+    assert code == 2 and "programs.jsonl was made with solutions of a model, not of the reference" in err
     code, _, err = call(f"{base} --seconds 1 --execute")
     assert code == 2 and "results.jsonl was made with seconds 10.0, not 1.0" in err
 
