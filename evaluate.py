@@ -9,14 +9,17 @@ python evaluate.py infill --ckpt runs/a runs/b         how many tokens, masked i
 images
 python evaluate.py frechet                             in the features of a small classifier; never to be called FID
 python evaluate.py fid --num 50000 --steps 512         FID, IS, precision and recall by torch-fidelity (Inception)
+code
+python evaluate.py code --help                         programs that a model writes, and how many pass their tests
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from cadd_min import assess_images, assess_text, checkpoint, generate
+from cadd_min import assess_code, assess_images, assess_text, checkpoint, generate
 from cadd_min.errors import InputError, run, torch_device
 from cadd_min.options import Parser, whole
 from cadd_min.pixels import Pixels
@@ -91,6 +94,8 @@ def check(args: argparse.Namespace, images: bool) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["code"]:
+        return assess_code.main(sys.argv[2:])
     args = build_parser().parse_args()
     device = torch_device(args.device)
     models = {checkpoint.find(path): checkpoint.load_denoiser(path, device) for path in args.ckpt}

@@ -17,6 +17,7 @@ from cadd_min.dit import PRESETS
 from cadd_min.model import ModelConfig
 from cadd_min.text import frame, parse_prompt
 from cadd_min.tokenizer import GPT2_SIZE, gpt2
+from tests import test_code
 from tests.conftest import ROOT, TINY, save_untrained
 from tests.test_mdlm_weights import public_state
 from tests.test_upgrade import write
@@ -104,6 +105,9 @@ def few(command: str, text: Path) -> str:
         return f"{command.replace('my.txt', str(text))}{data} {TINY.replace('16', '64')}"
     if script == "train_image.py":
         return f"{command} --preset nano --batch-size 4 --steps 4"
+    if command.startswith("evaluate.py code"):
+        problems = "" if "--problems" in command else " --problems human.jsonl"
+        return f"{command}{problems} --steps 2"
     if script == "evaluate.py":
         return f"{command} --num 12 --steps 2"
     if script == "finetune.py":
@@ -117,6 +121,8 @@ def test_every_command_of_readme_works(call, text, photos, monkeypatch, tmp_path
     commands = readme_commands()
     monkeypatch.setattr("tests.test_mdlm_weights.VOCAB", GPT2_SIZE)
     save_file(public_state(), tmp_path / "mdlm.safetensors")
+    test_code.write(tmp_path / "human.jsonl", test_code.HUMAN)
+    test_code.write(tmp_path / "mbpp.jsonl", test_code.MBPP)
     write("llama", tmp_path / "causal", mask=False)  # what README's commands take from the hub, and from a package
     write("bert", tmp_path / "masked")
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 30)
