@@ -19,6 +19,7 @@ import torch
 from cadd_min import checkpoint, corpus, families, launch, pairs
 from cadd_min.data import Batches, prepare
 from cadd_min.errors import InputError, run
+from cadd_min.hf_tokenizer import prompt_ids
 from cadd_min.model import Denoiser
 from cadd_min.options import options_of, whole
 from cadd_min.text import preview
@@ -51,7 +52,7 @@ def open_data(args: argparse.Namespace, words: Any) -> tuple[Any, list[Batch], s
     path = Path(args.dataset).expanduser()
     if pairs.holds_pairs(path):
         kept, held_out = pairs.split(pairs.read_pairs(path))
-        as_prompt = words.encode_chat if args.chat else None
+        as_prompt = prompt_ids(words, args.chat)
         data = pairs.Pairs(*pairs.encode(kept, words, args.length, as_prompt), args.batch_size, args.seed)
         judged = pairs.Pairs(*pairs.encode(held_out, words, args.length, as_prompt), evaluated)
         return data, [judged(i) for i in range(8)], f"{len(kept):,} pairs to train on"

@@ -14,11 +14,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from cadd_min import checkpoint, generate, upgraded
+from cadd_min import generate, upgraded
 from cadd_min.errors import InputError, run, torch_device
 from cadd_min.generate import add_sampling_options
 from cadd_min.options import Parser, whole
@@ -40,10 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--watch", action="store_true", help="show the first sample's denoising in the terminal")
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", help='text with gaps, "The [8] of the union [16]"')
-    text.add_argument("--from", dest="source", help="instead of --ckpt: a model of the Hugging Face hub, or its folder")
-    text.add_argument("--length", type=whole, help="with --from: tokens in a sample (default: as it was tuned, or 256)")
-    text.add_argument("--mask-token", help="with --from: the mask's text, if the model does not say it")
-    text.add_argument("--chat", action="store_true", help="the prompt goes through the tokenizer's chat template")
+    upgraded.add_source_options(text)
     image = parser.add_argument_group("images")
     image.add_argument("--out", type=Path, help="the grid of samples (default: samples.png)")
     image.add_argument("--gif", type=Path, help="the path there: what is masked, and z0_hat decoded, side by side")
@@ -54,21 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def open_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, Any, dict[str, Any], Path | str]:
-    """The model, its tokenizer or what stands for it, what else its checkpoint says, and where it was found."""
-    if args.source:
-        model, words = upgraded.open_upgraded(args.source, args.length, args.mask_token)
-        return model.eval().to(device), words, {"settings": {}, "trainer": {"step": "unknown"}}, args.source
-    for name in ("length", "mask_token"):
-        if getattr(args, name) is not None:
-            raise InputError(f"--{name.replace('_', '-')} goes with --from, and --ckpt has its own")
-    return *checkpoint.load_denoiser(args.ckpt, device), checkpoint.find(args.ckpt)
-
-
 def main() -> None:
     args = build_parser().parse_args()
     device = torch_device(args.device)
-    model, codec, content, where = open_model(args, device)
+    model, codec, content, where = upgraded.open_model(args, device)
     task = ImageTask(model, codec, args) if isinstance(codec, Pixels) else TextTask(model, codec, args)
     args.zhat, args.num = args.zhat or task.zhat, task.num if args.num is None else args.num
     args.dtype = generate.dtype_of(args.dtype, content)

@@ -22,17 +22,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cadd_min import checkpoint, generate, plus, problems, sandbox
+from cadd_min import generate, plus, problems, sandbox, upgraded
 from cadd_min.code_scores import counted, extract, table
 from cadd_min.errors import InputError, torch_device
+from cadd_min.hf_tokenizer import prompt_ids
 from cadd_min.journal import Journal, Key, settle
 from cadd_min.model import Denoiser
 from cadd_min.options import Parser, add_options, from_args, whole
 from cadd_min.pixels import Pixels
 from cadd_min.plan import Sampling
 from cadd_min.problems import Problem
-from cadd_min.tokenizer import EOT, Tokenizer
+from cadd_min.tokenizer import Tokenizer
 
+Encode = Callable[[str], list[int]]  # ids of a prompt
 Complete = Callable[[list[str], int], list[str]]  # complete(prompts, seed): what a model writes after each
 GENERATIONS, PROGRAMS, RESULTS = "generations.jsonl", "programs.jsonl", "results.jsonl"
 EXECUTES = (
@@ -61,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=whole, default=os.cpu_count() or 1, help="programs that run at a time")
     add_options(parser, sandbox.Limits)
     parser.add_argument("--ckpt", type=Path, default=Path("runs"), help="a model of text, as in sample.py")
+    upgraded.add_source_options(parser)
     parser.add_argument("--batch-size", type=whole, default=32, help="prompts at a time")
     generate.add_sampling_options(parser)
     return parser
@@ -93,26 +96,25 @@ def load(args: argparse.Namespace) -> list[Problem]:
     return problems.mbpp(args.problems, args.split, shots)
 
 
-def text_model(model: Denoiser, tokenizer: Tokenizer, how: Sampling, dtype: str) -> Complete:
-    """A model of this project: it fills all of its length after the prompt, and is read up to the document's end."""
+def text_model(model: Denoiser, tokenizer: Tokenizer, encode: Encode, how: Sampling, dtype: str) -> Complete:
+    """A model of text: it fills all of its length after the prompt, and is read up to the first end of a text."""
 
     def complete(prompts: list[str], seed: int) -> list[str]:
         given = torch.full((len(prompts), model.config.length), tokenizer.mask_id)
-        starts = []
-        for row, prompt in zip(given, prompts):
-            ids = tokenizer.encode(prompt)
+        coded = [encode(prompt) for prompt in prompts]
+        for row, ids in zip(given, coded):
             row[: len(ids)] = torch.tensor(ids)
-            starts.append(len(ids))
         x = generate.samples(model, how, len(prompts), seed=seed, dtype=dtype, prompt=given).tolist()
-        return [tokenizer.decode(row[start:]).partition(EOT)[0] for row, start in zip(x, starts)]
+        answers = [row[len(ids) :] for row, ids in zip(x, coded)]
+        return [tokenizer.decode(ids[: [*ids, tokenizer.eot_id].index(tokenizer.eot_id)]) for ids in answers]
 
     return complete
 
 
-def check_lengths(asked: list[Problem], tokenizer: Tokenizer, length: int) -> None:
+def check_lengths(asked: list[Problem], encode: Encode, length: int) -> None:
     """Raises InputError where a prompt leaves no room for an answer."""
     for problem in asked:
-        count = len(tokenizer.encode(problem.prompt))
+        count = len(encode(problem.prompt))
         if count >= length:
             raise InputError(f"the prompt of {problem.task_id} has {count} tokens: the model's length is {length}")
 
@@ -227,13 +229,15 @@ def main(arguments: list[str]) -> None:
     if args.reference:
         print(assess(asked, None, "reference solutions", args.out or Path(f"{args.benchmark}-reference"), args))
         return
-    model, codec, content = checkpoint.load_denoiser(args.ckpt, torch_device(args.device))
+    model, codec, content, path = upgraded.open_model(args, torch_device(args.device))
     if isinstance(codec, Pixels):
         raise InputError(f"code is for models of text, and --ckpt {args.ckpt} is one of images")
+    encode = prompt_ids(codec, args.chat)
     args.dtype = generate.dtype_of(args.dtype, content)
-    check_lengths(asked, codec, model.config.length)
-    path = checkpoint.find(args.ckpt)
-    said = f"model {model.config.model} at step {content['trainer']['step']} ({path}), {generate.settings(args)}"
-    complete = text_model(model, codec, generate.sampling(args), args.dtype)
-    folder = args.out or path.parent / f"{args.benchmark}{'-plus' if args.plus else ''}"
+    check_lengths(asked, encode, model.config.length)
+    chat = ", chat" if args.chat else ""
+    said = f"model {model.config.model} at step {content['trainer']['step']} ({path}), {generate.settings(args)}{chat}"
+    complete = text_model(model, codec, encode, generate.sampling(args), args.dtype)
+    place = Path(path.name) if args.source else path.parent
+    folder = args.out or place / f"{args.benchmark}{'-plus' if args.plus else ''}"
     print(assess(asked, complete, f"{said}, batches of {args.batch_size}", folder, args))

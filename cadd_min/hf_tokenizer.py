@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from cadd_min.errors import InputError
@@ -112,3 +113,12 @@ def from_spec(spec: dict[str, Any]) -> HFTokenizer:
         if type(spec.get(name)) is not kind:
             raise InputError(f"a tokenizer of kind hf is damaged: its {name} is missing or malformed")
     return HFTokenizer(**{name: spec[name] for name in types})
+
+
+def prompt_ids(tokenizer: Tokenizer, chat: bool) -> Callable[[str], list[int]]:
+    """What makes ids of a prompt: the tokenizer, or its chat template. Raises InputError where there is none."""
+    if not chat:
+        return tokenizer.encode
+    if not isinstance(tokenizer, HFTokenizer):
+        raise InputError("--chat is for models with a chat template: those that others have trained")
+    return tokenizer.encode_chat

@@ -8,16 +8,17 @@ end tokens are masked and scored like any other, so that a model learns how long
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cadd_min.errors import InputError, shown
+from cadd_min.errors import InputError
+from cadd_min.jsonl import rows
 from cadd_min.tokenizer import Tokenizer
 
 FIELDS = ("prompt", "response")
@@ -43,7 +44,7 @@ def holds_pairs(path: Path) -> bool:
 def read_pairs(path: Path) -> list[Pair]:
     """All pairs of a .jsonl file. Raises InputError, with the number of the line, for one that is none."""
     pairs = []
-    for number, values in json_lines(path):
+    for number, values in rows(path):
         for name in FIELDS:
             if not isinstance(values.get(name), str) or not values[name]:
                 raise InputError(f"{path}, line {number}: needs {name!r}, a text that is not empty")
@@ -51,24 +52,6 @@ def read_pairs(path: Path) -> list[Pair]:
     if not pairs:
         raise InputError(f"{path} holds no pairs of prompt and response")
     return pairs
-
-
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The JSON objects of a file with their lines' numbers from 1; empty lines are none. Raises InputError."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number} is not JSON in UTF-8: {shown(error)}") from None
-        if not isinstance(values, dict):
-            raise InputError(f"{path}, line {number} must be a JSON object, not {shown(repr(values))}")
-        yield number, values
 
 
 class Pairs:
@@ -95,18 +78,18 @@ class Pairs:
 
 
 def encode(
-    pairs: list[Pair], tokenizer: Tokenizer, length: int, prompt_ids: Callable[[str], list[int]] | None = None
+    pairs: list[Pair], tokenizer: Tokenizer, length: int, prompt_ids: Callable[[str], list[int]]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(N, L) int64 sequences and where in them the responses begin (N,).
 
-    prompt_ids: of a prompt, if not the tokenizer's, as under a chat template. Raises InputError for a prompt that
-    leaves no room for a response.
+    prompt_ids: makes ids of a prompt: the tokenizer, or its chat template. Raises InputError for a prompt that leaves
+    no room for a response.
     """
     ids = np.full((len(pairs), length), tokenizer.eot_id, np.int64)
     starts = np.empty(len(pairs), np.int64)
     coded = tokenizer.encode_batch([pair.response for pair in pairs])
     for n, (pair, response) in enumerate(zip(tqdm(pairs, desc="tokenising", unit="pair", leave=False), coded)):
-        prompt = (prompt_ids or tokenizer.encode)(pair.prompt)
+        prompt = prompt_ids(pair.prompt)
         if len(prompt) >= length:
             raise InputError(
                 f"the prompt of pair {n + 1} has {len(prompt)} tokens and leaves no room for a response: --length is "

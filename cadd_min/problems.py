@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
-import json
 import re
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cadd_min.errors import InputError, shown
+from cadd_min.errors import InputError
+from cadd_min.jsonl import rows
 
 T = TypeVar("T")
 STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")  # where a completion of HumanEval ends: Chen et al. (2021)
@@ -33,25 +31,6 @@ class Problem:
     solution: str  # the reference, a whole program
     continues: bool  # whether an answer goes on from the prompt, or stands for itself
     stops: tuple[str, ...]  # an answer without a code block ends before the first of them
-
-
-def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a .jsonl file, gzipped or not, with their line numbers. Raises InputError, with the line's."""
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError("it is no object")
-                    yield number, row
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{path} is damaged after line {number}: {error}") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}, line {number}: expected a JSON object ({shown(error)})") from None
 
 
 def load(path: Path, parse: Callable[[dict[str, Any]], T], wanted: Mapping[str, type], empty: bool = False) -> list[T]:

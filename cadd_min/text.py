@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cadd_min.errors import InputError
-from cadd_min.hf_tokenizer import HFTokenizer
+from cadd_min.hf_tokenizer import prompt_ids
 from cadd_min.methods import draw
 from cadd_min.model import Denoiser
 from cadd_min.tokenizer import Tokenizer
@@ -25,11 +25,8 @@ def parse_prompt(prompt: str, tokenizer: Tokenizer, length: int, chat: bool = Fa
     chat: all of it is a message under the tokenizer's chat template. Raises InputError for a prompt longer than
     `length` tokens.
     """
-    ids: list[int] = []
-    if chat and not isinstance(tokenizer, HFTokenizer):
-        raise InputError("--chat is for models with a chat template: those of --from")
-    if isinstance(tokenizer, HFTokenizer) and chat:
-        ids, prompt = tokenizer.encode_chat(prompt), ""
+    ids = prompt_ids(tokenizer, True)(prompt) if chat else []
+    prompt = "" if chat else prompt
     for i, part in enumerate(GAP.split(prompt)):
         gap = int(part[:9]) if i % 2 else 0
         if gap > length:
@@ -66,6 +63,8 @@ class TextTask:
     def prompt(self, count: int) -> Tensor | None:
         """(count, L), or None."""
         if not self.args.prompt:
+            if self.args.chat:
+                raise InputError("--chat needs a --prompt")
             return None
         ids = parse_prompt(self.args.prompt, self.tokenizer, self.model.config.length, self.args.chat)
         return ids.expand(count, -1)

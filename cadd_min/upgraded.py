@@ -7,16 +7,20 @@ The library opens such a folder too, as the masked model that it is without its 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from cadd_min import checkpoint, families
 from cadd_min.errors import InputError, run
 from cadd_min.hf_tokenizer import HFTokenizer
-from cadd_min.options import Parser, from_dict
+from cadd_min.options import Parser, from_dict, whole
 from cadd_min.pretrained import free, read_json
 from cadd_min.upgrade import UpgradeConfig, Upgraded, merged, upgrade
 
@@ -62,6 +66,29 @@ def open_upgraded(name: str, length: int | None = None, mask_token: str | None =
     config = from_dict(UpgradeConfig, values | found | {"masked_lm": False}, str(file))
     how = {name: value for name, value in dataclasses.asdict(config).items() if name not in FOUND}
     return upgrade(source, length or how["length"], **{k: v for k, v in how.items() if k != "length"}), source.tokenizer
+
+
+def add_source_options(parser: Any) -> None:
+    """A model that is not of a checkpoint, and how its prompts are put."""
+    parser.add_argument(
+        "--from", dest="source", help="instead of --ckpt: a model of the Hugging Face hub, or its folder"
+    )
+    parser.add_argument(
+        "--length", type=whole, help="with --from: tokens in a sample (default: as it was tuned, or 256)"
+    )
+    parser.add_argument("--mask-token", help="with --from: the mask's text, if the model does not say it")
+    parser.add_argument("--chat", action="store_true", help="prompts go through the tokenizer's chat template")
+
+
+def open_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, Any, dict[str, Any], Path]:
+    """The model of --from or --ckpt, its tokenizer or what stands for it, what else is known, and where it is."""
+    if args.source:
+        model, words = open_upgraded(args.source, args.length, args.mask_token)
+        return model.eval().to(device), words, {"settings": {}, "trainer": {"step": "unknown"}}, Path(args.source)
+    for name in ("length", "mask_token"):
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} goes with --from, and --ckpt has its own")
+    return *checkpoint.load_denoiser(args.ckpt, device), checkpoint.find(args.ckpt)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ LETTERS = chars("abcdefgh ")
 
 
 def test_a_sequence_is_prompt_response_and_ends() -> None:
-    ids, starts = pairs.encode([Pair("ab", "cde"), Pair("abcd", "efgh abc")], LETTERS, 8)
+    ids, starts = pairs.encode([Pair("ab", "cde"), Pair("abcd", "efgh abc")], LETTERS, 8, LETTERS.encode)
     assert LETTERS.decode(ids[0][:5].tolist()) == "abcde" and set(ids[0][5:]) == {LETTERS.eot_id}
     assert LETTERS.decode(ids[1].tolist()) == "abcdefgh"  # cut: no end
     assert starts.tolist() == [2, 4]
@@ -55,8 +55,8 @@ def test_held_out_pairs_are_every_twentieth() -> None:
     [
         ('{"prompt": "a", "response": "b"}\n{"prompt": "a"}', "line 2: needs 'response'"),
         ('{"prompt": "a", "response": "b"}\n\n{"prompt": 3, "response": "b"}', "line 3: needs 'prompt'"),
-        ('{"prompt": "a", "response": "b"}\n{"prompt": "a", "resp', "line 2 is not JSON"),
-        ('{"prompt": "a", "response": "b"}\n[1]', "line 2 must be a JSON object"),
+        ('{"prompt": "a", "response": "b"}\n{"prompt": "a", "resp', "line 2: expected a JSON object"),
+        ('{"prompt": "a", "response": "b"}\n[1]', "line 2: expected a JSON object"),
         ('{"prompt": "a", "response": ""}', "line 1: needs 'response', a text that is not empty"),
         ("\n\n", "holds no pairs"),
     ],
@@ -70,13 +70,13 @@ def test_malformed_lines_are_named(text: str, message: str, tmp_path: Path) -> N
 
 def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "a", "response": "\xff"}\n')
-    with pytest.raises(InputError, match="line 1 is not JSON in UTF-8"):
+    with pytest.raises(InputError, match="line 1: expected a JSON object"):
         pairs.read_pairs(tmp_path / "p.jsonl")
 
 
 def test_a_prompt_without_room_is_named() -> None:
     with pytest.raises(InputError, match="prompt of pair 2 has 8 tokens and leaves no room"):
-        pairs.encode([Pair("a", "b"), Pair("abcdefgh", "b")], LETTERS, 8)
+        pairs.encode([Pair("a", "b"), Pair("abcdefgh", "b")], LETTERS, 8, LETTERS.encode)
 
 
 def test_pairs_are_told_from_text(tmp_path: Path) -> None:
