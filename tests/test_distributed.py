@@ -17,6 +17,7 @@ from cadd_min.metrics import read_metrics
 from cadd_min.trainer import TrainConfig, Trainer
 from tests.conftest import nano
 from tests.test_trainer import batch
+from tests.test_upgrade import write
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = {"batch_size": 8, "dtype": "float32", "steps": 8, "warmup": 2, "drop_latent": 0.2, "lr": 1e-3}
@@ -143,9 +144,11 @@ def test_what_holds_in_one_process_all_of_them_hear_of(two):
     assert [found["mean"] for found in two] == [1.0, 1.0]
 
 
-def torchrun(tmp_path: Path, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess:
+def torchrun(
+    tmp_path: Path, *arguments: str, processes: int = 2, script: str = "train_text.py"
+) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port",
-               free_port(), "train_text.py", *arguments]  # fmt: skip
+               free_port(), script, *arguments]  # fmt: skip
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
@@ -169,6 +172,32 @@ def test_torchrun_trains_samples_and_goes_on_alone(shard, tmp_path):
     alone = [sys.executable, "train_text.py", "--resume", "--out", str(out), "--steps", "8", "--no-shard"]
     assert subprocess.run(alone, cwd=ROOT, capture_output=True).returncode == 0
     assert checkpoint.load(out)["trainer"]["seen"] == 64  # the steps are as large as before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("lora", ["0", "2"], ids=["all weights", "lora"])
+def test_an_upgraded_model_is_tuned_by_two_processes_as_by_one(shard, lora, tmp_path):
+    write("llama", tmp_path / "m", mask=False)  # its head is its embedding
+    (tmp_path / "t.txt").write_text("the dog and the cat of the hill " * 400)
+    common = ["--from", str(tmp_path / "m"), "--mask-token", "<mask>", "--dataset", str(tmp_path / "t.txt"), "--cache",
+              str(tmp_path), "--lora", lora, "--length", "16", "--batch-size", "4", "--accumulate", "2", "--steps", "4",
+              "--lr", "1e-2", "--warmup", "1", "--log-every", "1", "--eval-every", "4", "--sample-every", "4", "--dtype",
+              "float32", "--checkpointing"]  # fmt: skip
+    both = [*common, "--out", str(tmp_path / "both"), *(["--shard"] if shard else [])]
+    done = torchrun(tmp_path, *both, script="finetune.py")
+    assert done.returncode == 0, done.stderr
+    alone = [sys.executable, "finetune.py", *common, "--out", str(tmp_path / "one")]
+    assert subprocess.run(alone, cwd=ROOT, capture_output=True).returncode == 0
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("both", "one")]
+    for both_row, one_row in zip(*rows):
+        for name in ("grad_norm", "val_bound"):  # the CE that is logged is a mean of the processes' own
+            if name in one_row:
+                assert both_row[name] == pytest.approx(one_row[name], rel=2e-4), name
+    states = [checkpoint.load(tmp_path / name)["trainer"]["ema"] for name in ("both", "one")]
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], atol=2e-5, rtol=1e-3)
 
 
 @pytest.mark.slow
