@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from cadd_min import checkpoint, corpus, families, launch, pairs
+from cadd_min import checkpoint, corpus, families, launch, pairs, upgraded
 from cadd_min.data import Batches, prepare
 from cadd_min.errors import InputError, run
 from cadd_min.hf_tokenizer import prompt_ids
 from cadd_min.model import Denoiser
-from cadd_min.options import options_of, whole
+from cadd_min.options import options_of, set_defaults, whole
 from cadd_min.text import preview
 from cadd_min.trainer import Batch
 from cadd_min.upgrade import UpgradeConfig, Upgraded, upgrade, upgrade_own
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--chat", action="store_true", help="prompts go through the tokenizer's chat template")
     parser.add_argument("--length", type=whole, default=256, help="tokens in a sequence")
-    parser.set_defaults(lr=1e-4, steps=1000, batch_size=4, ema=0.99, warmup=50)
+    parser.set_defaults(unit=None, lr=1e-4, steps=1000, batch_size=4, ema=0.99, warmup=50)
     return parser
 
 
@@ -65,27 +65,53 @@ def open_data(args: argparse.Namespace, words: Any) -> tuple[Any, list[Batch], s
     return data, [batches(i) for i in range(8)], f"{len(training):,} training tokens of {words.vocab_size:,}"
 
 
-def open_model(args: argparse.Namespace, resumed: dict[str, Any] | None) -> tuple[Denoiser | Upgraded, Any]:
-    """The model that is tuned on, or the one to begin with, and its tokenizer."""
-    if resumed:
-        return checkpoint.denoiser_of(resumed, args.out)
+def open_model(args: argparse.Namespace) -> tuple[Denoiser | Upgraded, Any]:
+    """The model to begin with, and its tokenizer."""
+    how = options_of(UpgradeConfig, args)
     if not args.source:
         raise InputError("--from must name a model: a folder, owner/name of the hub, or smollm2")
+    if args.anneal > args.steps:
+        raise InputError(
+            f"--anneal must be at most --steps {args.steps}, not {args.anneal}: attention would never open"
+        )
     torch.manual_seed(args.seed)  # of LoRA's matrices
-    how = options_of(UpgradeConfig, args)
     if checkpoint.is_ours(Path(args.source)):
         model, words, _ = checkpoint.load_denoiser(Path(args.source))
         return upgrade_own(model, how), words
     source = families.open_source(args.source, args.mask_token)
-    return upgrade(source, args.length, shift=args.shift, **how), source.tokenizer
+    return upgrade(source, args.length, shift=args.shift, unit=args.unit, **how), source.tokenizer
+
+
+def parse_args() -> tuple[argparse.Namespace, dict[str, Any] | None]:
+    """The settings, and what to resume from. A model that was upgraded before has settings of its own."""
+    parser = build_parser()
+    args, resumed = launch.parse_args(parser, "finetune.py")
+    if not resumed and args.source and (found := upgraded.settings(args.source)):
+        set_defaults(parser, {name: found[name] for name in found if name != "unit"}, args.source)
+        args = parser.parse_args()
+        args.unit = found["unit"]
+    return args, resumed
+
+
+def check_unchanged(args: argparse.Namespace, config: Any) -> None:
+    """Raises InputError for an option of the model that is not as the run has it."""
+    for name in ("length", *options_of(UpgradeConfig, args)):
+        if getattr(args, name) != getattr(config, name, getattr(args, name)):
+            raise InputError(f"--resume: {name} is {getattr(config, name)} in this run, and cannot become another")
 
 
 def main() -> None:
-    args, resumed = launch.parse_args(build_parser(), "finetune.py")
-    model, words = open_model(args, resumed)
+    args, resumed = parse_args()
+    if resumed:
+        model, words = checkpoint.denoiser_of(resumed, args.out)
+        check_unchanged(args, model.config)
+    else:
+        model, words = open_model(args)
     args.length = model.config.length
     model.train()
     if args.checkpointing:
+        if not isinstance(model, Upgraded):
+            raise InputError("--checkpointing is for models of the Hugging Face library, not for this project's")
         model.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     data, held_out, what = open_data(args, words)
     launch.train(

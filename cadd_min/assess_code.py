@@ -99,14 +99,17 @@ def load(args: argparse.Namespace) -> list[Problem]:
 def text_model(model: Denoiser, tokenizer: Tokenizer, encode: Encode, how: Sampling, dtype: str) -> Complete:
     """A model of text: it fills all of its length after the prompt, and is read up to the first end of a text."""
 
+    def answer(row: list[int], start: int) -> str:
+        end = [*row, tokenizer.eot_id].index(tokenizer.eot_id, start)
+        return tokenizer.decode(row[:end])[len(tokenizer.decode(row[:start])) :]  # some drop a text's first space
+
     def complete(prompts: list[str], seed: int) -> list[str]:
         given = torch.full((len(prompts), model.config.length), tokenizer.mask_id)
         coded = [encode(prompt) for prompt in prompts]
         for row, ids in zip(given, coded):
             row[: len(ids)] = torch.tensor(ids)
         x = generate.samples(model, how, len(prompts), seed=seed, dtype=dtype, prompt=given).tolist()
-        answers = [row[len(ids) :] for row, ids in zip(x, coded)]
-        return [tokenizer.decode(ids[: [*ids, tokenizer.eot_id].index(tokenizer.eot_id)]) for ids in answers]
+        return [answer(row, len(ids)) for row, ids in zip(x, coded)]
 
     return complete
 

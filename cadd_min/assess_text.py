@@ -19,6 +19,7 @@ from cadd_min.data import Batches, TokenFolder, TokenView, is_folder, prepare
 from cadd_min.errors import InputError
 from cadd_min.likelihood import held_out_bound, report, summary
 from cadd_min.model import Denoiser
+from cadd_min.pairs import holds_pairs
 from cadd_min.plan import Sampling
 from cadd_min.text_judge import SMOLLM2, LanguageJudge, open_judge
 from cadd_min.text_scores import MAUVE_LEAST, score
@@ -30,6 +31,8 @@ def held_out_tokens(content: dict[str, Any], tokenizer: Tokenizer, dataset: str 
     name = dataset or content["settings"].get("dataset")
     if not name:
         raise InputError("--dataset must be given: the checkpoint does not say what it was trained on")
+    if holds_pairs(Path(name)):
+        raise InputError(f"--dataset must be given, a text: {name} holds prompts and responses")
     if not is_folder(name):
         return prepare(corpus.open_corpus(name, cache), tokenizer, cache).split("val")
     tokens = TokenFolder(Path(name))

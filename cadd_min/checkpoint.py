@@ -25,6 +25,7 @@ from cadd_min.upgrade import UpgradeConfig, build
 
 FORMAT, VERSION = "cadd_min", 3
 FILE, PREVIOUS, WEIGHTS = "checkpoint.pt", "checkpoint.previous.pt", "model.safetensors"
+UPGRADED = "cadd.json"  # of a folder of cadd_min.upgraded
 HUB = "hf:"  # hf:owner/name is a model of the Hugging Face hub
 PARTS = ("model_config", "tokenizer", "settings", "trainer")  # what a model's checkpoint is made of
 DIGEST = 32  # bytes of SHA-256
@@ -125,6 +126,8 @@ def find(path: Path) -> Path:
     """
     if str(path).startswith(HUB) or ((path / WEIGHTS).exists() and not (path / FILE).exists()):
         return path / WEIGHTS
+    if (path / UPGRADED).exists():  # whose weights may be in several files
+        return path / UPGRADED
     if path.is_dir():
         found = [path] if holds_run(path) else sorted(filter(holds_run, path.glob("*/")), key=_saved)
         if not found:
@@ -253,7 +256,7 @@ def load_denoiser(
     """The trained model (EMA weights), what decodes its samples to text or images, and all else in the checkpoint."""
     from cadd_min import pretrained, upgraded  # which read folders, with what is here
 
-    if (path / upgraded.FILE).exists():
+    if (path / UPGRADED).exists():
         tuned, words = upgraded.open_upgraded(str(path))
         content = {"settings": {}, "tokenizer": words.spec(), "trainer": {"step": "unknown"}}
         return tuned.eval().to(device), words, content  # type: ignore[return-value]

@@ -139,7 +139,8 @@ def _network(folder: Path, family: Family, config: Any, options: dict[str, Any])
     if family.rename:
         network = cls.from_config(config)
         misfit = network.load_state_dict(_renamed(folder, family), strict=False)
-        return network, [*misfit.missing_keys, *misfit.unexpected_keys]
+        tied = network.all_tied_weights_keys if config.tie_word_embeddings else {}
+        return network, [*(name for name in misfit.missing_keys if name not in tied), *misfit.unexpected_keys]
     network, misfits = cls.from_pretrained(
         folder, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **options
     )
@@ -171,7 +172,7 @@ def family_of(values: dict[str, Any]) -> Family:
     kind, made = values.get("model_type"), str(values.get("architectures"))
     if kind in FAMILIES:
         return FAMILIES[kind]
-    if kind in TWO_WAY and (kind not in CAUSAL or "MaskedLM" in made or "PreTraining" in made):
+    if kind in TWO_WAY and not ("CausalLM" in made or "LMHead" in made):
         return MASKED
     if kind in CAUSAL:
         return AUTOREGRESSIVE
@@ -188,7 +189,7 @@ def auto_class(family: Family) -> Any:
 def without_dropout(config: Any) -> None:
     """Let every dropout of this configuration be 0: a step is to be a function of its seed alone."""
     for name, value in vars(config).items():
-        if ("dropout" in name or "drop" in name.split("_")) and isinstance(value, float):
+        if "drop" in name and type(value) in (int, float):  # attention_dropout, resid_pdrop, layerdrop, ...
             setattr(config, name, 0.0)
 
 
@@ -256,26 +257,47 @@ def _tokenizer(folder: Path, values: dict[str, Any], options: dict[str, Any]) ->
 
 
 def _with_mask(found: Any, network: Any, mask_token: str | None, name: str) -> HFTokenizer:
-    """Its tokenizer as ours, with a mask: named, known, or a new one, for which the embedding may have to grow."""
-    vocab, special = found.get_vocab(), {k: str(v) for k, v in found.special_tokens_map.items() if isinstance(v, str)}
+    """Its tokenizer as ours, with a mask: its own, a special token that is named, or a new one."""
+    vocab, rows = found.get_vocab(), len(network.get_input_embeddings().weight)
+    special = {k: str(v) for k, v in found.special_tokens_map.items() if isinstance(v, str)}
+    if max(vocab.values(), default=-1) >= rows:
+        raise InputError(
+            f"--from {name}: the tokenizer has token {max(vocab.values())}, and the model's embedding {rows} rows: "
+            "they do not belong together"
+        )
     end = found.eos_token_id if found.eos_token_id is not None else found.sep_token_id
-    mask = getattr(network.config, "mask_token_id", None) if mask_token is None else vocab.get(mask_token)
-    mask = found.mask_token_id if mask is None and mask_token is None else mask
     if end is None:
         raise InputError(f"--from {name}: its tokenizer has no token for the end of a text")
-    if mask is None and mask_token is None:
+    if mask_token is None:
+        own = getattr(network.config, "mask_token_id", None)
+        mask = found.mask_token_id if own is None else own
+    else:
+        mask = _named(found, network, mask_token)
+    if mask is None:
         raise InputError(
             f"--from {name} has no mask token: name one with --mask-token, as in --mask-token '<|mask|>'; it is added "
             "if there is none of that name"
         )
-    if mask is None:
-        found.add_special_tokens({"additional_special_tokens": [mask_token]})
-        mask = found.convert_tokens_to_ids(mask_token)
-        rows = network.get_input_embeddings().weight
-        mean = rows[: len(vocab)].mean(0)
-        if mask >= len(rows):
-            network.resize_token_embeddings(mask + 1, mean_resizing=False)
-        network.get_input_embeddings().weight.data[mask] = mean.data
+    if mask == end:
+        raise InputError(f"--from {name}: the mask cannot be the token that ends a text")
     rows = len(network.get_input_embeddings().weight)
-    json = found.backend_tokenizer.to_str()
-    return HFTokenizer(json, rows, mask, end, found.chat_template or "", special)
+    return HFTokenizer(found.backend_tokenizer.to_str(), rows, mask, end, found.chat_template or "", special)
+
+
+def _named(found: Any, network: Any, mask_token: str) -> int:
+    """The id of the mask of that name; a new one's embedding is the mean of all, and the table may have to grow."""
+    known = found.get_vocab().get(mask_token)
+    if known is not None and known not in found.added_tokens_decoder:
+        raise InputError(f"--mask-token {mask_token!r} is an ordinary token, which texts have: name another")
+    if known is not None:
+        return known
+    if not mask_token.strip():
+        raise InputError("--mask-token must be a text, as in --mask-token '<|mask|>'")
+    count = len(found.get_vocab())
+    found.add_special_tokens({"additional_special_tokens": [mask_token]})
+    mask = int(found.convert_tokens_to_ids(mask_token))
+    mean = network.get_input_embeddings().weight[:count].mean(0)
+    if mask >= len(network.get_input_embeddings().weight):
+        network.resize_token_embeddings(mask + 1, mean_resizing=False)
+    network.get_input_embeddings().weight.data[mask] = mean.data
+    return mask

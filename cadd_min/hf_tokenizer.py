@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from cadd_min.errors import InputError
 from cadd_min.tokenizer import MASK_TEXT, Tokenizer
 
+MESSAGE = "\ue000message\ue001"  # stands for a message in a template: characters that no text has
 INSTALL = "pip install 'transformers>=5' tokenizers jinja2"
 
 
@@ -70,20 +72,33 @@ class HFTokenizer(Tokenizer):
         return self._encode(texts, special=False)
 
     def encode_chat(self, message: str) -> list[int]:
-        """Ids of a conversation's first message by the user, up to where the answer begins."""
-        return self._encode([self._chat(message)], special=True)[0]
+        """Ids of a conversation's first message by the user, up to where the answer begins.
+
+        The template's special tokens are such, and the message's text is text, whatever it says.
+        """
+        around = self._chat(MESSAGE).split(MESSAGE)
+        if len(around) != 2:  # a template that does something else with it
+            return self._encode([self._chat(message)], special=True)[0]
+        before, after = self._encode(around, special=True)
+        return [*before, *self.encode(message), *after]
 
     def _encode(self, texts: list[str], special: bool) -> list[list[int]]:
         """special: whether the text of a special token is that token, as in a template, or ordinary characters."""
         self.tokens.encode_special_tokens = not special
-        return [found.ids for found in self.tokens.encode_batch(texts, add_special_tokens=False)]
+        known = [text.encode("utf-8", "replace").decode() for text in texts]  # half a character is not
+        return [found.ids for found in self.tokens.encode_batch(known, add_special_tokens=False)]
 
     def _chat(self, message: str) -> str:
         if not self.chat_template:
             raise InputError("--chat needs a tokenizer with a chat template, and this model's has none")
         turns = [{"role": "user", "content": message}]
-        return self.library().apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        try:
+            return self.library.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # whatever Jinja raises, or the template itself
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"--chat: the tokenizer's chat template fails: {why}") from None
 
+    @functools.cached_property
     def library(self) -> Any:
         """The same as a tokenizer of the library `transformers`."""
         from transformers import PreTrainedTokenizerFast
@@ -93,14 +108,7 @@ class HFTokenizer(Tokenizer):
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids; masks are shown as [mask], other special tokens as they are written."""
-        parts, run = [], list[int]()
-        for i in [*ids, self._mask_id]:
-            if i == self._mask_id:
-                parts.append(self._decode(run))
-                run = []
-            else:
-                run.append(i)
-        return MASK_TEXT.join(parts)
+        return self._decode(ids).replace(self.tokens.id_to_token(self._mask_id) or MASK_TEXT, MASK_TEXT)
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokens.decode(ids, skip_special_tokens=False)

@@ -99,9 +99,10 @@ def nelbo_parts(
         """Per masked position at time t: the CE, the soft estimate z0_hat, and where it is masked."""
         x_t, z_t = q_sample(x_0, z_0, t, schedule, mask_id, generator=generator)
         x_t = x_t if free is None else torch.where(free, x_t, x_0)
+        masked = x_t == mask_id if free is None else (x_t == mask_id) & free
         log_p = log_probs(denoiser(x_t, z_t, t.to(table.dtype)).to(table.dtype), mask_id)
-        ce = -log_p.gather(-1, x_0[..., None])[..., 0]
-        return ce, log_p.exp() @ table[: log_p.shape[-1]], (x_t == mask_id).to(table.dtype)
+        ce = (-log_p.gather(-1, x_0[..., None])[..., 0]).where(masked, 0)  # the mask itself may be given
+        return ce, log_p.exp() @ table[: log_p.shape[-1]], masked.to(table.dtype)
 
     u = stratified_times(len(x_0), generator, x_0.device)
     if steps is None:

@@ -153,7 +153,7 @@ def training_loss(
     if label is not None and config.drop_label > 0:  # so that one network knows p(x) beside p(x | label)
         known = torch.rand(len(x_0), generator=generator, device=x_0.device) >= config.drop_label
         label = torch.where(known, label, model.config.classes)
-    masked = x_t == model.mask_id
+    masked = x_t == model.mask_id if free is None else (x_t == model.mask_id) & free
     features = model.features(x_t, z_t, t.float(), label)[masked]
     z_0 = table if config.mse > 0 else None
     ce, mse = token_losses(features, model.head_matrix(), x_0[masked], table=z_0, mask_id=model.mask_id)

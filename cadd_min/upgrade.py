@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from cadd_min.errors import InputError, choose
 from cadd_min.families import AUTOREGRESSIVE, MASKED, Source, auto_class
 from cadd_min.latent import Latent, evidence_norm
-from cadd_min.model import Denoiser
+from cadd_min.model import LONGEST, Denoiser
 from cadd_min.options import option
 from cadd_min.schedule import NoiseSchedule
 
@@ -68,6 +68,7 @@ class UpgradeConfig:
                 raise InputError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if not 0 <= self.mask_id < self.vocab_size:
             raise InputError(f"mask_id must be one of {self.vocab_size} tokens, not {self.mask_id}")
+        choose("discrete", self.discrete, ("linear", "cosine"))
         self.schedule()
 
     def schedule(self) -> NoiseSchedule:
@@ -93,6 +94,8 @@ class Upgraded(nn.Module):
         width = self.embedding.weight.shape[1]
         dim = 0 if config.model == "mdlm" else width
         norm = config.latent_norm or evidence_norm(config.vocab_size, self.schedule, config.evidence, dim)
+        if not norm <= LONGEST:
+            raise InputError(f"the latent's rows would have the length {norm:.3g}: lower evidence or latent_norm")
         self.latent = Latent(
             config.vocab_size,
             width,
@@ -179,13 +182,13 @@ def upgrade(
     network, name = source.network, source.name
     if "inputs_embeds" not in inspect.signature(network.forward).parameters:
         raise InputError(f"--from {name}: the model must take inputs_embeds, and a {type(network).__name__} does not")
-    most = getattr(network.config, "max_position_embeddings", length)
-    if length > most:
+    if length > (most := longest(network)):
         raise InputError(f"length must be at most {most}, what {name} was made for, not {length}")
-    weight = network.get_input_embeddings().weight.detach()
+    if how.get("anneal") and source.family != AUTOREGRESSIVE:
+        raise InputError(f"anneal opens the attention of an autoregressive model, and {name} looks both ways already")
     config = UpgradeConfig(
         base=network.config.to_json_string(use_diff=False),
-        vocab_size=len(weight),
+        vocab_size=len(network.get_input_embeddings().weight),
         mask_id=source.tokenizer.mask_id,
         length=length,
         shift=source.family.shift if shift is None else shift,
@@ -194,16 +197,42 @@ def upgrade(
         **how,
     )
     look_both_ways(network)
-    probe = weight[torch.arange(min(4, length))][None]
-    with torch.no_grad():
-        expected = network(inputs_embeds=probe).logits
-        model = Upgraded(config, network)
-        if not torch.equal(model._logits(network(inputs_embeds=probe).logits), expected):
-            raise InputError(f"--from {name}: its logits are more than a linear map of its last layer")
-        probe = torch.cat([probe[:, :-1], -probe[:, -1:]], 1)
-        if length > 1 and torch.equal(model._logits(network(inputs_embeds=probe).logits)[:, 0], expected[:, 0]):
-            raise InputError(f"--from {name}: a {type(network).__name__} cannot be made to look to the right")
-    return trainable(model)
+    try:
+        return trainable(_tried(config, network, name))
+    except InputError:
+        raise
+    except Exception as error:  # a network of another make fails in its own way
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"--from {name}: a {type(network).__name__} cannot be upgraded: {why}") from None
+
+
+@torch.no_grad()
+def _tried(config: UpgradeConfig, network: Any, name: str) -> Upgraded:
+    """The model, after a look at what it does with four tokens. Raises InputError."""
+    probe = network.get_input_embeddings()(torch.arange(min(4, config.length))[None])
+    expected = network(inputs_embeds=probe).logits
+    model = Upgraded(config, network)
+    if not torch.equal(model._logits(network(inputs_embeds=probe).logits), expected):
+        raise InputError(f"--from {name}: its logits are more than a linear map of its last layer")
+    probe = torch.cat([probe[:, :-1], -probe[:, -1:]], 1)
+    if config.length > 1 and torch.equal(model._logits(network(inputs_embeds=probe).logits)[:, 0], expected[:, 0]):
+        raise InputError(f"--from {name}: a {type(network).__name__} cannot be made to look to the right")
+    if config.anneal:
+        model.ahead = 0
+        network(inputs_embeds=probe, attention_mask=model._window(probe[..., 0]))
+        model.ahead = None
+    return model
+
+
+def longest(network: Any) -> float:
+    """Tokens that it has positions for; some of the embeddings of positions are of no token (RoBERTa)."""
+    most = getattr(network.config, "max_position_embeddings", None) or 0
+    if not isinstance(most, int) or most < 1:
+        return math.inf
+    for name, module in network.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            most = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return most
 
 
 def build(config: UpgradeConfig) -> Upgraded:
@@ -275,6 +304,7 @@ def upgrade_own(model: Denoiser, how: dict[str, Any]) -> Denoiser:
     return new
 
 
+@torch.no_grad()
 def _length(embedding: nn.Embedding) -> float:
-    """Of a row: the median."""
-    return float(embedding.weight.detach().norm(dim=-1).median())
+    """Of a token's embedding: the median. Asked of the module: Gemma's multiplies its rows."""
+    return float(embedding(torch.arange(len(embedding.weight))).norm(dim=-1).median())

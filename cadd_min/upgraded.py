@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 from cadd_min import checkpoint, families
+from cadd_min.checkpoint import UPGRADED
 from cadd_min.errors import InputError, run
 from cadd_min.hf_tokenizer import HFTokenizer
 from cadd_min.options import Parser, from_dict, whole
 from cadd_min.pretrained import free, read_json
 from cadd_min.upgrade import UpgradeConfig, Upgraded, merged, upgrade
 
-FILE, FORMAT, VERSION = "cadd.json", "cadd_min upgrade", 1
+FORMAT, VERSION = "cadd_min upgrade", 1
 FOUND = ("base", "vocab_size", "mask_id", "masked_lm")  # what is seen again when the folder is opened
 
 
@@ -35,19 +36,36 @@ def save(model: Upgraded, tokenizer: HFTokenizer, folder: Path | str) -> None:
     """
     folder = free(folder)
     config = {name: value for name, value in dataclasses.asdict(model.config).items() if name not in FOUND}
-    config |= {"format": FORMAT, "version": VERSION, "lora": 0}
+    config |= {"format": FORMAT, "version": VERSION, "lora": 0, "anneal": 0}
     part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         network = merged(model)
         network.config.mask_token_id = model.mask_id
         network.save_pretrained(part)
-        tokenizer.library().save_pretrained(part)
-        (part / FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        tokenizer.library.save_pretrained(part)
+        (part / UPGRADED).write_text(json.dumps(config, indent=2), encoding="utf-8")
         os.replace(part, folder)  # an empty folder may be replaced
     except OSError as error:
         raise InputError(f"could not save {folder} ({error.strerror}); nothing was changed") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def settings(name: str) -> dict[str, Any]:
+    """What an upgraded model's folder says of itself: fields of UpgradeConfig. Of any other model nothing.
+
+    Raises InputError where it is damaged.
+    """
+    file = Path(name) / UPGRADED
+    if not file.exists():
+        return {}
+    values = read_json(file)
+    if (values.pop("format", None), values.pop("version", None)) != (FORMAT, VERSION):
+        raise InputError(f"{file} is not of this version of the project")
+    config = from_dict(
+        UpgradeConfig, values | {"base": "", "vocab_size": 1, "mask_id": 0, "masked_lm": False}, str(file)
+    )
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in FOUND}
 
 
 def open_upgraded(name: str, length: int | None = None, mask_token: str | None = None) -> tuple[Upgraded, HFTokenizer]:
@@ -56,16 +74,9 @@ def open_upgraded(name: str, length: int | None = None, mask_token: str | None =
     length: of its sequences, if not that which it was tuned on. Raises InputError.
     """
     source = families.open_source(name, mask_token)
-    file = (families.smollm2()[0] if name == families.SMOLLM2 else families.fetch(name)) / FILE
-    if not file.exists():
-        return upgrade(source, length or 256, model="mdlm"), source.tokenizer
-    values = read_json(file)
-    if (values.pop("format", None), values.pop("version", None)) != (FORMAT, VERSION):
-        raise InputError(f"{file} is not of this version of the project")
-    found = {"base": "", "vocab_size": source.tokenizer.vocab_size, "mask_id": source.tokenizer.mask_id}
-    config = from_dict(UpgradeConfig, values | found | {"masked_lm": False}, str(file))
-    how = {name: value for name, value in dataclasses.asdict(config).items() if name not in FOUND}
-    return upgrade(source, length or how["length"], **{k: v for k, v in how.items() if k != "length"}), source.tokenizer
+    how = settings(name if name == families.SMOLLM2 else str(families.fetch(name))) or {"model": "mdlm", "length": 256}
+    tuned_on = how.pop("length")
+    return upgrade(source, tuned_on if length is None else length, **how), source.tokenizer
 
 
 def add_source_options(parser: Any) -> None:

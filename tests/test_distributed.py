@@ -182,8 +182,8 @@ def test_an_upgraded_model_is_tuned_by_two_processes_as_by_one(shard, lora, tmp_
     (tmp_path / "t.txt").write_text("the dog and the cat of the hill " * 400)
     common = ["--from", str(tmp_path / "m"), "--mask-token", "<mask>", "--dataset", str(tmp_path / "t.txt"), "--cache",
               str(tmp_path), "--lora", lora, "--length", "16", "--batch-size", "4", "--accumulate", "2", "--steps", "4",
-              "--lr", "1e-2", "--warmup", "1", "--log-every", "1", "--eval-every", "4", "--sample-every", "4", "--dtype",
-              "float32", "--checkpointing"]  # fmt: skip
+              "--lr", "1e-2", "--warmup", "1", "--log-every", "1", "--eval-every", "4", "--sample-every", "4",
+              "--dtype", "float32", "--checkpointing"]  # fmt: skip
     both = [*common, "--out", str(tmp_path / "both"), *(["--shard"] if shard else [])]
     done = torchrun(tmp_path, *both, script="finetune.py")
     assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ import torch
 from cadd_min import checkpoint, families
 from cadd_min.errors import InputError
 from cadd_min.families import open_source
+from cadd_min.hf_tokenizer import HFTokenizer
 from cadd_min.upgrade import Upgraded, upgrade
 from cadd_min.upgraded import open_upgraded, save
 from tests.conftest import TINY, rng
@@ -313,7 +314,14 @@ def test_a_mask_token_that_a_model_lacks_is_added(tmp_path: Path) -> None:
     assert source.tokenizer.decode([4, count, 5]) == source.tokenizer.decode([4]) + "[mask]" + source.tokenizer.decode(
         [5]
     )
-    assert open_source(str(tmp_path / "m"), "a").tokenizer.mask_id == WORDS.index("a") - 1  # one that is there
+    for name, message in (
+        ("a", "is an ordinary token"),
+        ("</s>", "cannot be the token that ends"),
+        ("", "must be a text"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_source(str(tmp_path / "m"), name)
+    assert open_source(str(tmp_path / "m"), "<s>").tokenizer.mask_id == 1  # a special one that is there
 
 
 def test_special_tokens_in_a_text_are_ordinary_characters(tmp_path: Path) -> None:
@@ -323,6 +331,14 @@ def test_special_tokens_in_a_text_are_ordinary_characters(tmp_path: Path) -> Non
     a, b = WORDS.index("a"), WORDS.index("b")
     assert tokenizer.encode_chat("ab") == [1, a, b, 2, 1]
     assert tokenizer.encode("ab") == [a, b]
+    assert (
+        MASK not in tokenizer.encode_chat("a[MASK]") and tokenizer.encode_chat("</s>").count(2) == 1
+    )  # the template's
+    assert tokenizer.encode("a\ud800b")[::2] == [a, b]  # half a character becomes a question mark
+    for template in ("{{ raise_exception('no') }}", "{% for %}", "{{ messages[0].content.a.b }}"):
+        bad = HFTokenizer(tokenizer.json, V, MASK, 2, template, tokenizer.special)
+        with pytest.raises(InputError, match="chat template fails"):
+            bad.encode_chat("ab")
 
 
 def damage(folder: Path, **values: Any) -> None:
@@ -353,12 +369,58 @@ def test_a_folder_that_is_no_model_is_a_sentence(harm: Any, message: str, tmp_pa
     assert "\n" not in str(error.value)
 
 
+def test_roberta_has_fewer_positions_than_it_says(tmp_path: Path) -> None:
+    config = transformers.RobertaConfig(**SMALL, max_position_embeddings=20, pad_token_id=1)
+    transformers.RobertaForMaskedLM(config).save_pretrained(tmp_path / "m")
+    words().save_pretrained(tmp_path / "m")
+    with pytest.raises(InputError, match="length must be at most 18"):
+        upgrade(open_source(str(tmp_path / "m")), 19)
+    model = upgrade(open_source(str(tmp_path / "m")), 18)
+    assert model(*noisy(model, length=18)).shape == (2, 18, V)
+
+
+def test_gemma_multiplies_its_embeddings_and_so_does_the_hint(tmp_path: Path) -> None:
+    config = transformers.GemmaConfig(**SMALL, num_key_value_heads=1, head_dim=8)
+    transformers.GemmaForCausalLM(config).save_pretrained(tmp_path / "m")
+    words().save_pretrained(tmp_path / "m")
+    model = upgrade(open_source(str(tmp_path / "m")), L)
+    assert model.config.unit > 3 * float(model.embedding.weight.detach().norm(dim=-1).median())
+    ids = torch.arange(4, 30)[None]
+    e = model.embedding(ids)
+    hint = model.latent.fuse(0 * e, model.table()[ids], ids > 0, torch.zeros(1), model.embedding.weight)
+    assert 0.6 < (hint.norm(dim=-1).mean() / e.norm(dim=-1).mean()).item() < 1.6
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_training_nothing_is_random_but_the_noise(name: str, tmp_path: Path) -> None:
+    write(name, tmp_path / "m")
+    model = upgrade(open_source(str(tmp_path / "m")), L).train()
+    x, z, t = noisy(model)
+    assert torch.equal(model(x, z, t), model(x, z, t))
+
+
+def test_an_upgraded_folder_is_tuned_again_as_it_was(tmp_path: Path, call: Any) -> None:
+    write("llada", tmp_path / "m")
+    source = open_source(str(tmp_path / "m"))
+    save(upgrade(source, L, continuous="flow", evidence=0.3, lora=2), source.tokenizer, tmp_path / "folder")
+    (tmp_path / "a.txt").write_text("the dog and the cat of the hill " * 400)
+    run = f"finetune.py --from {tmp_path / 'folder'} --dataset {tmp_path / 'a.txt'} --steps 2 --dtype float32"
+    code, _, err = call(f"{run} --evidence 0.4 --cache {tmp_path} --out {tmp_path / 'run'}")
+    assert code == 0, err
+    config = checkpoint.load_denoiser(tmp_path / "run")[0].config
+    assert (config.shift, config.continuous, config.evidence, config.length) == (False, "flow", 0.4, L)
+    assert config.lora == 0 and config.unit == checkpoint.load_denoiser(tmp_path / "folder")[0].config.unit
+    code, _, err = call(f"finetune.py --resume --out {tmp_path / 'run'} --hint raw")
+    assert code == 2 and "hint is linear in this run, and cannot become another" in err
+
+
 def test_a_tokenizer_of_another_model_is_a_sentence(tmp_path: Path) -> None:
     write("bert", tmp_path / "m")
     small = transformers.BertForMaskedLM(transformers.BertConfig(**{**SMALL, "vocab_size": 20}))
     small.save_pretrained(tmp_path / "m")
-    with pytest.raises(InputError, match="tokenizer has token 33, and the model's embedding 20 rows"):
-        open_source(str(tmp_path / "m"))
+    for mask in (None, "<new>"):
+        with pytest.raises(InputError, match="tokenizer has token 33, and the model's embedding 20 rows"):
+            open_source(str(tmp_path / "m"), mask)
 
 
 @pytest.mark.parametrize(
@@ -369,6 +431,9 @@ def test_a_tokenizer_of_another_model_is_a_sentence(tmp_path: Path) -> None:
         ({"hint": "posterior"}, "hint must be one of"),
         ({"lora": -1}, "lora must be at least 0"),
         ({"evidence": float("inf")}, "evidence must be"),
+        ({"latent_norm": 1e300}, "the latent's rows would have the length"),
+        ({"discrete": "gone"}, "discrete must be one of linear, cosine"),
+        ({"anneal": 3}, "looks both ways already"),
     ],
 )
 def test_settings_that_cannot_be_are_a_sentence(how: Any, message: str, tmp_path: Path) -> None:
