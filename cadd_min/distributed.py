@@ -63,6 +63,7 @@ def world(device: str) -> Iterator[World]:
     dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
     try:
         yield World(own, dist.get_rank(), dist.get_world_size())
+        dist.barrier()  # one that leaves while another still listens to it can end that one, too
     finally:
         dist.destroy_process_group()
 

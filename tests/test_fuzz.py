@@ -128,7 +128,7 @@ STARTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("script", BASE)
 def test_arguments(script, world):
-    @many(120)
+    @many(100)
     @given(command(script, options(script)))
     def check(arguments: list[str]) -> None:
         assert world.check(script, *arguments) == []

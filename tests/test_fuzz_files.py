@@ -165,7 +165,7 @@ def damaged(world: World, name: str, number: int, harm: Callable[[Path], None]) 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_bytes(name, world):
-    @many(24)
+    @many(20)
     @given(st.integers(0, 9), BYTES)
     def check(number: int, harm: tuple[str, float, bytes]) -> None:
         assert damaged(world, name, number, lambda path: damage_bytes(path, *harm)) == []
@@ -180,7 +180,7 @@ def test_damaged_bytes(name, world):
 def test_damaged_content(name, world):
     values = PLAIN if name.endswith((".json", ".jsonl")) else st.one_of(PLAIN, TENSORS)
 
-    @many(40)
+    @many(32)
     @given(st.integers(0, 9), PLACES, st.sampled_from(["put", "put", "put", "take", "add"]), values)
     def check(number: int, at: list[int], how: str, value: object) -> None:
         def harm(path: Path) -> None:
