@@ -44,6 +44,7 @@ EXECUTES = (
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The options of `evaluate.py code`."""
     parser = Parser(__doc__)
     parser.prog = "evaluate.py code"
     parser.add_argument("--benchmark", choices=["humaneval", "mbpp"], required=True)
@@ -226,6 +227,7 @@ def assess(asked: list[Problem], complete: Complete | None, model: str, folder: 
 
 
 def main(arguments: list[str]) -> None:
+    """`evaluate.py code` with these arguments. Raises InputError."""
     args = build_parser().parse_args(arguments)
     check(args)
     asked = load(args)

@@ -38,6 +38,7 @@ class Hashing:
         self.file, self.sha, self.reason = file, hashlib.sha256(), ""
 
     def write(self, data: Any) -> int:
+        """As a file does. Raises OSError, and remembers why."""
         self.sha.update(data)
         try:
             return self.file.write(data)

@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cadd_min.errors import InputError
 from cadd_min.schedule import NoiseSchedule, per_token
 
+LONGEST = 1e18  # rows whose squares are still float32
 TABLES = ("tied", "fixed", "ordered", "free")
 FUSIONS = ("add", "concat", "reweight")
 HINTS = ("raw", "linear", "posterior")
@@ -39,6 +41,14 @@ def evidence_norm(vocab_size: int, schedule: NoiseSchedule, share: float, dim: i
         return math.sqrt(dim * math.expm1(2 * share * math.log(vocab_size) / dim) / snr)
     except OverflowError:
         return math.inf
+
+
+def table_norm(norm: float, vocab_size: int, schedule: NoiseSchedule, share: float, dim: int) -> float:
+    """The length asked for, or where that is 0 `evidence_norm`. Raises InputError for one beyond LONGEST."""
+    found = norm or evidence_norm(vocab_size, schedule, share, dim)
+    if not found <= LONGEST:
+        raise InputError(f"the latent's rows would have the length {found:.3g}: lower evidence or latent_norm")
+    return found
 
 
 def ordered_rows(count: int, dim: int) -> Tensor:

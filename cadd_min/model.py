@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from cadd_min.dit import Block, PatchSize, Size
 from cadd_min.errors import InputError, choose
-from cadd_min.latent import FUSIONS, HINTS, TABLES, Latent, evidence_norm, ordered_rows
+from cadd_min.latent import FUSIONS, HINTS, TABLES, Latent, ordered_rows, table_norm
 from cadd_min.options import option
 from cadd_min.schedule import NoiseSchedule, per_token
 from cadd_min.unet import UNetSize
 
-LONGEST = 1e18  # a latent whose squares are still float32
 BASELINES = ("ar", "udm", "sedd")  # for text; autoregressive, uniform-state diffusion, score entropy
 MODELS = ("cadd", "mdlm", "cdm", *BASELINES)
 SIZES = {cls.__name__: cls for cls in (Size, PatchSize, UNetSize)}
@@ -94,9 +93,7 @@ class Denoiser(nn.Module):
         self.config, self.schedule, self.mask_id = config, config.schedule(), config.vocab_size
         width = config.size.embed
         dim = 0 if config.model in ("mdlm", *BASELINES) else config.latent_dim or width
-        norm = config.latent_norm or evidence_norm(config.vocab_size, self.schedule, config.evidence, dim)
-        if not norm <= LONGEST:
-            raise InputError(f"the latent's rows would have the length {norm:.3g}: lower evidence or latent_norm")
+        norm = table_norm(config.latent_norm, config.vocab_size, self.schedule, config.evidence, dim)
         self.latent = Latent(
             config.vocab_size,
             width,

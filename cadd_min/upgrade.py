@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from cadd_min.errors import InputError, choose
 from cadd_min.families import AUTOREGRESSIVE, MASKED, Source, auto_class
-from cadd_min.latent import Latent, evidence_norm
-from cadd_min.model import LONGEST, Denoiser
+from cadd_min.latent import Latent, table_norm
+from cadd_min.model import Denoiser
 from cadd_min.options import option
 from cadd_min.schedule import NoiseSchedule
 
@@ -93,9 +93,7 @@ class Upgraded(nn.Module):
         self.backbone = network
         width = self.embedding.weight.shape[1]
         dim = 0 if config.model == "mdlm" else width
-        norm = config.latent_norm or evidence_norm(config.vocab_size, self.schedule, config.evidence, dim)
-        if not norm <= LONGEST:
-            raise InputError(f"the latent's rows would have the length {norm:.3g}: lower evidence or latent_norm")
+        norm = table_norm(config.latent_norm, config.vocab_size, self.schedule, config.evidence, dim)
         self.latent = Latent(
             config.vocab_size,
             width,

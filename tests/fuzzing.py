@@ -38,6 +38,7 @@ from cadd_min.model import ModelConfig
 from cadd_min.pretrained import save_pretrained
 from cadd_min.tokenizer import gpt2
 from cadd_min.unet import UNET_PRESETS
+from tests import test_code
 from tests.conftest import ROOT, save_untrained
 from tests.test_upgrade import write
 
@@ -52,6 +53,7 @@ WRITTEN = {
     "run.json",
     "forward.png",
 }  # by a run
+OF_CODE = {"generations.jsonl", "programs.jsonl", "results.jsonl", "settings.json"}
 TEXT = "--dataset text.txt --cache cache --preset nano --length 8 --vocab-size 300 --batch-size 2 --dtype float32"
 IMAGE = "--dataset images.npz --cache cache --preset nano --batch-size 2 --dtype float32"
 TUNE = "--dataset text.txt --cache cache --length 8 --batch-size 2 --dtype float32"
@@ -66,6 +68,7 @@ BASE = {  # each script's arguments of a valid and quick call
     "cadd_min/data.py": "tokens",
     "finetune.py": f"--from masked {TUNE} {RUN} --out new",
     "cadd_min/upgraded.py": "runs/tuned new",
+    "evaluate.py code": "--benchmark humaneval --problems human.jsonl --reference --out new",
 }
 
 
@@ -123,7 +126,8 @@ def run(main: Callable[[], object], seconds: float = SECONDS) -> Outcome:
 
 def call(script: str, *arguments: str) -> Outcome:
     """A script of the project with these arguments, as `python script ...`."""
-    with mock.patch.object(sys, "argv", [script, *arguments]):
+    script, *first = script.split()  # "evaluate.py code" has a parser of its own
+    with mock.patch.object(sys, "argv", [script, *first, *arguments]):
         return run(lambda: runpy.run_path(str(ROOT / script), run_name="__main__"))
 
 
@@ -245,6 +249,7 @@ def _write_models(folder: Path) -> None:
         assert done.code == 0, done
     write("bert", folder / "masked")
     write("llama", folder / "causal", mask=False)
+    test_code.write(folder / "human.jsonl", test_code.HUMAN)
     (folder / "pairs.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 9)
     done = call(
         "finetune.py", *BASE["finetune.py"].replace("new", "runs/tuned").replace("cache cache", "cache made").split()
@@ -288,6 +293,8 @@ class World:
 
         def may_write(path: Path) -> bool:
             if path.parts[0] == "cache" or str(path) in outputs:
+                return True
+            if script == "evaluate.py code" and path.name in OF_CODE:
                 return True
             return began and (path.name in WRITTEN or path.name.startswith(("samples", "events")))
 
@@ -342,6 +349,11 @@ def options(script: str) -> list[argparse.Action]:
         found.extend(parser._actions)
         raise _Parsed
 
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args), contextlib.suppress(_Parsed):
+    script, *first = script.split()
+    patches = (
+        mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args),
+        mock.patch.object(sys, "argv", [script, *first]),
+    )
+    with patches[0], patches[1], contextlib.suppress(_Parsed):
         runpy.run_path(str(ROOT / script), run_name="__main__")
     return [action for action in found if action.dest != "help"]

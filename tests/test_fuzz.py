@@ -20,7 +20,7 @@ from cadd_min.options import whole
 from tests.fuzzing import BASE, faults, many, options, run
 
 LONG = ("steps", "num", "num_latents", "repeat", "accumulate")  # of these a large number may rightly take for ever
-SLOW = ("compile",)  # takes a minute by itself
+SLOW = ("compile", "execute")  # the first takes a minute by itself, the second runs programs: test_sandbox.py
 
 WHOLE = st.one_of(
     st.integers(-2, 20).map(str),
@@ -119,6 +119,11 @@ STARTS = {
         BASE["finetune.py"].replace("text.txt", "pairs.jsonl") + " --chat --checkpointing",
         BASE["finetune.py"].replace("masked", "mdlm.pt"),
         BASE["finetune.py"].replace("new", "runs/tuned") + " --resume",
+    ],
+    "evaluate.py code": [
+        BASE["evaluate.py code"],
+        "--benchmark humaneval --problems human.jsonl --ckpt runs/tuned --steps 2 --out new",
+        "--benchmark mbpp --problems human.jsonl --ckpt text.pt --steps 2",
     ],
     "cadd_min/pretrained.py": ["text.pt new", "image.pt new", "runs new"],
     "cadd_min/mdlm_weights.py": ["mdlm.safetensors new", "theirs.pt new", "mdlm.pt new.safetensors --back --time 0.5"],

@@ -158,12 +158,10 @@ def write(name: str, folder: Path, mask: bool = True) -> Any:
 
 def original(name: str, model: Any, x: torch.Tensor) -> torch.Tensor:
     """The logits of the library's own model, each at the place of its token, with attention to both sides."""
-    both = torch.zeros(1, 1, x.shape[1], x.shape[1])
     for module in model.modules():
         if hasattr(module, "is_causal"):
             module.is_causal = False
     model.config.is_causal = False
-    del both
     logits = model(input_ids=x).logits
     return torch.cat([logits[:, :1], logits[:, :-1]], 1) if FAMILIES[name][1] else logits
 
