@@ -86,7 +86,8 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, Any] | None]:
     """The settings, and what to resume from. A model that was upgraded before has settings of its own."""
     parser = build_parser()
     args, resumed = launch.parse_args(parser, "finetune.py")
-    if not resumed and args.source and (found := upgraded.settings(args.source)):
+    theirs = not resumed and args.source and not checkpoint.is_ours(Path(args.source))
+    if theirs and (found := upgraded.settings(args.source)):
         set_defaults(parser, {name: found[name] for name in found if name != "unit"}, args.source)
         args = parser.parse_args()
         args.unit = found["unit"]

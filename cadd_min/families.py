@@ -197,8 +197,10 @@ def fetch(name: str) -> Path:
     """The folder, or where the hub's client keeps the files of "owner/name". Raises InputError."""
     if Path(name).is_dir():
         return Path(name)
-    import huggingface_hub
-
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise InputError(f"there is no folder {name}, and the hub needs its client: {INSTALL}") from None
     try:
         wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
         return Path(huggingface_hub.snapshot_download(name.removeprefix("hf:"), allow_patterns=wanted))

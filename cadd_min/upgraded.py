@@ -52,11 +52,13 @@ def save(model: Upgraded, tokenizer: HFTokenizer, folder: Path | str) -> None:
 
 
 def settings(name: str) -> dict[str, Any]:
-    """What an upgraded model's folder says of itself: fields of UpgradeConfig. Of any other model nothing.
+    """What an upgraded model's folder, here or at the hub, says of itself: fields of UpgradeConfig. Of others nothing.
 
     Raises InputError where it is damaged.
     """
-    file = Path(name) / UPGRADED
+    if name == families.SMOLLM2:
+        return {}
+    file = families.fetch(name) / UPGRADED
     if not file.exists():
         return {}
     values = read_json(file)
@@ -74,7 +76,7 @@ def open_upgraded(name: str, length: int | None = None, mask_token: str | None =
     length: of its sequences, if not that which it was tuned on. Raises InputError.
     """
     source = families.open_source(name, mask_token)
-    how = settings(name if name == families.SMOLLM2 else str(families.fetch(name))) or {"model": "mdlm", "length": 256}
+    how = settings(name) or {"model": "mdlm", "length": 256}
     tuned_on = how.pop("length")
     return upgrade(source, tuned_on if length is None else length, **how), source.tokenizer
 
