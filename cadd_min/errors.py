@@ -20,6 +20,7 @@ class Interrupted(Exception):
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main: bad input is one line and exit code 2, an interrupt is exit code 130."""
+    code = 0
     if isinstance(sys.stdout, io.TextIOWrapper):  # a text, or a file's name, may have what a terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -28,7 +29,7 @@ def run(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Interrupted, KeyboardInterrupt) as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = 130
     except Exception as error:
         said = sentence(error)
         if said is None:
@@ -36,7 +37,23 @@ def run(main: Callable[[], None]) -> None:
         rank = os.environ.get("RANK", "0")  # one of many processes says which it is
         line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)  # a path may be so
         print(f"error{f' in process {rank}' if rank != '0' else ''}: {line}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    if "RANK" in os.environ:
+        leave(code)
+    if code:
+        sys.exit(code)
+
+
+def leave(code: int) -> None:
+    """End one of torchrun's processes here and now, without the interpreter's own end.
+
+    destroy_process_group does not end gloo's threads while anything, like FSDP2, holds the group. One that lets go of
+    a tensor wants Python's lock; an interpreter that is ending ends that thread instead, and C++ the whole process:
+    SIGABRT, "terminate called without an active exception".
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def sentence(error: Exception) -> str | None:

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 from cadd_min import checkpoint
 from cadd_min.distributed import launched, whole, world
-from cadd_min.errors import InputError
+from cadd_min.errors import InputError, leave
 from cadd_min.metrics import read_metrics
 from cadd_min.trainer import TrainConfig, Trainer
 from tests.conftest import nano
@@ -81,6 +81,7 @@ def in_process(rank: int, port: str, folder: Path) -> None:
             "mean": processes.mean(torch.tensor(2.0 * rank)),
         }
         torch.save(found, folder / f"{rank}.pt")
+    leave(0)
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +151,20 @@ def torchrun(
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port",
                free_port(), script, *arguments]  # fmt: skip
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("rank, late", [({"RANK": "1"}, ""), ({}, "late")], ids=["torchrun's", "alone"])
+def test_a_process_of_torchruns_ends_before_the_interpreter_does(rank, late):
+    """Where a thread of gloo's may abort it; what was said is said, and the exit code is the same."""
+    script = """import atexit; from cadd_min.errors import InputError, run
+def main():
+    atexit.register(print, "late", end="")
+    print("said ", end="")
+    raise InputError("x")
+run(main)"""
+    environment = {key: value for key, value in os.environ.items() if key != "RANK"} | rank
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (2, "said " + late) and "x" in done.stderr
 
 
 @pytest.mark.slow
