@@ -24,9 +24,13 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 ORDERS = ("random", *SCORES)
 
 
-def scores(order: str, logits: Tensor, mask_id: int, temperature: float, top_p: float, u: Tensor) -> Tensor:
-    """(N,) preference of each masked position, from its logits (K, N, V); "random" takes the uniforms u (N,)."""
-    return u if order == "random" else SCORES[order](token_probs(logits, mask_id, temperature, top_p))
+def scores(order: str, logits: Tensor, mask_id: int, u: Tensor) -> Tensor:
+    """(N,) preference of each masked position, from its logits (K, N, V); "random" takes the uniforms u (N,).
+
+    How sure the network is, whatever the temperature and top-p that tokens are drawn with: at temperature 0 all
+    positions would be equally sure, and the order would be from left to right.
+    """
+    return u if order == "random" else SCORES[order](token_probs(logits, mask_id))
 
 
 def foremost(score: Tensor, sequence: Tensor, block: Tensor, count: Tensor) -> Tensor:

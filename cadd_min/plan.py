@@ -151,7 +151,7 @@ class Plan:
         left = (self.free.sum(1) * (1 - self.schedule.alpha(s))).round().long()  # masked after this step
         place = rows % masked.shape[1]
         return foremost(
-            scores(options.order, logits, mask_id, tau, options.top_p, philox.choices(self.seed, rows)[0]),
+            scores(options.order, logits, mask_id, philox.choices(self.seed, rows)[0]),
             self._sequence(rows),
             place // options.block if options.block else torch.zeros_like(place),
             masked.sum(1) + again.sum(1) - left,

@@ -46,7 +46,7 @@ def test_soft_converges_and_hard_sharpens():
     assert stats.chisquare(hard * 50_000, law * 50_000).pvalue < 1e-12  # power: the exactness test catches it
 
 
-def zipf_cross_entropy(draw_step, steps: int, rows: int = 4000) -> tuple[float, float]:
+def zipf_cross_entropy(draw_step, steps: int, rows: int = 1000) -> tuple[float, float]:
     """Mean -log p(x) of `rows` tokens drawn by `draw_step` under a Zipf unigram, V = 50,257, and its standard error."""
     vocab = 50_257
     log_p = (-torch.arange(1, vocab + 1, dtype=torch.float64).log()).log_softmax(0)
