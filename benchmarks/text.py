@@ -41,7 +41,9 @@ from cadd_min.trainer import DTYPES
 
 ROOT = Path(__file__).parent.parent
 NOT_THE_RUNS = ("train", "ckpt", "vary", "seeds", "out", "table", "picture")
+OF_TRAINING = ("preset", "batch_size", "length", "dataset", "tokenizer", "model", "dtype", "seed")
 OF_LATENTS = ("zhat", "num_latents", "strength")  # they change nothing where there is no latent
+SAID = ("num", "length", "dtype", "judge", "judge_dtype")
 SWEPT = ("temperature", "top_p")  # along a frontier
 DRAWN = ("entropy", "judge_bpc", "judge_bpc_se")
 STRONG = "cadd:discrete=cosine,continuous=linear,evidence=0.35,latent_dim=9"
@@ -50,7 +52,7 @@ STRONG = "cadd:discrete=cosine,continuous=linear,evidence=0.35,latent_dim=9"
 ABLATIONS: dict[str, tuple[list[str], list[str], str]] = {
     "T": (
         ["mdlm", "cadd"],
-        ["steps=8,16,32,64,128,256,512,1024"],
+        ["steps=8,16,32,64,128,256,512,1024,2048"],
         "MAUVE .270 (best discrete baseline .240), perplexity 102.5 (MDLM 104.7)",
     ),
     "zhat": (["cadd"], ["zhat=hard,soft,sample", "steps=16,128"], "MAUVE: hard .24, soft .18 with a higher entropy"),
@@ -67,7 +69,11 @@ ABLATIONS: dict[str, tuple[list[str], list[str], str]] = {
     "loss": (["cadd", "cadd:mse=1"], ["steps=16,128"], "tokens/s a GPU: CE 47,152, CE + MSE 32,117"),
     "strength": (["cadd"], ["strength=0,0.5,1,1.5", "steps=16,128"], "not in the paper"),
     "scale": (
-        ["mdlm", "cadd:evidence=0.05", "cadd", "cadd:evidence=0.2", "cadd:continuous=linear", STRONG],
+        [
+            *("mdlm", "cadd:evidence=0.05", "cadd", "cadd:evidence=0.2"),
+            *(f"cadd:continuous={schedule}" for schedule in ("linear", "cosine", "flow")),
+            STRONG,
+        ],
         ["steps=16,128", "zhat=hard,soft"],
         "not in the paper",
     ),
@@ -97,22 +103,25 @@ def varied(items: list[str]) -> list[dict[str, Any]]:
 
 
 def trained(job: dict[str, Any]) -> Path:
-    """The folder of this run, trained to its last step by the command that anyone would type."""
+    """The folder of this run, trained to its last step by the command that anyone would type.
+
+    Raises InputError if the folder has a model of other settings.
+    """
     if "ckpt" in job:
         return checkpoint.find(Path(job["ckpt"])).parent
     folder = Path(job["runs"]) / f"{job['spec']}-{job['seed']}"
-    steps = job["options"].get("steps", job["steps"])
+    options = {name: job[name] for name in OF_TRAINING} | {"steps": job["steps"]} | job["options"]
     resume: list[str] = []
     if (folder / checkpoint.FILE).exists():
-        if checkpoint.load(folder)["trainer"]["step"] >= steps:
+        content = checkpoint.load(folder)
+        for name in options.keys() - {"steps"}:
+            if str(found := content["settings"].get(name)) != str(options[name]):
+                raise InputError(f"{folder} was trained with {name} {found}, not {options[name]}: name another --runs")
+        if content["trainer"]["step"] >= options["steps"]:
             return folder
         resume = ["--resume"]
-    options = {"preset": job["preset"], "batch_size": job["batch_size"], "length": job["length"], "steps": steps}
-    options |= (
-        job["options"] | {name: job[name] for name in ("dataset", "tokenizer", "model", "seed")} | {"out": folder}
-    )
     flags = [part for name, value in options.items() for part in _flag(name, value)]
-    quiet = ["--eval-every", "0", "--sample-every", "0"]
+    quiet = ["--eval-every", "0", "--sample-every", "0", "--out", str(folder), "--device", job["device"]]
     done = subprocess.run([sys.executable, "train_text.py", *flags, *quiet, *resume], cwd=ROOT, capture_output=True)
     if done.returncode:
         raise InputError(f"training {job['spec']}: {done.stderr.decode().strip().splitlines()[-1]}")
@@ -130,11 +139,12 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
     """One model, one seed: train it unless that was done, then draw and score by every setting."""
     torch.set_num_threads(1)
     folder = trained(job)
-    model, tokenizer, content = checkpoint.load_denoiser(folder)
+    model, tokenizer, content = checkpoint.load_denoiser(folder, job["device"])
     tokens = held_out_tokens(content, tokenizer, None, Path(job["cache"]))
-    judge = open_judge(job["judge"], dtype=job["judge_dtype"])
+    judge = open_judge(job["judge"], job["device"], job["judge_dtype"])
     reader = Reader(tokenizer, judge, windows(tokens, 2 * job["num"], model.config.length))
-    dtype, row = content["settings"]["dtype"], job | {"scores": {}, "real": reader.real_text()}
+    dtype = content["settings"]["dtype"]
+    row = job | {"dtype": dtype, "length": model.config.length, "scores": {}, "real": reader.real_text()}
     held_out = windows(tokens, job["num"], model.config.length).split(32)
     nats = held_out_bound(model, held_out, steps=None, repeat=4, seed=0, dtype=dtype)
     row["bound"] = summary(nats, model.config.length)
@@ -147,7 +157,7 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
         if name in row["scores"]:
             continue
         start = time.perf_counter()
-        ids = generate.many(model, Sampling(**how), job["num"], seed=job["seed"], dtype=dtype, batch_size=32)
+        ids = generate.many(model, Sampling(**how), job["num"], seed=job["seed"], dtype=dtype, batch_size=32).cpu()
         seconds = time.perf_counter() - start
         row["scores"][name] = reader.score(ids) | {"seconds": seconds / job["num"]}
     return row
@@ -164,7 +174,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
     lines.append(f"| {REAL} | | {cells([rows[0]['real']])} | | | |")
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
+    for row in {(row["spec"], row["seed"]): row for row in rows}.values():  # of one run twice in a file, the last
         groups[row["spec"]].append(row)
     for spec, group in groups.items():
         bound = spread([row["bound"]["bound"] for row in group], 2)
@@ -172,8 +182,22 @@ def table(rows: list[dict[str, Any]]) -> str:
         for name in dict.fromkeys(name for row in group for name in row["scores"]):
             scores = [row["scores"][name] for row in group if name in row["scores"]]
             seconds = spread([s["seconds"] for s in scores], 2)
-            lines.append(f"| {spec} | {name} | {cells(scores)} | {seconds} | {bound} | {speed} |")
-    return "\n".join(lines)
+            lines.append(f"| {spec} ({len(scores)}) | {name} | {cells(scores)} | {seconds} | {bound} | {speed} |")
+    return "\n".join([*lines, "", caption(rows)])
+
+
+def caption(rows: list[dict[str, Any]]) -> str:
+    """What makes the table's figures comparable with others."""
+    said = {name: ", ".join(sorted({str(row[name]) for row in rows})) for name in SAID}
+    default = dataclasses.asdict(Sampling())
+    for name in {name for row in rows for how in row["settings"] for name in how}:
+        default.pop(name)
+    return (
+        f"(n): seeds, ± their standard deviation; each {said['num']} samples of {said['length']} tokens, "
+        f"models in {said['dtype']}; judge {said['judge']} in {said['judge_dtype']}; unless varied, "
+        + ", ".join(f"{name} {value}" for name, value in default.items())
+        + "; the last step is a draw"
+    )
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
@@ -202,12 +226,14 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=3000, help="training steps")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the models, in training and sampling")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num", type=int, default=64, help="samples of each setting, and pieces of held-out text")
     parser.add_argument("--judge", default=SMOLLM2)
     parser.add_argument("--judge-dtype", choices=DTYPES, default="float32", help="bfloat16: faster, 0.002 bits higher")
     parser.add_argument("--cache", default=str(Path.home() / ".cache" / "cadd_min"))
     parser.add_argument("--runs", default="runs/text", help="a folder of a run in it for each model and seed")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="with a GPU, --jobs 1")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--out", type=Path, help="append each run as a line of JSON")
     parser.add_argument("--table", type=Path, help="only print the table of the runs in this file")
@@ -225,6 +251,8 @@ def experiment(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Its rows, seed by seed."""
     if min(args.seeds, args.num) < 1:
         raise InputError("--seeds and --num must be at least 1")
+    if args.ckpt and args.ablation in ("fusion", "loss", "scale"):
+        raise InputError(f"--ablation {args.ablation} compares models that it trains: leave out --ckpt")
     specs, vary = ABLATIONS[args.ablation][:2] if args.ablation else (args.train, args.vary)
     shared = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUNS}
     settings = varied(vary)

@@ -133,11 +133,24 @@ def test_benchmark_trains_scores_and_goes_on(text, tmp_path, monkeypatch, capsys
         monkeypatch.setattr("sys.argv", arguments)
         benchmark.main()
     printed = capsys.readouterr().out
-    assert "| held-out text |" in printed and "| ar:lr=0.001 | steps 2, temperature 0.8 |" in printed
+    assert "| held-out text |" in printed and "| ar:lr=0.001 (1) | steps 2, temperature 0.8 |" in printed
+    assert (
+        "each 6 samples of 16 tokens, models in float32; judge" in printed and "unless varied, num_latents" in printed
+    )
+    monkeypatch.setattr("sys.argv", ["text", "--table", str(out)])
+    benchmark.main()  # each run is there twice, and counts once
+    assert "| ar:lr=0.001 (1) | steps 2, temperature 0.8 |" in capsys.readouterr().out
     command = f"text --ckpt {tmp_path / 'runs' / 'mdlm-0'} --vary steps=2 --num 6 --cache {tmp_path}"
     monkeypatch.setattr("sys.argv", command.split())
     benchmark.main()
-    assert "runs/mdlm-0 | steps 2 |" in capsys.readouterr().out
+    assert "runs/mdlm-0 (1) | steps 2 |" in capsys.readouterr().out
+    for other, message in (
+        ("--length 32", "mdlm-0 was trained with length 16, not 32"),
+        ("--ablation loss --ckpt runs", "--ablation loss compares models that it trains"),
+    ):
+        monkeypatch.setattr("sys.argv", [*arguments, *other.split()])
+        with pytest.raises(InputError, match=message):
+            benchmark.main()
     first, _, again, _ = (json.loads(line) for line in out.read_text().splitlines())
     for row in (first, again):
         for scores in row["scores"].values():
