@@ -65,7 +65,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
             file.write(DIGEST.to_bytes(2, "little") + hashing.sha.digest())
             file.flush()
             os.fsync(file.fileno())
-        if path.name == FILE and path.exists():
+        if path.name == FILE and path.exists() and _digest_matches(path):  # a damaged one must not follow a good one
             os.replace(path, path.with_name(PREVIOUS))
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError

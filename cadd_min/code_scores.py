@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from cadd_min.problems import Problem
 
+FENCE = re.compile(r"^```([^\n`]*)$", re.M)
 BLOCK = re.compile(r"^```[^\n`]*\n(.*?)(?:^```|\Z)", re.M | re.S)  # one that is not closed goes to the end
 
 
@@ -16,10 +17,15 @@ def extract(text: str, problem: Problem) -> str:
     """The program in a model's answer: a fenced block of code, or the answer up to where such answers stop.
 
     Of several blocks, the first that defines the function that is asked for. Where an answer goes on from the prompt it
-    is put after it; one that defines the function anew, only after what stands before the function there.
+    is put after it; one that defines the function anew, only after what stands before the function there. A model that
+    was given the fence that opens a block may write the one that closes it: then what follows is talk.
     """
-    blocks = [match[1] for match in BLOCK.finditer(text)]
     named = re.compile(rf"^(?:async )?def {re.escape(problem.entry_point)}\b", re.M)
+    fence = FENCE.search(text)
+    before = text[: fence.start()] if fence and not fence[1].strip() else ""
+    if named.search(before) or (problem.continues and before.lstrip("\n").startswith((" ", "\t"))):
+        text = before
+    blocks = [match[1] for match in BLOCK.finditer(text)]
     whole = [block for block in blocks if named.search(block)]
     if whole:
         start = named.search(problem.prompt) if problem.continues else None

@@ -110,13 +110,19 @@ def accumulate_only(through: nn.Module, only: bool) -> None:
         sync(not only)  # type: ignore[operator]
 
 
-def whole(value: Any) -> Any:
-    """A state dict with every sharded tensor made whole, on the CPU. All processes must ask at the same time."""
+def whole(value: Any, keep: bool = True) -> Any:
+    """A state dict with every sharded tensor made whole, on the CPU. All processes must ask at the same time.
+
+    keep: whether this process wants it; else None stands in the place of each, and takes no memory.
+    """
     if isinstance(value, dict):
-        return {key: whole(item) for key, item in value.items()}
+        return {key: whole(item, keep) for key, item in value.items()}
     if isinstance(value, list):
-        return [whole(item) for item in value]
-    return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
+        return [whole(item, keep) for item in value]
+    if not hasattr(value, "full_tensor"):
+        return value
+    full = value.full_tensor()
+    return full.cpu() if keep else None
 
 
 def share_of(value: Tensor, like: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class Interrupted(Exception):
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main: bad input is one line and exit code 2, an interrupt is exit code 130."""
-    code = 0
+    code, rank = 0, os.environ.get("RANK", "0")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a text, or a file's name, may have what a terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -28,15 +28,16 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of our output, like head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Interrupted, KeyboardInterrupt) as stop:
-        print(str(stop) or "interrupted", file=sys.stderr)
+        if rank == "0":
+            print(str(stop) or "interrupted", file=sys.stderr)
         code = 130
     except Exception as error:
         said = sentence(error)
         if said is None:
             raise
-        rank = os.environ.get("RANK", "0")  # one of many processes says which it is
         line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)  # a path may be so
-        print(f"error{f' in process {rank}' if rank != '0' else ''}: {line}", file=sys.stderr)
+        which = f" in process {rank}" if rank != "0" else ""  # one of many says which it is
+        print(f"error{which}: {line}", file=sys.stderr)
         code = 2
     if "RANK" in os.environ:
         leave(code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from cadd_min.metrics import MetricsLog
 from cadd_min.options import option
 from cadd_min.trainer import Batch, Trainer
 
-LOOK = 10  # steps between two looks whether to stop, where there are many processes, or no log
+LOOK = 10  # steps between two looks whether to stop, at most, where there are many processes, or no log
+LOOK_SECONDS = 1.0  # torchrun kills its processes half a minute after SIGTERM
 LIMIT = 10  # skipped steps in a row after which going on makes no sense
 
 
@@ -57,6 +59,7 @@ class Fit:
         self.trainer, self.run, self.config = trainer, run, config
         self.first = trainer.world.first
         self.log = MetricsLog(run.out, trainer.step) if self.first else None
+        self.looked, self.next_look = (trainer.step, time.monotonic()), trainer.step
         self.tokens = trainer.config.batch_size * trainer.accumulate * trainer.model.config.length
         total, what = trainer.config.steps, trainer.model.config.model
         self.bar = tqdm(total=total, initial=trainer.step, desc=what, unit="step", disable=not self.first)
@@ -65,7 +68,7 @@ class Fit:
         """Train to the last step. Raises Interrupted after Ctrl-C or SIGTERM, InputError where it cannot go on."""
         trainer, target = self.trainer, self.trainer.config.steps
         try:
-            with interrupts() as interrupted, _want_is_named(self.run.out):
+            with interrupts() as interrupted, _want_is_named(self.run):
                 while trainer.step < target and not self._stopping(interrupted):
                     values = trainer.train_step()
                     self.bar.update()
@@ -86,10 +89,15 @@ class Fit:
             checkpoint.save(self.run.out / checkpoint.FILE, {**self.run.contents, "trainer": state})
 
     def _stopping(self, interrupted: list[int]) -> bool:
-        world = self.trainer.world
+        """Whether any process was asked to: with many, they look together every second or so, and every LOOK steps."""
+        world, step, now = self.trainer.world, self.trainer.step, time.monotonic()
         if world.size == 1:
             return bool(interrupted)
-        return self.trainer.step % LOOK == 0 and world.any(bool(interrupted))
+        if step < self.next_look:
+            return False
+        pace = world.mean((now - self.looked[1]) / max(1, step - self.looked[0]))  # seconds a step, agreed upon
+        self.looked, self.next_look = (step, now), step + max(1, min(LOOK, int(LOOK_SECONDS / max(pace, 1e-9))))
+        return world.any(bool(interrupted))
 
     def _look_up(self, values: dict[str, Tensor], last: bool) -> None:
         """What this step asks for beside training."""
@@ -145,20 +153,22 @@ def _due(step: int, every: int, last: bool) -> bool:
 
 
 @contextmanager
-def _want_is_named(out: Path) -> Iterator[None]:
+def _want_is_named(run: Run) -> Iterator[None]:
     """Out of memory is an InputError that names the settings that need less; out of room on the disk is one, too."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        tuned = run.contents.get("settings", {}).get("script") == "finetune.py"
+        fewer = "--length, or take --checkpointing or --lora 16" if tuned else "--length, --preset or --vocab-size"
         raise InputError(
-            "out of memory: lower --batch-size and raise --accumulate by as much, or lower --length, --preset or "
-            "--vocab-size, or take --dtype bfloat16, or --shard over several GPUs; the last checkpoint is untouched"
+            f"out of memory: lower --batch-size and raise --accumulate by as much, or lower {fewer}, "
+            "or take --dtype bfloat16, or --shard over several GPUs; the last checkpoint is untouched"
         ) from None
     except OSError as error:
         raise InputError(
-            f"--out {out} cannot be written to ({error.strerror}); the last checkpoint is untouched"
+            f"--out {run.out} cannot be written to ({error.strerror}); the last checkpoint is untouched"
         ) from None
 
 

@@ -154,12 +154,11 @@ def training_loss(
         known = torch.rand(len(x_0), generator=generator, device=x_0.device) >= config.drop_label
         label = torch.where(known, label, model.config.classes)
     masked = x_t == model.mask_id if free is None else (x_t == model.mask_id) & free
-    features = model.features(x_t, z_t, t.float(), label)[masked]
+    rows = masked.flatten().nonzero()[:, 0]  # the one look at a GPU's values in a step
+    features = model.features(x_t, z_t, t.float(), label).flatten(0, 1)[rows]
     z_0 = table if config.mse > 0 else None
-    ce, mse = token_losses(features, model.head_matrix(), x_0[masked], table=z_0, mask_id=model.mask_id)
-    ce_weight, mse_weight = (
-        w[:, None].expand_as(x_0)[masked].float() for w in time_weights(t, schedule, config.weighting)
-    )
+    ce, mse = token_losses(features, model.head_matrix(), x_0.flatten()[rows], table=z_0, mask_id=model.mask_id)
+    ce_weight, mse_weight = (w[rows // x_0.shape[1]].float() for w in time_weights(t, schedule, config.weighting))
     loss = (ce_weight * ce + config.mse * mse_weight * mse).sum() / x_0.numel()
     return loss, {"ce": ce.detach().sum(), "masked": masked.sum(), "mse": mse.detach().sum()}
 
@@ -186,7 +185,10 @@ class Trainer:
             )
         fixed: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
         self.ema = copy.deepcopy(model, fixed).requires_grad_(False).eval()  # what is not trained needs no copy
-        if config.compile:
+        if config.compile and config.shard:  # a block at a time: FSDP2 fetches its weights around its forward
+            for block in model.blocks():
+                block.forward = torch.compile(block.forward, fullgraph=True)  # type: ignore[method-assign]
+        elif config.compile:
             model.backbone.compile(fullgraph=True)
         self._model = shared(model, self.world, config.shard)
         self._ema = shared(self.ema, self.world, config.shard)
@@ -313,11 +315,15 @@ class Trainer:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs, whole: it can go on in another number of processes."""
+        """Everything that a resumed run needs, whole: it can go on in another number of processes.
+
+        What is sharded, only the first process has; all must ask.
+        """
+        first = self.world.first
         return {
-            "model": whole(self.model.state_dict()),
-            "ema": whole(self.ema.state_dict()),
-            "optimizer": whole(self.optimizer.state_dict()),
+            "model": whole(self.model.state_dict(), first),
+            "ema": whole(self.ema.state_dict(), first),
+            "optimizer": whole(self.optimizer.state_dict(), first),
             "step": self.step,
             "seen": self.seen,
             "skipped": int(self.skipped),

@@ -101,12 +101,17 @@ def test_extraction(human):
         f"```python\n{whole}": before + whole,  # cut off before it was closed
         f"```\npip install x\n```\nthen\n```py\n{whole}```": before + whole,  # the block that has the function
         f"```python\n\ndef helper():\n    pass\n\n{whole}```": f"{before}\ndef helper():\n    pass\n\n{whole}",
+        f"{body}```\n\nThis function finds a root.": prompt + body,  # closes a block that the prompt has opened
+        f"{body}```\nExample:\n```python\nprint(root(4))\n```": prompt + body,
+        f"{whole}```\nIt works.": prompt + whole,
+        f"Here it is:\n```\n{whole}```": before + whole,  # one without a language opens, too
         "": prompt,
     }
     for text, program in cases.items():
         assert extract(text, problem) == program, text
     other = problems.mbpp(write(human.with_name("m.jsonl"), MBPP))[0]
     assert extract("def add(n): return n\n[DONE]\nYou are", other) == "def add(n): return n\n"
+    assert extract("def add(n): return n\n```\nThis adds.\n```python\nadd(1)\n```", other) == "def add(n): return n\n"
     assert extract("Sure:\n```python\ndef add(n): return n\n```", other) == "def add(n): return n\n"
 
 

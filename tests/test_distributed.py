@@ -1,25 +1,31 @@
 """Two processes are one: the same gradients, the same run, whole checkpoints. Real ones, over gloo on the CPU."""
 
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cadd_min import checkpoint
-from cadd_min.distributed import launched, whole, world
+from cadd_min.distributed import World, launched, whole, world
 from cadd_min.errors import InputError, leave
+from cadd_min.fit import Fit, FitConfig, Run
 from cadd_min.metrics import read_metrics
 from cadd_min.trainer import TrainConfig, Trainer
-from tests.conftest import nano
+from tests.conftest import TINY, nano
 from tests.test_trainer import batch
 from tests.test_upgrade import write
 
 ROOT = Path(__file__).parent.parent
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 OPTIONS = {"batch_size": 8, "dtype": "float32", "steps": 8, "warmup": 2, "drop_latent": 0.2, "lr": 1e-3}
 
 
@@ -165,6 +171,92 @@ run(main)"""
     environment = {key: value for key, value in os.environ.items() if key != "RANK"} | rank
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout) == (2, "said " + late) and "x" in done.stderr
+
+
+def test_a_sharded_model_is_compiled_a_block_at_a_time(monkeypatch):
+    """In one process, by the tracer without its code generator: the same steps as of a model that is not compiled."""
+    for name, value in ALONE.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", free_port())
+    traced, real = [], torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, fullgraph: traced.append(f) or real(f, fullgraph=fullgraph, backend="eager")
+    )
+    norms = []
+    with world("cpu") as processes:
+        for compiled in (False, True):
+            fitted = made(processes, accumulate=2, shard=True, compile=compiled)
+            norms.append([float(fitted.train_step()["grad_norm"]) for _ in range(3)])
+            state = fitted.state_dict()["ema"]
+    assert len(traced) == len(nano().blocks()) and norms[0] == pytest.approx(norms[1], rel=1e-5)
+    assert state.keys() == nano().state_dict().keys()
+
+
+class Dispatched(TorchDispatchMode):
+    """Notes the names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_accumulation_shares_gradients_once_a_step(monkeypatch):
+    """FSDP2 lays out the gradients of each block, and the others, to be shared: as often for four batches as for one."""
+    for name, value in ALONE.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", free_port())
+    counts = []
+    with world("cpu") as processes:
+        for accumulate, twin in ((1, False), (4, False), (4, True)):
+            if twin:  # one that shares them after each
+                monkeypatch.setattr("cadd_min.trainer.accumulate_only", lambda through, only: None)
+            fitted = made(processes, accumulate=accumulate, shard=True)
+            with Dispatched() as seen:
+                fitted.backward()
+            counts.append(sum("chunk_cat" in name for name in seen.names))
+    assert counts[0] == counts[1] == len(nano().blocks()) + 1 and counts[2] == 4 * counts[0]
+
+
+@pytest.mark.parametrize("seconds, looks", [(0.001, 10), (0.3, 3), (60.0, 1)])
+def test_long_steps_are_looked_at_one_by_one(seconds, looks, monkeypatch, tmp_path):
+    """torchrun kills half a minute after SIGTERM: ten steps of minutes would be too many between two looks."""
+
+    class Two(World):
+        mean = staticmethod(float)
+
+    fitted, clock, asked = made(None), [0.0], []
+    fitted.world = Two(torch.device("cpu"), 0, 2)
+    monkeypatch.setattr("cadd_min.fit.time.monotonic", lambda: clock[0])
+    running = Fit(fitted, Run(tmp_path, [], lambda *_: "", {}), FitConfig())
+    monkeypatch.setattr(Two, "any", lambda self, here: asked.append(fitted.step) or here)
+    for fitted.step in range(40):
+        assert not running._stopping([])
+        clock[0] += seconds
+    assert {b - a for a, b in zip(asked[1:], asked[2:])} == {looks}
+    fitted.step += looks
+    assert running._stopping([signal.SIGTERM])
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves_once_and_says_so_once(text, tmp_path):
+    out = tmp_path / "run"
+    command = (
+        f"-m torch.distributed.run --nproc-per-node=2 --master-port {free_port()} train_text.py {TINY} --steps 100000"
+    )
+    command += f" --dataset {text} --cache {tmp_path} --out {out} --dtype float32 --log-every 1 --eval-every 0"
+    with subprocess.Popen([sys.executable, *command.split()], cwd=ROOT, stderr=subprocess.PIPE, text=True) as running:
+        until = time.time() + 120
+        while time.time() < until and not (out / "metrics.jsonl").exists():
+            time.sleep(0.1)
+        time.sleep(1)
+        running.send_signal(signal.SIGTERM)
+        said = running.communicate(timeout=60)[1]
+    assert len(re.findall(r"stopped after step \d+, saved in", said)) == 1
+    assert checkpoint.load(out)["trainer"]["step"] >= 1 and not list(out.glob("*.tmp"))
 
 
 @pytest.mark.slow

@@ -131,8 +131,9 @@ def test_every_cut_and_every_flipped_bit_is_found_and_the_checkpoint_before_is_u
         except Exception:
             pass
     assert unnoticed > 100  # without the checksum
-    path.write_bytes(content)
-    assert checkpoint.load(tmp_path)["trainer"]["step"] == 2
+    checkpoint.save(path, state(3))  # the damaged file does not take the place of the good one before it
+    path.unlink()
+    assert checkpoint.load(tmp_path)["trainer"]["step"] == 1
 
 
 def test_a_run_that_died_between_two_renames_has_its_checkpoint(tmp_path, capsys):
@@ -201,12 +202,15 @@ def test_a_run_of_skipped_steps_stops_and_keeps_what_it_had(tmp_path):
     assert rows[-1]["skipped"] >= LIMIT and all(math.isfinite(v) for row in rows for v in row.values())
 
 
-def test_out_of_memory_names_what_would_help(tmp_path):
+@pytest.mark.parametrize("script, help", [("train_text.py", "--vocab-size"), ("finetune.py", "--lora 16")])
+def test_out_of_memory_names_what_would_help(script, help, tmp_path):
     """The real thing: 4 EiB, which no allocator has."""
     fitted = trainer(steps=2)
     fitted.training_loss = lambda *args: torch.empty(2**60)
-    with pytest.raises(InputError, match=r"out of memory: lower --batch-size and raise --accumulate .* --shard"):
-        fit(fitted, run_of(tmp_path), FitConfig())
+    run = run_of(tmp_path)
+    run.contents["settings"] = {"script": script}
+    with pytest.raises(InputError, match=f"out of memory: lower --batch-size and raise --acc.* {help}.* --shard"):
+        fit(fitted, run, FitConfig())
 
 
 def test_a_read_only_folder_is_named(tmp_path, text, call):
