@@ -21,7 +21,7 @@ from cadd_min.likelihood import held_out_bound, report, summary
 from cadd_min.model import Denoiser
 from cadd_min.pairs import holds_pairs
 from cadd_min.plan import Sampling
-from cadd_min.text_judge import SMOLLM2, LanguageJudge, open_judge
+from cadd_min.text_judge import SMOLLM2, LanguageJudge, characters, open_judge
 from cadd_min.text_scores import MAUVE_LEAST, score
 from cadd_min.tokenizer import Tokenizer
 
@@ -84,20 +84,23 @@ def bound_rows(model: Denoiser, tokenizer: Tokenizer, tokens: TokenView, args: a
         model, held_out.split(args.batch_size), steps=args.T, repeat=args.repeat, seed=args.seed, dtype=args.dtype
     )
     found = summary(nats, length)
-    characters = sum(len(tokenizer.decode(row)) for row in held_out.tolist()) / len(held_out)
+    letters = sum(characters(tokenizer.decode(row)) for row in held_out.tolist()) / len(held_out)
+    with np.errstate(over="ignore"):  # an untrained cdm's perplexity is beyond floats
+        perplexity = float(np.exp(found["bound"]))
     return {
         "bound, nats per token": found["bound"],
         "its standard error over sequences": found["standard error"],
         "of it tokens": found["of it tokens"],
         "of it latents": found["of it latents"],
-        "bound, perplexity per token": float(np.exp(min(found["bound"], 700))),  # an untrained cdm's is beyond floats
-        "bound, bits per character": found["bound"] * length / characters / math.log(2),
+        "bound, perplexity per token": perplexity,
+        "bound, bits per character": found["bound"] * length / letters / math.log(2),
         "sequences of held-out text": len(held_out),
         "draws for each": args.repeat,
     }
 
 
 REAL = "held-out text"
+TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0)  # of a frontier that is not told any
 COLUMNS = {  # of score(): heading and digits
     "judge_bpc": ("judge, bits/character", 3),
     "judge_bpc_se": ("± s.e.", 3),
