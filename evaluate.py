@@ -19,7 +19,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from cadd_min import assess_code, assess_images, assess_text, checkpoint, generate
+from cadd_min import assess_code, assess_images, assess_text, checkpoint, generate, methods
 from cadd_min.errors import InputError, run, torch_device
 from cadd_min.options import Parser, whole
 from cadd_min.pixels import Pixels
@@ -60,8 +60,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_values(args: argparse.Namespace) -> None:
+    """Options out of range, or that do not go together whatever the models are: named before anything is loaded."""
+    for name in ("num", "batch_size", "T", "repeat"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    if not all(0 < share <= 1 for share in args.masked or []):
+        raise InputError(f"--masked must be shares above 0 and up to 1, not {args.masked}")
+    known = argparse.Namespace(**vars(args) | {"zhat": args.zhat or "hard"})
+    for one in assess_text.sweep(known) if args.what == "frontier" else [known]:
+        generate.sampling(one)
+    if args.what == "frontier":
+        args.out = args.out or Path("frontier.png")
+        assess_text.check_picture(args.out)
+    if args.what == "infill":
+        args.masked = args.masked or [0.15, 0.5]
+
+
 def check(args: argparse.Namespace, images: bool) -> None:
-    """Options that do not go together, and the defaults of each kind of data."""
+    """Options that are for another kind of data than this, and the defaults of each kind."""
     kind, other = ("images", "text") if images else ("text", "images")
     if args.what not in (IMAGES if images else TEXT):
         raise InputError(f"{args.what} is for models of {other}, and --ckpt {args.ckpt[0]} is one of {kind}")
@@ -77,18 +95,9 @@ def check(args: argparse.Namespace, images: bool) -> None:
         ("zhat", "soft" if images else "hard"),
         ("num", 2048 if images else 128),
         ("batch_size", 128 if images else 32),
-        ("temperatures", [0.6, 0.7, 0.8, 0.9, 1.0]),
-        ("masked", [0.15, 0.5]),
-        ("out", Path("frontier.png")),
     ):
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("num", "batch_size", "repeat"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if not all(0 < share <= 1 for share in args.masked):
-        raise InputError(f"--masked must be shares above 0 and up to 1, not {args.masked}")
-    generate.sampling(args)  # options out of range are named before anything is loaded
     if images and args.what != "bound" and args.num < 10:
         raise InputError(f"--num must be at least 10 to compare samples with images, not {args.num}")
 
@@ -97,8 +106,12 @@ def main() -> None:
     if sys.argv[1:2] == ["code"]:
         return assess_code.main(sys.argv[2:])
     args = build_parser().parse_args()
+    check_values(args)
     device = torch_device(args.device)
-    models = {checkpoint.find(path): checkpoint.load_denoiser(path, device) for path in args.ckpt}
+    found = {path: checkpoint.find(path) for path in args.ckpt}
+    if len(set(found.values())) < len(args.ckpt):
+        raise InputError(f"--ckpt must be different checkpoints, not {' '.join(map(str, args.ckpt))}")
+    models = {where: checkpoint.load_denoiser(path, device) for path, where in found.items()}
     kinds = {isinstance(codec, Pixels) for _, codec, _ in models.values()}
     if len(kinds) > 1:
         raise InputError("--ckpt: models of text and of images cannot be measured together")
@@ -108,6 +121,9 @@ def main() -> None:
     if len(dtypes) > 1:
         raise InputError(f"--dtype must be given: the models were trained in {' and '.join(sorted(dtypes))}")
     args.dtype = dtypes.pop()
+    if args.what != "bound":
+        for model, _, _ in models.values():
+            methods.check(model, generate.sampling(args))
     print((assess_images if images else assess_text).assess(models, args))
 
 

@@ -70,7 +70,7 @@ def main() -> None:
     task.show(x)
     print(
         f"model {model.config.model} at step {content['trainer']['step']} ({where}), "
-        f"{generate.settings(args)}{task.settings()}"
+        f"{generate.settings(args, [model.config.model])}{task.settings()}"
     )
 
 

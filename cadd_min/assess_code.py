@@ -241,7 +241,8 @@ def main(arguments: list[str]) -> None:
     args.dtype = generate.dtype_of(args.dtype, content)
     check_lengths(asked, encode, model.config.length)
     chat = ", chat" if args.chat else ""
-    said = f"model {model.config.model} at step {content['trainer']['step']} ({path}), {generate.settings(args)}{chat}"
+    said = f"model {model.config.model} at step {content['trainer']['step']} ({path}), "
+    said += f"{generate.settings(args, [model.config.model])}{chat}"
     complete = text_model(model, codec, encode, generate.sampling(args), args.dtype)
     place = Path(path.name) if args.source else path.parent
     folder = args.out or place / f"{args.benchmark}{'-plus' if args.plus else ''}"

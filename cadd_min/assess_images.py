@@ -89,7 +89,7 @@ def _one(path: Path, model: Denoiser, pixels: Pixels, content: dict[str, Any], a
     if args.what == "bound":
         rows, how = bound(model, pixels, data, args), f"T {args.T or 'continuous'}, {args.dtype}, seed {args.seed}"
     else:
-        samples, how = draw(model, pixels, args), f"{args.num} samples, {generate.settings(args)}"
+        samples, how = draw(model, pixels, args), f"{args.num} samples, {generate.settings(args, [model.config.model])}"
         if args.what == "fid":
             rows = inception_metrics(samples, data.train, model.embedding.weight.device, args.inception_weights)
         else:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cadd_min import corpus, generate
+from cadd_min import corpus, generate, text_scores
 from cadd_min.data import Batches, TokenFolder, TokenView, is_folder, prepare
 from cadd_min.errors import InputError
 from cadd_min.likelihood import held_out_bound, report, summary
 from cadd_min.model import Denoiser
 from cadd_min.pairs import holds_pairs
 from cadd_min.plan import Sampling
-from cadd_min.text_judge import SMOLLM2, LanguageJudge, open_judge
+from cadd_min.text_judge import SMOLLM2, LanguageJudge, characters, open_judge
 from cadd_min.text_scores import MAUVE_LEAST, score
 from cadd_min.tokenizer import Tokenizer
 
@@ -84,20 +86,23 @@ def bound_rows(model: Denoiser, tokenizer: Tokenizer, tokens: TokenView, args: a
         model, held_out.split(args.batch_size), steps=args.T, repeat=args.repeat, seed=args.seed, dtype=args.dtype
     )
     found = summary(nats, length)
-    characters = sum(len(tokenizer.decode(row)) for row in held_out.tolist()) / len(held_out)
+    letters = sum(characters(tokenizer.decode(row)) for row in held_out.tolist()) / len(held_out)
+    with np.errstate(over="ignore"):  # an untrained cdm's perplexity is beyond floats
+        perplexity = float(np.exp(found["bound"]))
     return {
         "bound, nats per token": found["bound"],
         "its standard error over sequences": found["standard error"],
         "of it tokens": found["of it tokens"],
         "of it latents": found["of it latents"],
-        "bound, perplexity per token": float(np.exp(min(found["bound"], 700))),  # an untrained cdm's is beyond floats
-        "bound, bits per character": found["bound"] * length / characters / math.log(2),
+        "bound, perplexity per token": perplexity,
+        "bound, bits per character": found["bound"] * length / letters / math.log(2),
         "sequences of held-out text": len(held_out),
         "draws for each": args.repeat,
     }
 
 
 REAL = "held-out text"
+TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0)  # of a frontier that is not told any
 COLUMNS = {  # of score(): heading and digits
     "judge_bpc": ("judge, bits/character", 3),
     "judge_bpc_se": ("± s.e.", 3),
@@ -123,12 +128,33 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def sweep(args: argparse.Namespace) -> list[Sampling]:
-    """The settings of a frontier, from the most careful to the model's own: one of temperature and top-p varies."""
-    how = generate.sampling(args)
-    if args.top_ps:
-        return [dataclasses.replace(how, top_p=value) for value in sorted(args.top_ps)]
-    return [dataclasses.replace(how, temperature=value) for value in sorted(args.temperatures)]
+def sweep(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """The options of a frontier, from the most careful to the model's own: one of temperature and top-p varies.
+
+    A cosine temperature ends at each of the temperatures. Raises InputError for options that it would not heed.
+    """
+    if args.temperatures and args.top_ps:
+        raise InputError("--temperatures and --top-ps cannot be given together: a frontier varies one of them")
+    name, values = ("top_p", args.top_ps) if args.top_ps else ("temperature", args.temperatures or TEMPERATURES)
+    if getattr(args, name) != getattr(Sampling, name):
+        flag = f"--{name.replace('_', '-')}"
+        raise InputError(f"{flag} is what this frontier varies: give {flag}s, not {flag} {getattr(args, name)}")
+    return [argparse.Namespace(**vars(args) | {name: value}) for value in sorted(set(values))]
+
+
+def check_picture(path: Path) -> None:
+    """Raise InputError where `plot` could not draw to a --out."""
+    if path.suffix != ".png":
+        raise InputError(f"--out must be a .png file, not {path}")
+    if not path.parent.is_dir():
+        raise InputError(f"--out must be a file in a folder that is there, not {path}")
+    find_matplotlib()
+
+
+def find_matplotlib() -> None:
+    """Raise InputError, which says how to get it, where it is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("the picture of a frontier needs matplotlib: pip install matplotlib")
 
 
 def plot(rows: dict[str, dict[str, float]], curves: dict[str, list[str]], path: Path) -> None:
@@ -136,10 +162,9 @@ def plot(rows: dict[str, dict[str, float]], curves: dict[str, list[str]], path: 
 
     Lower at the same entropy is better; what moves along a curve has only traded one for the other.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("the picture of a frontier needs matplotlib: pip install matplotlib") from None
+    find_matplotlib()
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -155,8 +180,18 @@ def plot(rows: dict[str, dict[str, float]], curves: dict[str, list[str]], path: 
     plt.close(figure)
 
 
+def short_names(paths: Iterable[Path]) -> dict[Path, str]:
+    """What to call each checkpoint: its folder where no other has that name, else its path."""
+    short = {path: path.parent.name or path.name for path in paths}
+    names = list(short.values())
+    return {path: name if names.count(name) == 1 else str(path) for path, name in short.items()}
+
+
 def assess(models: dict[Path, tuple[Denoiser, Tokenizer, dict[str, Any]]], args: argparse.Namespace) -> str:
-    """What is asked for, of each model, as Markdown or lines; a frontier is also drawn to args.out."""
+    """What is asked for, of each model, as Markdown or lines.
+
+    A frontier's table is printed, so that it is there whatever becomes of the picture, which is drawn to args.out.
+    """
     if args.what == "bound":
         return "\n\n".join(_bound_lines(path, *models[path], args) for path in models)
     (first, tokenizer, content), *others = models.values()
@@ -165,30 +200,38 @@ def assess(models: dict[Path, tuple[Denoiser, Tokenizer, dict[str, Any]]], args:
     if args.what == "infill":
         tokens = held_out_tokens(content, tokenizer, args.dataset, args.cache)
         return infill_table(models, windows(tokens, args.num, first.config.length), args)
-    if args.what == "frontier" and args.out.suffix != ".png":
-        raise InputError(f"--out must be a .png file, not {args.out}")
     tokens = held_out_tokens(content, tokenizer, args.dataset, args.cache)
     real = windows(tokens, 2 * args.num, first.config.length)
+    text_scores.check(real[::2])
     judge = open_judge(args.judge or SMOLLM2, args.device, args.judge_dtype)  # last: it takes a while
     reader = Reader(tokenizer, judge, real)
     rows = {REAL: reader.real_text()}
     curves: dict[str, list[str]] = {}
+    names, each = short_names(models), [args] if args.what == "samples" else sweep(args)
     for path, (model, _, _) in models.items():
-        label = f"{model.config.model} ({path.parent.name})"
-        for how in [generate.sampling(args)] if args.what == "samples" else sweep(args):
-            name = label if args.what == "samples" else f"{label}, temperature {how.temperature}, top-p {how.top_p}"
-            rows[name] = reader.score(drawn(model, how, args))
+        label = f"{model.config.model} ({names[path]})"
+        for one in each:
+            name = label if args.what == "samples" else f"{label}, {generate.draw_settings([one])}"
+            rows[name] = reader.score(drawn(model, generate.sampling(one), args))
             curves.setdefault(label, []).append(name)
-    if args.what == "frontier":
-        plot(rows, curves, args.out)
     lines = [table(rows)]
     if args.num < MAUVE_LEAST:
         lines.append(f"MAUVE is left out: it needs --num {MAUVE_LEAST} samples, not {args.num}")
     lines.append(
         f"judge {judge.name} in {args.judge_dtype}; {args.num} samples of {first.config.length} tokens each, "
-        f"{generate.settings(args)}; {args.num} pieces of held-out text as MAUVE's reference, others as real text"
+        f"{generate.settings(args, kinds(models), each)}; {args.num} pieces of held-out text as MAUVE's reference, "
+        "others as real text"
     )
-    return "\n\n".join(lines) + (f"\nfrontier in {args.out}" if args.what == "frontier" else "")
+    if args.what == "samples":
+        return "\n\n".join(lines)
+    print("\n\n".join(lines))
+    plot(rows, curves, args.out)
+    return f"frontier in {args.out}"
+
+
+def kinds(models: dict[Path, tuple[Denoiser, Tokenizer, dict[str, Any]]]) -> set[str]:
+    """Which of cadd, mdlm, ... there are."""
+    return {model.config.model for model, _, _ in models.values()}
 
 
 def drawn(model: Denoiser, how: Sampling, args: argparse.Namespace) -> Tensor:
@@ -219,12 +262,14 @@ def infill_table(
     """Markdown: of each model, how many of the tokens masked in x_0 (N, L) it puts back."""
     lines = ["| model | " + " | ".join(f"{share:.0%} masked" for share in args.masked) + " |"]
     lines.append("|---" * (1 + len(args.masked)) + "|")
+    names = short_names(models)
     for path, (model, _, content) in models.items():
         found = [infilled(model, x_0, share, generate.sampling(args), args) for share in args.masked]
         cells = [f"{100 * f.mean():.1f}% ± {100 * f.std() / len(f) ** 0.5:.1f}" for f in found]
-        name = f"{model.config.model} at step {content['trainer']['step']} ({path.parent.name})"
+        name = f"{model.config.model} at step {content['trainer']['step']} ({names[path]})"
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    how = f"{len(x_0)} held-out sequences of {x_0.shape[1]} tokens, ± standard error; {generate.settings(args)}"
+    how = f"{len(x_0)} held-out sequences of {x_0.shape[1]} tokens, ± standard error; "
+    how += generate.settings(args, kinds(models))
     return "\n".join([*lines, "", how])
 
 

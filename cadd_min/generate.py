@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from cadd_min import methods, ops
 from cadd_min.errors import InputError, choose
 from cadd_min.model import Denoiser
 from cadd_min.options import add_options, from_args
-from cadd_min.plan import Sampling, cosine_temperature
+from cadd_min.plan import HITTING, Sampling, cosine_temperature
 from cadd_min.sampler import Step
 from cadd_min.trainer import DTYPES, seeded
 
@@ -44,13 +44,19 @@ def dtype_of(asked: str, content: dict[str, Any]) -> str:
 
 
 def sampling(args: argparse.Namespace) -> Sampling:
-    """The options as they were given, with a seed that is one; a cosine temperature is a function of t."""
+    """The options as they were given, with a seed that is one; a cosine temperature is a function of t.
+
+    Raises InputError for one that is out of range.
+    """
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed must be from 0 to 2^63 - 1, not {args.seed}")
     options = from_args(Sampling, args)
-    if args.cosine_temperature is None:
-        return options
-    return dataclasses.replace(options, temperature=cosine_temperature(args.cosine_temperature, args.temperature))
+    if args.cosine_temperature is not None:
+        heat = cosine_temperature(args.cosine_temperature, args.temperature)
+        options = dataclasses.replace(options, temperature=heat)
+    for t in (0.0, 1.0):  # a cosine is between its ends
+        options.heat(t)
+    return options
 
 
 def samples(
@@ -99,12 +105,35 @@ def many(
     return torch.cat(parts)
 
 
-def settings(args: argparse.Namespace) -> str:
-    """What a reader needs to compare samples with others."""
+def draw_settings(each: Collection[argparse.Namespace]) -> str:
+    """The temperature and the top-p of these options; what differs among them is listed."""
+    values: dict[str, dict[str, None]] = {"temperature": {}, "top-p": {}}
+    for args in each:
+        start = "" if args.cosine_temperature is None else f"{args.cosine_temperature} to "
+        values["temperature"][f"{start}{args.temperature}"] = None
+        values["top-p"][str(args.top_p)] = None
+    return ", ".join(f"{name} {', '.join(some)}{' in turn' * (len(some) > 1)}" for name, some in values.items())
+
+
+def _steps(args: argparse.Namespace, models: Collection[str]) -> str:
+    """What the chains of these models take of --steps, which not all of them heed."""
+    each, others = "a step for each token", set(models) - {"ar"}
+    if args.time_grid == HITTING:
+        return f"{each} ({HITTING})"
+    grid = [f"T {args.steps} ({args.time_grid})"] if others else []
+    return ", but of ar ".join(grid + [each] * ("ar" in models))
+
+
+def settings(
+    args: argparse.Namespace, models: Collection[str], each: Collection[argparse.Namespace] | None = None
+) -> str:
+    """What a reader needs to compare samples of these models ("cadd", "ar", ...) with others.
+
+    each: the options of a sweep, if there was one.
+    """
     order = "".join(f", {name} {getattr(args, name)}" for name in ("order", "block", "remask") if getattr(args, name))
-    heat = "" if args.cosine_temperature is None else f"{args.cosine_temperature} to "
     return (
-        f"backend {ops.backend().name}, zhat {args.zhat}, T {args.steps} ({args.time_grid}), K {args.num_latents}, "
-        f"temperature {heat}{args.temperature}, top-p {args.top_p}, strength {args.strength}{order}, {args.dtype} on "
-        f"{args.device}, last step a draw, seed {args.seed}"
+        f"backend {ops.backend().name}, zhat {args.zhat}, {_steps(args, models)}, K {args.num_latents}, "
+        f"{draw_settings(each or [args])}, strength {args.strength}{order}, {args.dtype} on {args.device}, "
+        f"last step a draw, seed {args.seed}"
     )

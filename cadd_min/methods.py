@@ -19,10 +19,11 @@ from cadd_min.errors import InputError
 from cadd_min.guidance import Guided
 from cadd_min.loss import Bound, nelbo_parts
 from cadd_min.model import BASELINES, Denoiser
-from cadd_min.plan import Sampling, given
+from cadd_min.plan import HITTING, Sampling, check_hitting, given
 from cadd_min.sampler import Step, sample
 
 UNDERSTOOD = ("steps", "temperature", "top_p", "zhat")  # by every baseline; zhat says nothing where there is no latent
+STEPPED = ("udm", "sedd")  # these take their steps from a time grid; ar takes one for each token
 
 
 def baseline(name: str) -> ModuleType | None:
@@ -51,6 +52,20 @@ def bound(
     return nelbo_parts(denoiser, x_0, *chain, steps=steps, free=free, generator=generator)
 
 
+def check(model: Denoiser, options: Sampling) -> None:
+    """Raise InputError for an option that this model's chain knows nothing of."""
+    name, usual = model.config.model, Sampling()
+    if name not in BASELINES:
+        return check_hitting(options, model.schedule)
+    for field, value in vars(options).items():
+        if field in UNDERSTOOD or value == getattr(usual, field):
+            continue
+        if field != "time_grid":
+            raise InputError(f"{field.replace('_', ' ')} is for cadd, mdlm and cdm, and this is {name}")
+        if name not in STEPPED or value == HITTING:
+            raise InputError(f"the time grid {value} is not for {name}")
+
+
 def draw(
     model: Denoiser,
     count: int,
@@ -63,16 +78,14 @@ def draw(
 ) -> Tensor:
     """(count, L) samples; how: the fields of `Sampling`. denoiser: the model under guidance, or None for itself.
 
-    Raises InputError for an option that a baseline knows nothing of.
+    Raises InputError as `check` does.
     """
     other, shape = baseline(model.config.model), (count, model.config.length)
     if other is None:
         chain = (denoiser or model, shape, model.table(), model.schedule, model.mask_id)
         return sample(*chain, prompt=prompt, generator=generator, callback=callback, **how)
-    options, usual = Sampling(**how), Sampling()
-    for name, value in vars(options).items():
-        if name not in UNDERSTOOD and value != getattr(usual, name):
-            raise InputError(f"{name.replace('_', ' ')} is for cadd, mdlm and cdm, and this is {model.config.model}")
+    options = Sampling(**how)
+    check(model, options)
     device = model.embedding.weight.device
     x, seed = given(shape, model.mask_id, prompt, device), ops.draw_seed(generator, device)
     return other.sample(model, x, options, seed, callback)

@@ -98,6 +98,12 @@ def given(shape: tuple[int, int], mask_id: int, prompt: Tensor | None, device: t
     return prompt.to(device, torch.int64, copy=True)
 
 
+def check_hitting(options: Sampling, schedule: NoiseSchedule) -> None:
+    """Raise InputError for a step for each token where the schedule unmasks all at once."""
+    if options.time_grid == HITTING and schedule.discrete == "gone":
+        raise InputError(f"the time grid {HITTING} is not for cdm, whose tokens are unmasked all at once")
+
+
 class Plan:
     """When each position flips: the times of the steps (T + 1, B), and at each what flips and what is masked again.
 
@@ -107,9 +113,8 @@ class Plan:
     def __init__(self, options: Sampling, schedule: NoiseSchedule, free: Tensor, seed: Tensor):
         self.options, self.schedule, self.free, self.seed = options, schedule, free, seed
         self.hit: Tensor | None = None
+        check_hitting(options, schedule)
         if options.time_grid == HITTING:
-            if schedule.discrete == "gone":
-                raise InputError(f"the time grid {HITTING} is not for cdm, whose tokens are unmasked all at once")
             position = torch.arange(free.numel(), device=free.device)
             u = philox.choices(seed, position)[0].view(free.shape)
             self.hit = hitting_times(u, schedule).masked_fill(~free, 0)

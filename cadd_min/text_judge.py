@@ -71,7 +71,7 @@ class LanguageJudge:
         if not ids:
             raise InputError(f"samples shorter than the judge needs: sample {number} has no token")
         end = found["offset_mapping"][len(ids) - 1][1]
-        return [self.bos, *ids], len(text[:end].replace(EOT, "\n"))
+        return [self.bos, *ids], characters(text[:end])
 
     @torch.inference_mode()
     def _forward(self, batch: list[list[int]]) -> list[tuple[float, np.ndarray]]:
@@ -86,6 +86,11 @@ class LanguageJudge:
             state = out.hidden_states[-1][row, length - 1]
             rows.append((float(nats.double().sum()), state.float().cpu().numpy()))
         return rows
+
+
+def characters(text: str) -> int:
+    """How many characters a text has; a document's end, <|endoftext|>, is one."""
+    return len(text.replace(EOT, "\n"))
 
 
 def padded(batch: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -91,12 +91,16 @@ def mauve(samples: np.ndarray, real: np.ndarray, seed: int = 0) -> float:
         raise InputError(
             f"MAUVE needs {MAUVE_LEAST} samples and as many real texts, not {len(samples)} and {len(real)}"
         )
-    if importlib.util.find_spec("mauve") is None:
-        raise InputError("MAUVE needs its package: pip install mauve-text faiss-cpu")
+    _find_mauve()
     from mauve import compute_mauve
 
     with _quiet():  # faiss, in C++, warns of every k-means with fewer than 39 points a cell, which MAUVE's always is
         return float(compute_mauve(p_features=samples, q_features=real, verbose=False, seed=seed).mauve)
+
+
+def _find_mauve() -> None:
+    if importlib.util.find_spec("mauve") is None:
+        raise InputError("MAUVE needs its package: pip install mauve-text faiss-cpu")
 
 
 @contextmanager
@@ -123,6 +127,13 @@ def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
         return float(value), float("nan")
     spread = np.square(above - value * below).sum() * count / (count - 1)
     return float(value), float(np.sqrt(spread) / below.sum())
+
+
+def check(ids: Tensor) -> None:
+    """Raise InputError where `score` of ids (N, L) as many would, so that no judge reads for nothing."""
+    _check(ids, 4)
+    if len(ids) >= MAUVE_LEAST:
+        _find_mauve()
 
 
 def score(texts: list[str], ids: Tensor, judge: Judge, reference: np.ndarray | None = None) -> dict[str, float]:

@@ -334,14 +334,15 @@ def test_samples_follow_the_law(name):
     """20,000 pairs of the exact denoiser by chi-square at 1e-4. Power: a believer in less is caught, and so is one
     step where it takes many: that draws the two tokens apart."""
 
-    def draw(law, steps):
-        return drawn(MODULES[name], Toy(law), (20_000, 2), steps=steps, generator=rng(0))
+    def draw(law, steps, **how):
+        return drawn(MODULES[name], Toy(law), (20_000, 2), steps=steps, generator=rng(0), **how)
 
     assert p_value(draw(EXACT[name], 200)) > ALPHA
     assert p_value(draw(doubtful(EXACT[name]), 200)) < ALPHA
     if name == "udm":
         assert p_value(draw(counted_twice, 200)) < ALPHA
     if name != "ar":
+        assert p_value(draw(EXACT[name], 200, time_grid="cosine")) > ALPHA
         one = draw(EXACT[name], 1)
         assert p_value(one) < ALPHA < p_value(one, JOINT.sum(1)[:, None] * JOINT.sum(0))
 

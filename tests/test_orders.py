@@ -1,12 +1,14 @@
 """The field's samplers: each keeps its order, its number of tokens a step, its marginals and its promises."""
 
 import itertools
+import math
 
 import pytest
 import torch
 from scipy import stats
 
 from cadd_min.errors import InputError
+from cadd_min.methods import draw
 from cadd_min.orders import ORDERS, SCORES, foremost, hitting_times, remask_flip, remask_rate
 from cadd_min.plan import HITTING
 from cadd_min.sampler import sample
@@ -175,3 +177,19 @@ def test_bad_options_are_named(options, message):
 def test_first_hitting_needs_a_model_that_unmasks_one_by_one():
     with pytest.raises(InputError, match="all at once"):
         steps_of({"time_grid": HITTING}, "cdm")
+
+
+@pytest.mark.parametrize("model", ["ar", "udm", "sedd"])
+def test_baselines_in_steps_have_the_cosine_grid_and_nothing_else_of_these(model):
+    net, steps = nano(model), []
+    how = {"steps": 3, "time_grid": "cosine", "generator": rng(0), "callback": steps.append}
+    if model == "ar":
+        with pytest.raises(InputError, match="the time grid cosine is not for ar"):
+            draw(net, 2, **how)
+    else:
+        draw(net, 4, **how)
+        assert [step.t for step in steps] == pytest.approx([1, math.sin(math.pi / 3), 0.5])
+    with pytest.raises(InputError, match=f"the time grid first-hitting is not for {model}"):
+        draw(net, 2, time_grid=HITTING)
+    with pytest.raises(InputError, match=f"order is for cadd, mdlm and cdm, and this is {model}"):
+        draw(net, 2, order="entropy")

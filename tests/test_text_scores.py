@@ -94,6 +94,9 @@ def test_mauve_of_too_few_and_without_its_package(monkeypatch):
     monkeypatch.setattr(text_scores.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install mauve-text faiss-cpu"):
         mauve(np.zeros((60, 4)), np.zeros((60, 4)))
+    text_scores.check(torch.zeros(49, 4, dtype=torch.long))
+    with pytest.raises(InputError, match="pip install mauve-text faiss-cpu"):  # before anything is read
+        text_scores.check(torch.zeros(50, 4, dtype=torch.long))
 
 
 def test_the_standard_error_of_a_ratio_is_the_spread_of_repeated_ratios():
