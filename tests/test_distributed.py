@@ -205,7 +205,7 @@ class Dispatched(TorchDispatchMode):
 
 
 def test_accumulation_shares_gradients_once_a_step(monkeypatch):
-    """FSDP2 lays out the gradients of each block, and the others, to be shared: as often for four batches as for one."""
+    """FSDP2 lays out the gradients of each block, and the others, to be shared: as often in four batches as in one."""
     for name, value in ALONE.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", free_port())
