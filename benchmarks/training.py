@@ -10,11 +10,12 @@ A model is one of cadd, mdlm, cdm, ar, udm, sedd, with fields of ModelConfig or 
 Hugging Face library's GPT-2 (pip install transformers) of the same width, depth, heads and vocabulary, trained by the
 plainest loop: AdamW, clipped, no average of weights.
 
-Steps of all models in turn, --repeat rounds, medians; each part of a step by itself, too. Peak memory is of two steps
-in a process of its own, weights, gradients and optimiser included (on a CPU by Linux's /proc). MFU: the arithmetic of
-the model, forward and backward, 6 for each weight and row that it multiplies and 12 width L for each layer's attention
-(half of that if causal), over what this machine's matrix product of 2048 x 2048 (8192 on a GPU) reaches in the same
-dtype; the head counts the rows at which it runs.
+Steps of all models in turn, --repeat rounds, medians; then, of all but udm and sedd, each part of a step by itself and
+the whole step in turn, as many rounds, medians, and what the parts do not add up to (below 0: they take longer alone).
+Peak memory is of two steps in a process of its own, weights, gradients and optimiser included (on a CPU by Linux's
+/proc). MFU: the arithmetic of the model, forward and backward, 6 for each weight and row that it multiplies and 12
+width L for each layer's attention (half of that if causal), over what this machine's matrix product of 2048 x 2048
+(8192 on a GPU) reaches in the same dtype; the head counts the rows at which it runs.
 """
 
 from __future__ import annotations
@@ -30,14 +31,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.kernels import milliseconds
 from benchmarks.specs import parse
 from cadd_min import ops
+from cadd_min.baselines.ar import causal_features
 from cadd_min.dit import PRESETS, Size
 from cadd_min.errors import InputError, run, torch_device
-from cadd_min.loss import stratified_times, token_losses
+from cadd_min.loss import token_losses
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.trainer import DTYPES, TrainConfig, Trainer, best_dtype, seeded
 from cadd_min.unet import UNET_PRESETS
@@ -69,38 +71,39 @@ class Ours:
         # on average over t half of the tokens are masked; ar and udm predict them all
         self.head_share = {"ar": 1.0, "udm": 1.0, "cdm": 1.0}.get(name, 0.5)
         self.step: Callable[[], Any] = self.trainer.train_step
+        self.backward: Callable[[], Any] = self.trainer.backward
 
     def parts(self) -> dict[str, Callable[[], Any]]:
-        """What a step of the core's models consists of."""
-        if self.net.config.model not in ("cadd", "mdlm", "cdm"):
-            return {}
+        """What a step of the core's models and of ar consists of; the update needs the gradients of `backward`."""
         net, data, trainer = self.net, self.data, self.trainer
+        model, config = net.config.model, trainer.config
+        if model not in ("cadd", "mdlm", "cdm", "ar"):
+            return {}
         gen, table = seeded(0, 0, data.device), net.table()
-        t = stratified_times(len(data), gen, data.device)
+        # as spread as a step's times, and 1/2 on average for a single sequence too: the head runs where it is masked
+        t = (torch.arange(len(data), device=data.device).double() + 0.5) / len(data)
         x_t, z_t = ops.forward_noising(data, data, table, t, net.schedule, net.mask_id, ops.draw_seed(gen))
         masked = x_t == net.mask_id
-        with trainer.autocast(), torch.no_grad():
-            features = net.features(x_t, z_t, t.float())[masked].requires_grad_()
+        targets = data.flatten() if model == "ar" else data[masked]
 
         def noise() -> None:
             ops.forward_noising(data, data, net.table(), t, net.schedule, net.mask_id, ops.draw_seed(gen))
 
-        def network() -> None:
+        def features() -> Tensor:
             with trainer.autocast():
-                out = net.features(x_t, z_t, t.float())
-            out.float().square().mean().backward()
+                return causal_features(net, data) if model == "ar" else net.features(x_t, z_t, t.float())[masked]
 
-        def head() -> None:
+        def loss(rows: Tensor) -> Tensor:
             with trainer.autocast():
-                ce, _ = token_losses(features, net.head_matrix(), data[masked])
-            ce.sum().backward()
+                ce, mse = token_losses(rows, net.head_matrix(), targets, table=table if config.mse > 0 else None)
+            return (ce + config.mse * mse).sum()
 
         def update() -> None:
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
             trainer.optimizer.step()
-            trainer._update_ema()
 
-        return {"forward noising": noise, "network": network, "head and CE": head, "clip, AdamW, EMA": update}
+        first = {} if model == "ar" else {"forward noising": noise}
+        return first | passes(net, features, loss) | {"clip, AdamW": update, "EMA": trainer._update_ema}
 
     def flops(self) -> float | None:
         """Of a step, forward and backward; None for a U-Net."""
@@ -134,23 +137,65 @@ class Gpt2:
         self.data = torch.randint(args.vocab_size, (args.batch_size, args.length), device=args.device)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-3, fused=True)
 
-    def step(self) -> Tensor:
+    def autocast(self) -> torch.autocast:
         device, dtype = torch.device(self.args.device), self.args.dtype
-        with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
+        return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
+
+    def loss(self, logits: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), self.data[:, 1:].flatten())
+
+    def backward(self) -> Tensor:
+        with self.autocast():
             logits = self.net(self.data).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), self.data[:, 1:].flatten())
+        loss = self.loss(logits)
         loss.backward()
+        return loss
+
+    def update(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         self.optimizer.step()
+
+    def step(self) -> Tensor:
+        loss = self.backward()
+        self.update()
         self.optimizer.zero_grad(set_to_none=True)
         return loss
 
     def parts(self) -> dict[str, Callable[[], Any]]:
-        return {}
+        """What a step consists of; the update needs the gradients of `backward`."""
+        transformer: Any = self.net.transformer
+        network = torch.compile(transformer) if self.args.compile else transformer
+
+        def features() -> Tensor:
+            with self.autocast():
+                return network(self.data).last_hidden_state
+
+        def loss(rows: Tensor) -> Tensor:
+            with self.autocast():
+                logits = self.net.lm_head(rows)
+            return self.loss(logits)
+
+        return passes(self.net, features, loss) | {"clip, AdamW": self.update}
 
     def flops(self) -> float:
         per_token = matrices(self.size, self.args.length, causal=True)
         return self.data.numel() * (per_token + 6 * self.args.vocab_size * self.size.width)
+
+
+def passes(
+    net: nn.Module, features: Callable[[], Tensor], loss: Callable[[Tensor], Tensor]
+) -> dict[str, Callable[[], Any]]:
+    """The parts that go forward and backward: the network up to its features, and from them the head to the loss.
+
+    features() are (..., F), and loss of them a scalar. Gradients are made anew at every call, as in a step; those that
+    the parameters hold stay.
+    """
+    weights = [p for p in net.parameters() if p.requires_grad]
+    rows = features().detach().requires_grad_()
+    return {
+        "network": lambda: torch.autograd.grad(features().float().square().mean(), weights, allow_unused=True),
+        "head and loss": lambda: torch.autograd.grad(loss(rows), [rows, *weights], allow_unused=True),
+    }
 
 
 def matrices(size: Size, length: int, causal: bool) -> float:
@@ -194,7 +239,7 @@ def row(name: str, values: list[str]) -> str:
 
 
 def report(models: dict[str, Ours | Gpt2], args: argparse.Namespace, device: torch.device) -> None:
-    """The two tables."""
+    """Both tables."""
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(args.repeat):
         for name, model in models.items():
@@ -214,17 +259,34 @@ def report(models: dict[str, Ours | Gpt2], args: argparse.Namespace, device: tor
             row(name, [f"{step[name]:.1f}", f"{ratio:.2f}", speed, used, f"{memory[name]:.2f}", f"{count / 1e6:.1f}M"])
         )
     print(f"\na matrix product reaches {peak / 1e9:,.0f} GFLOP/s\n")
-    found = {name: parts for name, model in models.items() if (parts := model.parts())}
-    if not found:
-        return
+    report_parts(models, args.repeat, device)
+
+
+def report_parts(models: dict[str, Ours | Gpt2], repeat: int, device: torch.device) -> None:
+    """The second table, of the models that have parts: ms and share of the step, which closes it."""
     measured = {
-        name: {part: milliseconds(call, device, args.repeat) for part, call in parts.items()}
-        for name, parts in found.items()
+        name: timed_parts(model, parts, repeat, device) for name, model in models.items() if (parts := model.parts())
     }
+    if not measured:
+        return
     print(row("part", [f"{name} ms | share" for name in measured]) + "\n" + "|---" * (1 + 2 * len(measured)) + "|")
-    for part in next(iter(measured.values())):
-        sums = [(values[part], sum(values.values())) for values in measured.values()]
-        print(row(part, [f"{value:.1f} | {value / total:.0%}" for value, total in sums]))
+    for part in max(measured.values(), key=len):  # it has every part that another has
+        cells = [f"{v[part]:.1f} | {v[part] / v['step']:.0%}" if part in v else " | " for v in measured.values()]
+        print(row(part, cells))
+
+
+def timed_parts(
+    model: Ours | Gpt2, parts: dict[str, Callable[[], Any]], repeat: int, device: torch.device
+) -> dict[str, float]:
+    """Medians in ms of a model's parts, what the step takes beyond their sum, and the step."""
+    times: dict[str, list[float]] = {name: [] for name in (*parts, "step")}
+    for _ in range(repeat):
+        model.backward()
+        for name, call in (*parts.items(), ("step", model.step)):  # last, as it leaves no gradients
+            times[name].append(milliseconds(call, device, 1))
+    found = {name: statistics.median(times[name]) for name in parts}
+    step = statistics.median(times["step"])
+    return found | {"not in a part": step - sum(found.values()), "step": step}
 
 
 def main() -> None:

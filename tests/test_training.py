@@ -1,0 +1,54 @@
+"""benchmarks/training.py: of what a step consists, for the models that docs/scaling.md compares."""
+
+import argparse
+
+import pytest
+import torch
+
+from benchmarks import training
+
+MODELS = ["ar", "gpt2", "mdlm", "cadd:mse=1"]
+PARTS = ["forward noising", "network", "head and loss", "clip, AdamW", "EMA", "not in a part", "step"]
+
+
+@pytest.fixture
+def models():
+    pytest.importorskip("transformers")
+    args = {"preset": "nano", "unet": None, "vocab_size": 300, "length": 256, "batch_size": 1, "dtype": "float32"}
+    args |= {"device": "cpu", "compile": False}
+    return {spec: training.build(spec, argparse.Namespace(**args)) for spec in MODELS}
+
+
+def test_parts_and_the_rest_add_up_to_the_step(models, capsys):
+    training.report_parts(models, 2, torch.device("cpu"))
+    header, _, *lines = [line[2:-2].split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert header == ["part", *(word for spec in MODELS for word in (f"{spec} ms", "share"))]
+    table = {name: [cell.strip() for cell in cells] for name, *cells in lines}
+    assert list(table) == PARTS
+    for n, spec in enumerate(MODELS):
+        ms, share = ({part: cells[2 * n + k] for part, cells in table.items() if cells[2 * n + k]} for k in range(2))
+        absent = {"ar": {"forward noising"}, "gpt2": {"forward noising", "EMA"}}.get(spec, set())
+        assert ms.keys() == share.keys() == set(PARTS) - absent
+        assert sum(map(float, ms.values())) == pytest.approx(2 * float(ms["step"]), abs=0.5)
+        assert sum(float(v[:-1]) for v in share.values()) == pytest.approx(200, abs=4)
+
+
+@pytest.mark.parametrize("spec", MODELS)
+def test_parts_do_what_the_step_does(spec, models, monkeypatch):
+    """The update finds gradients, the passes leave them as they are, the head meets as many rows as on average."""
+    rows, losses = [], training.token_losses
+    monkeypatch.setattr(training, "token_losses", lambda h, *a, **k: rows.append(len(h)) or losses(h, *a, **k))
+    model = models[spec]
+    model.step()
+    parts = model.parts()
+    model.backward()
+    before = [p.detach().clone() for p in model.net.parameters()]
+    gradients = [p.grad.clone() for p in model.net.parameters() if p.grad is not None]
+    for part in ("network", "head and loss"):
+        assert any(g is not None and g.any() for g in parts[part]())
+    after = [p.grad for p in model.net.parameters() if p.grad is not None]
+    assert all(torch.equal(a, b) for a, b in zip(gradients, after, strict=True))
+    parts["clip, AdamW"]()
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.net.parameters(), strict=True))
+    if spec != "gpt2":
+        assert rows == [256] if spec == "ar" else 100 < rows[0] < 156
