@@ -112,7 +112,7 @@ def few(command: str, text: Path) -> str:
         return f"{command} --num 12 --steps 2"
     if script == "finetune.py":
         command = command.replace("my.txt", str(text)).replace("owner/name", "masked").replace("smollm2", "causal")
-        return f"{command} --length 40 --batch-size 4 --steps 4"
+        return f"{command} --length 40 --batch-size 4 --steps 4 --eval-every 0 --sample-every 0"
     return command if script.startswith("cadd_min/") else f"{command} --steps 4"
 
 
