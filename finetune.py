@@ -24,8 +24,9 @@ from cadd_min.model import Denoiser
 from cadd_min.options import options_of, set_defaults, whole
 from cadd_min.text import preview
 from cadd_min.trainer import Batch
-from cadd_min.upgrade import UpgradeConfig, Upgraded, upgrade, upgrade_own
+from cadd_min.upgrade import UpgradeConfig, Upgraded, kept, source_of, upgrade, upgrade_own
 
+Opened = tuple[Denoiser | Upgraded, Any]  # a model and its tokenizer
 HELD_OUT = 1024  # tokens in each of eight evaluation batches
 
 
@@ -65,8 +66,14 @@ def open_data(args: argparse.Namespace, words: Any) -> tuple[Any, list[Batch], s
     return data, [batches(i) for i in range(8)], f"{len(training):,} training tokens of {words.vocab_size:,}"
 
 
-def open_model(args: argparse.Namespace) -> tuple[Denoiser | Upgraded, Any]:
-    """The model to begin with, and its tokenizer."""
+def open_own(name: str) -> Opened | None:
+    """The model of this project at --from, here or at the hub; None where there is one of others."""
+    path = Path(name) if name == families.SMOLLM2 or Path(name).exists() else families.fetch(name)
+    return checkpoint.load_denoiser(path)[:2] if checkpoint.is_ours(path) else None
+
+
+def open_model(args: argparse.Namespace, own: Opened | None) -> Opened:
+    """The model to begin with; own: that of --from, if it is of this project."""
     how = options_of(UpgradeConfig, args)
     if not args.source:
         raise InputError("--from must name a model: a folder, owner/name of the hub, or smollm2")
@@ -75,39 +82,48 @@ def open_model(args: argparse.Namespace) -> tuple[Denoiser | Upgraded, Any]:
             f"--anneal must be at most --steps {args.steps}, not {args.anneal}: attention would never open"
         )
     torch.manual_seed(args.seed)  # of LoRA's matrices
-    if checkpoint.is_ours(Path(args.source)):
-        model, words, _ = checkpoint.load_denoiser(Path(args.source))
-        return upgrade_own(model, how), words
-    source = families.open_source(args.source, args.mask_token)
+    if own and args.mask_token is not None:
+        raise InputError(f"--mask-token is for a model that has no mask, and --from {args.source} has one")
+    if own and not isinstance(own[0], Upgraded):
+        if args.shift:
+            raise InputError(f"--shift is for models of the Hugging Face library, and --from {args.source} is not one")
+        return upgrade_own(own[0], how), own[1]
+    source = source_of(*own, args.source) if own else families.open_source(args.source, args.mask_token)
     return upgrade(source, args.length, shift=args.shift, unit=args.unit, **how), source.tokenizer
 
 
-def parse_args() -> tuple[argparse.Namespace, dict[str, Any] | None]:
-    """The settings, and what to resume from. A model that was upgraded before has settings of its own."""
+def parse_args() -> tuple[argparse.Namespace, dict[str, Any] | None, Opened | None]:
+    """The settings, what to resume from, and the model of --from if it is of this project: it has settings, too."""
     parser = build_parser()
     args, resumed = launch.parse_args(parser, "finetune.py")
-    theirs = not resumed and args.source and not checkpoint.is_ours(Path(args.source))
-    if theirs and (found := upgraded.settings(args.source)):
-        set_defaults(parser, {name: found[name] for name in found if name != "unit"}, args.source)
+    if resumed or not args.source:
+        return args, resumed, None
+    own = open_own(args.source)
+    if found := kept(own[0].config) if own else upgraded.settings(args.source):
+        set_defaults(parser, found, args.source)
         args = parser.parse_args()
-        args.unit = found["unit"]
-    return args, resumed
+        args.unit = found.get("unit")
+    return args, None, own
 
 
-def check_unchanged(args: argparse.Namespace, config: Any) -> None:
-    """Raises InputError for an option of the model that is not as the run has it."""
-    for name in ("length", *options_of(UpgradeConfig, args)):
-        if getattr(args, name) != getattr(config, name, getattr(args, name)):
-            raise InputError(f"--resume: {name} is {getattr(config, name)} in this run, and cannot become another")
+def check_unchanged(args: argparse.Namespace, config: Any, settings: dict[str, Any]) -> None:
+    """Raises InputError for an option of the model that is not as the run's config has it, or else its settings."""
+    for name in ("length", "shift", *options_of(UpgradeConfig, args)):
+        asked = getattr(args, name)
+        found = getattr(config, name, settings.get(name, asked))
+        if asked is not None and asked != found:
+            raise InputError(f"--resume: {name} is {found} in this run, and cannot become another")
 
 
 def main() -> None:
-    args, resumed = parse_args()
+    args, resumed, own = parse_args()
     if resumed:
         model, words = checkpoint.denoiser_of(resumed, args.out)
-        check_unchanged(args, model.config)
+        check_unchanged(args, model.config, resumed["settings"])
+        if not isinstance(model, Upgraded):  # whose own configuration says it
+            model.embedding.requires_grad_(not args.freeze_embedding)
     else:
-        model, words = open_model(args)
+        model, words = open_model(args, own)
     args.length = model.config.length
     model.train()
     if args.checkpointing:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cadd_min.dit import DEEPEST
 from cadd_min.errors import InputError
 from cadd_min.hf_tokenizer import HFTokenizer
 
@@ -121,6 +122,7 @@ def _open(name: str, mask_token: str | None) -> Source:
         config = AutoConfig.from_pretrained(folder, **options)
     else:
         kind = family.kind or values["model_type"]
+        check_depth(values)
         rest = {k: v for k, v in family.config(values).items() if k not in ("model_type", "auto_map", "architectures")}
         config = AutoConfig.for_model(kind, **rest)
         options = {"use_safetensors": True}
@@ -177,6 +179,15 @@ def family_of(values: dict[str, Any]) -> Family:
     if kind in CAUSAL:
         return AUTOREGRESSIVE
     raise InputError(f"config.json: model_type {kind!r} is no language model that the Hugging Face library knows")
+
+
+def check_depth(values: dict[str, Any]) -> None:
+    """Raise InputError where a config.json counts more layers than a network could have: they are made one by one."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            check_depth(value)
+        elif name.endswith(("layer", "layers")) and type(value) is int and value > DEEPEST:
+            raise InputError(f"config.json: {name} must be at most {DEEPEST}, not {value}")
 
 
 def auto_class(family: Family) -> Any:

@@ -86,7 +86,11 @@ class HFTokenizer(Tokenizer):
         """special: whether the text of a special token is that token, as in a template, or ordinary characters."""
         self.tokens.encode_special_tokens = not special
         known = [text.encode("utf-8", "replace").decode() for text in texts]  # half a character is not
-        return [found.ids for found in self.tokens.encode_batch(known, add_special_tokens=False)]
+        try:
+            return [found.ids for found in self.tokens.encode_batch(known, add_special_tokens=False)]
+        except Exception as error:  # the library raises plain Exceptions, as where its [UNK] is none of its tokens
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"the model's tokenizer.json cannot make tokens of a text: {why}") from None
 
     def _chat(self, message: str) -> str:
         if not self.chat_template:

@@ -27,6 +27,7 @@ FIELDS = ("prompt", "response")
 class Pair(NamedTuple):
     prompt: str
     response: str
+    line: int = 0  # of its file
 
 
 def holds_pairs(path: Path) -> bool:
@@ -48,7 +49,7 @@ def read_pairs(path: Path) -> list[Pair]:
         for name in FIELDS:
             if not isinstance(values.get(name), str) or not values[name]:
                 raise InputError(f"{path}, line {number}: needs {name!r}, a text that is not empty")
-        pairs.append(Pair(values["prompt"], values["response"]))
+        pairs.append(Pair(values["prompt"], values["response"], number))
     if not pairs:
         raise InputError(f"{path} holds no pairs of prompt and response")
     return pairs
@@ -92,8 +93,8 @@ def encode(
         prompt = prompt_ids(pair.prompt)
         if len(prompt) >= length:
             raise InputError(
-                f"the prompt of pair {n + 1} has {len(prompt)} tokens and leaves no room for a response: --length is "
-                f"{length}"
+                f"--dataset, line {pair.line}: the prompt has {len(prompt)} tokens and leaves no room for a response: "
+                f"--length is {length}"
             )
         whole = (prompt + response)[:length]
         ids[n, : len(whole)], starts[n] = whole, len(prompt)

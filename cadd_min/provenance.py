@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 FILE = "run.json"
-PACKAGES = ("cadd_min", "torch", "numpy", "tiktoken")
+PACKAGES = ("cadd_min", "torch", "numpy", "tiktoken", "transformers", "tokenizers", "peft", "safetensors")
 
 
 def record(out: Path, settings: dict[str, Any], start: dict[str, Any]) -> None:
@@ -27,19 +27,21 @@ def record(out: Path, settings: dict[str, Any], start: dict[str, Any]) -> None:
         starts = []
     part = path.with_suffix(".tmp")
     try:
-        part.write_text(json.dumps({**settings, "starts": [*starts, start | _here()]}, indent=1) + "\n")
+        part.write_text(json.dumps({**settings, "starts": [*starts, start | _here(start)]}, indent=1) + "\n")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _here() -> dict[str, Any]:
+def _here(start: dict[str, Any]) -> dict[str, Any]:
+    device = str(start.get("device"))
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
         "commit": _commit(),
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
         "threads": torch.get_num_threads(),
         "packages": {name: _version(name) for name in PACKAGES},
     }

@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadd_min.errors import InputError, choose
-from cadd_min.families import AUTOREGRESSIVE, MASKED, Source, auto_class
+from cadd_min.families import AUTOREGRESSIVE, MASKED, Source, auto_class, check_depth
+from cadd_min.hf_tokenizer import HFTokenizer
 from cadd_min.latent import Latent, table_norm
-from cadd_min.model import Denoiser
+from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.options import option
 from cadd_min.schedule import NoiseSchedule
 
@@ -238,6 +239,7 @@ def build(config: UpgradeConfig) -> Upgraded:
     from transformers import AutoConfig
 
     values = json.loads(config.base)
+    check_depth(values)
     family = MASKED if config.masked_lm else AUTOREGRESSIVE
     base = AutoConfig.for_model(values.pop("model_type"), **values)
     return trainable(Upgraded(config, auto_class(family).from_config(base)))
@@ -269,8 +271,26 @@ def merged(model: Upgraded) -> Any:
             if isinstance(module, BaseTunerLayer):
                 module.merge()
                 _put(network, name, module.get_base_layer())
+        del network.peft_config  # or peft warns when the network gets matrices anew
     _put(network, model.head_place, model.head)
     return network
+
+
+def source_of(model: Upgraded, tokenizer: HFTokenizer, name: str) -> Source:
+    """The network with all that it has learned, to be upgraded anew, as if from its folder. Changes the model."""
+    network = merged(model).requires_grad_(True)
+    return Source(name, network, tokenizer, MASKED if model.config.masked_lm else AUTOREGRESSIVE)
+
+
+def kept(config: UpgradeConfig | ModelConfig) -> dict[str, Any]:
+    """The settings that a model keeps when it is tuned again, unless others are asked for.
+
+    Attention that was being opened is open by then; a masked model of this project has no latent, and so none of it.
+    """
+    if isinstance(config, UpgradeConfig):
+        return {**dataclasses.asdict(config), "anneal": 0}
+    latent = ("continuous", "latent_norm", "evidence", "hint") if config.model == "cadd" else ()
+    return {name: getattr(config, name) for name in ("length", "discrete", *latent)}
 
 
 def _put(root: nn.Module, name: str, module: nn.Module) -> None:
@@ -297,7 +317,7 @@ def upgrade_own(model: Denoiser, how: dict[str, Any]) -> Denoiser:
             config, latent_dim=0, hint_unit=_length(model.embedding) / Denoiser(config).latent.norm
         )
     new = Denoiser(config)
-    new.load_state_dict(model.state_dict())
+    new.load_state_dict(model.state_dict(), strict=False)  # a latent that comes or goes may have weights of its own
     new.embedding.requires_grad_(not how["freeze_embedding"])
     return new
 

@@ -45,8 +45,9 @@ def save(model: Upgraded, tokenizer: HFTokenizer, folder: Path | str) -> None:
         tokenizer.library.save_pretrained(part)
         (part / UPGRADED).write_text(json.dumps(config, indent=2), encoding="utf-8")
         os.replace(part, folder)  # an empty folder may be replaced
-    except OSError as error:
-        raise InputError(f"could not save {folder} ({error.strerror}); nothing was changed") from None
+    except Exception as error:  # OSError; safetensors has an exception of its own, tokenizers raises plain ones
+        why = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"could not save {folder} ({why}); nothing was changed") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cadd_min import checkpoint
+from cadd_min import checkpoint, provenance
 from cadd_min.errors import InputError
 from cadd_min.fit import LIMIT, FitConfig, Run, fit
 from cadd_min.metrics import read_metrics
@@ -263,6 +263,16 @@ def test_a_run_folder_says_what_made_it_and_the_same_seed_makes_the_same_curve(t
     assert start["commit"] is None or len(start["commit"].rstrip("+")) == 40
     one, two = ([row["ce"] for row in read_metrics(tmp_path / name / "metrics.jsonl")] for name in "ab")
     assert one == two and len(one) == 4
+
+
+def test_run_json_names_the_gpu_and_the_libraries_that_hold_the_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the one at {device}")
+    for device in ("cuda:1", "cpu"):
+        provenance.record(tmp_path, {}, {"device": device})
+    on_gpu, on_cpu = json.loads((tmp_path / "run.json").read_text())["starts"]
+    assert (on_gpu["gpu"], on_cpu["gpu"]) == ("the one at cuda:1", None)
+    for name in ("transformers", "tokenizers", "peft", "safetensors"):
+        assert on_cpu["packages"][name] == pytest.importorskip(name).__version__
 
 
 def test_a_batch_is_read_ahead_and_in_order():

@@ -74,9 +74,12 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
         pairs.read_pairs(tmp_path / "p.jsonl")
 
 
-def test_a_prompt_without_room_is_named() -> None:
-    with pytest.raises(InputError, match="prompt of pair 2 has 8 tokens and leaves no room"):
-        pairs.encode([Pair("a", "b"), Pair("abcdefgh", "b")], LETTERS, 8, LETTERS.encode)
+def test_a_prompt_without_room_is_named(tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": prompt, "response": "b"}) for prompt in [*"a" * 24, "abcdefgh"]]
+    (tmp_path / "p.jsonl").write_text("\n" + "\n".join(lines))  # a blank line, and the 20th pair is held out
+    kept, _ = pairs.split(pairs.read_pairs(tmp_path / "p.jsonl"))
+    with pytest.raises(InputError, match="line 26: the prompt has 8 tokens and leaves no room"):
+        pairs.encode(kept, LETTERS, 8, LETTERS.encode)
 
 
 def test_pairs_are_told_from_text(tmp_path: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +18,9 @@ from cadd_min import checkpoint, families
 from cadd_min.errors import InputError
 from cadd_min.families import open_source
 from cadd_min.hf_tokenizer import HFTokenizer
-from cadd_min.upgrade import Upgraded, upgrade
+from cadd_min.upgrade import Upgraded, kept, source_of, upgrade
 from cadd_min.upgraded import open_upgraded, save
-from tests.conftest import TINY, rng
+from tests.conftest import ROOT, TINY, rng
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -355,6 +359,8 @@ def damage(folder: Path, **values: Any) -> None:
         (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:99]), "not be loaded"),
         (lambda f: damage(f, hidden_size=32), "of another shape|could not be loaded"),
         (lambda f: damage(f, num_hidden_layers=3), "missing in its weights"),
+        (lambda f: damage(f, num_hidden_layers=10**9), "num_hidden_layers must be at most 1000, not 1000000000"),
+        (lambda f: damage(f, text_config={"n_layer": 1001}), "n_layer must be at most 1000"),
         (lambda f: damage(f, vocab_size=20), "of another shape|could not be loaded|do not belong together"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "could not be loaded"),
     ],
@@ -365,6 +371,43 @@ def test_a_folder_that_is_no_model_is_a_sentence(harm: Any, message: str, tmp_pa
     with pytest.raises(InputError, match=message) as error:
         open_source(str(tmp_path / "m"))
     assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_without_its_unknown_token_is_a_sentence(tmp_path: Path) -> None:
+    write("bert", tmp_path / "m")
+    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[MASK]": 1}, unk_token="[UNK]"))
+    bad = HFTokenizer(fast.to_str(), V, 1, 2)
+    assert bad.encode("a") == [0]
+    with pytest.raises(InputError, match=r"tokenizer.json cannot make tokens of a text: .*\[UNK\]"):
+        bad.encode("b")
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    """The kernel refuses to write more than a limit: in the weights, and in the tokenizer after them."""
+    write("bert", tmp_path / "m")
+    code = f"""
+import resource, signal
+from cadd_min.errors import run
+from cadd_min.families import open_source
+from cadd_min.upgrade import upgrade
+from cadd_min.upgraded import save
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+for limit in (3000, 1000):
+    source = open_source({str(tmp_path / "m")!r})
+    model = upgrade(source, {L})
+    if limit == 1000:
+        model.backbone.save_pretrained = lambda part: part.mkdir()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        run(lambda: save(model, source.tokenizer, {str(tmp_path / "folder")!r}))
+    except SystemExit as stop:
+        assert stop.code == 2
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: could not save")]
+    assert len(said) == 2 and all("File too large" in line and "nothing was changed" in line for line in said), done
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_roberta_has_fewer_positions_than_it_says(tmp_path: Path) -> None:
@@ -408,8 +451,38 @@ def test_an_upgraded_folder_is_tuned_again_as_it_was(tmp_path: Path, call: Any) 
     config = checkpoint.load_denoiser(tmp_path / "run")[0].config
     assert (config.shift, config.continuous, config.evidence, config.length) == (False, "flow", 0.4, L)
     assert config.lora == 0 and config.unit == checkpoint.load_denoiser(tmp_path / "folder")[0].config.unit
-    code, _, err = call(f"finetune.py --resume --out {tmp_path / 'run'} --hint raw")
-    assert code == 2 and "hint is linear in this run, and cannot become another" in err
+    for option, sentence in (("--hint raw", "hint is linear"), ("--shift", "shift is False")):
+        code, _, err = call(f"finetune.py --resume --out {tmp_path / 'run'} {option}")
+        assert code == 2 and f"{sentence} in this run, and cannot become another" in err
+    run = run.replace(str(tmp_path / "folder"), str(tmp_path / "run"))  # a run is, too
+    code, _, err = call(f"{run} --hint raw --cache {tmp_path} --out {tmp_path / 'on'}")
+    assert code == 0, err
+    again = checkpoint.load_denoiser(tmp_path / "on")[0].config
+    assert dataclasses.replace(again, base=config.base) == dataclasses.replace(config, hint="raw")
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_run_with_lora_is_tuned_again_from_where_it_was(name: str, tmp_path: Path) -> None:
+    write(name, tmp_path / "m")
+    source = open_source(str(tmp_path / "m"))
+    first = upgrade(source, L, lora=2, evidence=0.3, anneal=4 if name == "llama" else 0).eval()
+    with torch.no_grad():
+        for n, parameter in enumerate(first.parameters()):  # as if trained: LoRA begins as nothing
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng(n)))
+    x, z, t = noisy(first)
+    expected = first(x, z, t)
+    settings = kept(first.config)
+    assert (settings["lora"], settings["anneal"], settings["evidence"]) == (2, 0, 0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = upgrade(
+            source_of(first, source.tokenizer, "run"), L, unit=settings["unit"], evidence=0.3, lora=2
+        ).eval()
+    torch.testing.assert_close(second(x, z, t), expected, atol=1e-5, rtol=1e-4)
+    assert all(p.requires_grad == ("lora_" in n) for n, p in second.named_parameters())
+    third = upgrade(source_of(second, source.tokenizer, "run"), L, unit=settings["unit"], evidence=0.3).eval()
+    torch.testing.assert_close(third(x, z, t), expected, atol=1e-5, rtol=1e-4)
+    assert all(p.requires_grad and "lora_" not in n for n, p in third.named_parameters())
 
 
 def test_a_tokenizer_of_another_model_is_a_sentence(tmp_path: Path) -> None:
@@ -511,7 +584,9 @@ def test_a_model_of_this_project_is_upgraded_as_well(tmp_path: Path, call: Any) 
     (tmp_path / "a.txt").write_text("the dog and the cat of the hill " * 400)
     data = f"--dataset {tmp_path / 'a.txt'} --cache {tmp_path}"
     call(f"train_text.py {data} {TINY} --model mdlm --out {tmp_path / 'mdlm'}")
-    code, _, err = call(f"finetune.py --from {tmp_path / 'mdlm'} {data} {TUNE} --out {tmp_path / 'cadd'}")
+    code, _, err = call(
+        f"finetune.py --from {tmp_path / 'mdlm'} {data} {TUNE} --freeze-embedding --out {tmp_path / 'cadd'}"
+    )
     assert code == 0, err
     old, _, _ = checkpoint.load_denoiser(tmp_path / "mdlm")
     new, _, _ = checkpoint.load_denoiser(tmp_path / "cadd")
@@ -525,5 +600,34 @@ def test_a_model_of_this_project_is_upgraded_as_well(tmp_path: Path, call: Any) 
     assert code == 2 and "was trained by finetune.py" in err
     code, _, err = call(f"finetune.py --resume --out {tmp_path / 'cadd'} --steps 31")
     assert code == 0, err
+    assert torch.equal(checkpoint.load_denoiser(tmp_path / "cadd")[0].embedding.weight, old.embedding.weight)
     code, _, err = call(f"finetune.py --from {tmp_path / 'mdlm'} {data} --lora 2")
     assert code == 2 and "lora is for models of the Hugging Face library" in err
+
+
+def test_a_cadd_model_of_this_project_keeps_its_latent_when_it_is_tuned(
+    tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("the dog and the cat of the hill " * 400)
+    data, run = f"--dataset {tmp_path / 'a.txt'} --cache {tmp_path}", tmp_path / "run"
+    how = "--discrete cosine --continuous linear --evidence 0.35 --hint posterior --fusion concat"
+    assert call(f"train_text.py {data} {TINY} {how} --out {run}")[0] == 0
+    old = checkpoint.load_denoiser(run)[0].config
+    tune = f"{data} --steps 2 --batch-size 4 --dtype float32"
+    for n, (option, change) in enumerate(
+        [("", {}), ("--evidence 0.2 --model mdlm", {"evidence": 0.2, "model": "mdlm"})]
+    ):
+        code, _, err = call(f"finetune.py --from {run} {tune} {option} --out {tmp_path / str(n)}")
+        assert code == 0, err
+        assert checkpoint.load_denoiser(tmp_path / str(n))[0].config == dataclasses.replace(old, **change)
+    for option, sentence in (
+        ("--shift", "--shift is for models of"),
+        ("--mask-token x", "--mask-token is for a model that"),
+    ):
+        code, _, err = call(f"finetune.py --from {run} {tune} {option}")
+        assert code == 2 and sentence in err
+    call(f"cadd_min/pretrained.py {run} {tmp_path / 'hub'}")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: {"owner/name": tmp_path / "hub"}[name])
+    code, _, err = call(f"finetune.py --from hf:owner/name {tune} --out {tmp_path / 'again'}")
+    assert code == 0, err
+    assert checkpoint.load_denoiser(tmp_path / "again")[0].config == old
