@@ -109,7 +109,9 @@ def few(command: str, text: Path) -> str:
         problems = "" if "--problems" in command else " --problems human.jsonl"
         return f"{command}{problems} --steps 2"
     if script == "evaluate.py":
-        return f"{command} --num 12 --steps 2"
+        judged = command.split()[1] in ("samples", "frontier")  # by the real judge in test_cli_text.py
+        judge = " --judge causal" if judged else ""
+        return f"{command} --num 12 --steps 2{judge}"
     if script == "finetune.py":
         command = command.replace("my.txt", str(text)).replace("owner/name", "masked").replace("smollm2", "causal")
         return f"{command} --length 40 --batch-size 4 --steps 4 --eval-every 0 --sample-every 0"

@@ -111,7 +111,7 @@ def test_bayes_head_alone_is_the_exact_posterior():
     torch.testing.assert_close(net(x, z, t).log_softmax(-1), exact.log_softmax(-1), rtol=1e-4, atol=1e-4)
 
 
-STEPS, SOURCE = 1500, Source()
+STEPS, SOURCE = 900, Source()
 
 
 def trained(wrong_hints: float = 0.1, **options: object) -> Trainer:

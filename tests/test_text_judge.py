@@ -21,7 +21,7 @@ ENGLISH = "The ship left the harbour in the early morning, and by noon the coast
 @pytest.fixture(scope="module")
 def smollm2() -> LanguageJudge:
     torch.set_num_threads(1)
-    return open_judge("smollm2")
+    return open_judge("smollm2", "cpu", "float32")
 
 
 @pytest.fixture(scope="module")

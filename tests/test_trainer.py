@@ -250,8 +250,9 @@ def test_tensorboard_gets_the_same_values(tmp_path):
     assert [(e.step, pytest.approx(e.value)) for e in events] == [(10, 0.2), (20, 0.1)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_saves_and_resume_continues_as_if_nothing_had_happened(number, tmp_path):
+@pytest.mark.slow
+def test_ctrl_c_saves_and_resume_continues_as_if_nothing_had_happened(tmp_path):
+    """Ctrl-C, then, when it goes on, SIGTERM, and on again: as a run that nobody disturbed."""
     text = tmp_path / "t.txt"
     text.write_text("To be, or not to be, that is the question. " * 400)
     common = ["--preset", "nano", "--length", "16", "--vocab-size", "300", "--batch-size", "4", "--steps", "60",
@@ -263,16 +264,18 @@ def test_ctrl_c_saves_and_resume_continues_as_if_nothing_had_happened(number, tm
         return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
     assert start(*common, "--out", str(tmp_path / "a")).wait() == 0
-    process = start(*common, "--out", str(tmp_path / "b"))
-    metrics = tmp_path / "b" / "metrics.jsonl"
-    while not metrics.exists() or metrics.read_text().count("\n") < 3:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and re.search(r"stopped after step \d+, saved", stderr)
-    stopped = checkpoint.load(tmp_path / "b")["trainer"]["step"]
-    assert 0 < stopped < 60
+    metrics, before = tmp_path / "b" / "metrics.jsonl", 0
+    for number, how in ((signal.SIGINT, common), (signal.SIGTERM, ["--resume"])):
+        process = start(*how, "--out", str(tmp_path / "b"))
+        while not metrics.exists() or metrics.read_text().count("\n") < before + 3:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 130 and re.search(r"stopped after step \d+, saved", stderr)
+        stopped = checkpoint.load(tmp_path / "b")["trainer"]["step"]
+        assert before < stopped < 60
+        before = stopped
     assert start("--resume", "--out", str(tmp_path / "b")).wait() == 0
     one, two = (checkpoint.load(tmp_path / name)["trainer"] for name in "ab")
     assert one["step"] == two["step"] == 60
