@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import math
 import re
 import sys
 from pathlib import Path
@@ -279,7 +278,7 @@ def figures(line: str) -> list[float]:
 
 @pytest.mark.slow
 def test_a_row_of_the_results_is_what_its_command_gives(tmp_path, monkeypatch, capsys):
-    """docs/results.md's smallest experiment, run again: every figure within 5%, a perplexity's logarithm: other cores add in another order.
+    """docs/results.md's smallest experiment, run again: every figure within 5% (other cores add in another order).
 
     Held-out text is only read, by no model that was trained: its figures are those of the page but for rounding.
     """
