@@ -251,9 +251,9 @@ def experiment(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Its rows, seed by seed."""
     if min(args.seeds, args.num) < 1:
         raise InputError("--seeds and --num must be at least 1")
-    if args.ckpt and args.ablation in ("fusion", "loss", "scale"):
-        raise InputError(f"--ablation {args.ablation} compares models that it trains: leave out --ckpt")
     specs, vary = ABLATIONS[args.ablation][:2] if args.ablation else (args.train, args.vary)
+    if args.ckpt and args.ablation and any(":" in spec for spec in specs):
+        raise InputError(f"--ablation {args.ablation} compares models that it trains: leave out --ckpt")
     shared = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUNS}
     settings = varied(vary)
     if args.ckpt:

@@ -164,6 +164,7 @@ def run(spec: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    """Run the program that the first argument describes, as JSON; why it was refused goes down its channel."""
     spec = json.loads(sys.argv[1])
     try:
         run(spec)

@@ -95,7 +95,8 @@ class Fit:
             return bool(interrupted)
         if step < self.next_look:
             return False
-        pace = world.mean((now - self.looked[1]) / max(1, step - self.looked[0]))  # seconds a step, agreed upon
+        done = step - self.looked[0]
+        pace = world.mean((now - self.looked[1]) / done if done else LOOK_SECONDS)  # seconds a step, agreed upon
         self.looked, self.next_look = (step, now), step + max(1, min(LOOK, int(LOOK_SECONDS / max(pace, 1e-9))))
         return world.any(bool(interrupted))
 

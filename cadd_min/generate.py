@@ -107,12 +107,11 @@ def many(
 
 def draw_settings(each: Collection[argparse.Namespace]) -> str:
     """The temperature and the top-p of these options; what differs among them is listed."""
-    values: dict[str, dict[str, None]] = {"temperature": {}, "top-p": {}}
-    for args in each:
-        start = "" if args.cosine_temperature is None else f"{args.cosine_temperature} to "
-        values["temperature"][f"{start}{args.temperature}"] = None
-        values["top-p"][str(args.top_p)] = None
-    return ", ".join(f"{name} {', '.join(some)}{' in turn' * (len(some) > 1)}" for name, some in values.items())
+    starts = ["" if args.cosine_temperature is None else f"{args.cosine_temperature} to " for args in each]
+    heats = dict.fromkeys(f"{start}{args.temperature}" for start, args in zip(starts, each))
+    top_ps = dict.fromkeys(str(args.top_p) for args in each)
+    listed = {"temperature": heats, "top-p": top_ps}
+    return ", ".join(f"{name} {', '.join(some)}{' in turn' * (len(some) > 1)}" for name, some in listed.items())
 
 
 def _steps(args: argparse.Namespace, models: Collection[str]) -> str:

@@ -319,15 +319,9 @@ class Trainer:
 
         What is sharded, only the first process has; all must ask.
         """
-        first = self.world.first
-        return {
-            "model": whole(self.model.state_dict(), first),
-            "ema": whole(self.ema.state_dict(), first),
-            "optimizer": whole(self.optimizer.state_dict(), first),
-            "step": self.step,
-            "seen": self.seen,
-            "skipped": int(self.skipped),
-        }
+        parts: dict[str, Any] = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer}
+        state = {name: whole(part.state_dict(), self.world.first) for name, part in parts.items()}
+        return state | {"step": self.step, "seen": self.seen, "skipped": int(self.skipped)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""

@@ -317,7 +317,9 @@ def upgrade_own(model: Denoiser, how: dict[str, Any]) -> Denoiser:
             config, latent_dim=0, hint_unit=_length(model.embedding) / Denoiser(config).latent.norm
         )
     new = Denoiser(config)
-    new.load_state_dict(model.state_dict(), strict=False)  # a latent that comes or goes may have weights of its own
+    kept_not = new.load_state_dict(model.state_dict(), strict=False)
+    if not all(key.startswith("latent.") for key in (*kept_not.missing_keys, *kept_not.unexpected_keys)):
+        raise InputError(f"--from has other weights than its configuration says: {kept_not}")
     new.embedding.requires_grad_(not how["freeze_embedding"])
     return new
 

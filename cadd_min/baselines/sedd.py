@@ -86,9 +86,10 @@ def training_loss(
     """
     t = T_MIN + (1 - T_MIN) * u
     masked = masked_at(x_0, t, model.schedule, generator)
-    h = features(model, x_0.masked_fill(masked, model.mask_id), t, label)
-    log_z, f = scores(h[masked], model.head_matrix(), x_0[masked])
-    weight = model.schedule.flip_rate(t)[:, None].expand_as(x_0)[masked].to(f)
+    rows = masked.flatten().nonzero()[:, 0]
+    h = features(model, x_0.masked_fill(masked, model.mask_id), t, label).flatten(0, 1)
+    log_z, f = scores(h[rows], model.head_matrix(), x_0.flatten()[rows])
+    weight = model.schedule.flip_rate(t)[rows // x_0.shape[1]].to(f)
     loss = (1 - T_MIN) * (weight * score_entropy(log_z, f)).sum() / x_0.numel()
     return loss, {"ce": (log_z - f).detach().sum(), "masked": masked.sum(), "mse": torch.zeros_like(loss.detach())}
 
