@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test lint clean sanitize gpu-check
+.PHONY: train test test-slow lint clean sanitize gpu-check
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   train on the packaged corpus, then sample (minutes on two cores)"
-	@echo "make test    the whole test suite        make lint    ruff and mypy"
+	@echo "make test    the tests, under ten minutes        make lint    ruff and mypy"
+	@echo "make test-slow   those that take longer: kill -9, many processes, fuzzing, trained comparisons"
 	@echo "make sanitize   the C++ kernels' tests under ASan and UBSan"
 	@echo "make gpu-check PYTHON=python3   build for CUDA, test and measure on the GPU; installs nothing"
 
@@ -29,10 +30,13 @@ train: $(VENV)/ready
 # cores, a file at a time.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 test: $(VENV)/ready
-	$(PYTEST)
+	$(PYTEST) -m "not slow"
 	CADD_BACKEND=torch $(PYTEST) -m "not slow" tests/test_ops.py tests/test_sampler.py tests/test_orders.py \
 		tests/test_trainer.py \
 		tests/test_cli.py::test_train_then_sample_by_changing_one_word
+
+test-slow: $(VENV)/ready
+	$(PYTEST) -m slow
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
