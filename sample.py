@@ -15,13 +15,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cadd_min import generate, upgraded
-from cadd_min.errors import InputError, run, torch_device
-from cadd_min.generate import add_sampling_options
-from cadd_min.options import Parser, whole
-from cadd_min.paint import ImageTask
-from cadd_min.pixels import Pixels
-from cadd_min.text import TextTask
+from cadd_min.data.pixels import Pixels
+from cadd_min.sampling import generate
+from cadd_min.sampling.generate import add_sampling_options
+from cadd_min.sampling.images import ImageTask
+from cadd_min.sampling.text import TextTask
+from cadd_min.upgrade import folder as upgraded
+from cadd_min.utils.cli import Parser, whole
+from cadd_min.utils.errors import InputError, run, torch_device
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--ckpt",
         type=Path,
         default=Path("runs"),
-        help="a checkpoint, its folder, a folder of runs, a folder of cadd_min.pretrained, or hf:owner/name of the hub",
+        help="a checkpoint, its folder, a folder of runs, a folder for others, or hf:owner/name of the hub",
     )
     add_sampling_options(parser)
     parser.add_argument("--num", type=whole, help="samples (default: 1, images: 64)")

@@ -25,7 +25,7 @@ def kernels() -> dict:
     try:
         from torch.utils.cpp_extension import BuildExtension
 
-        from cadd_min.build import extension, wants_cuda
+        from cadd_min.kernels.build import extension, wants_cuda
     except ImportError as error:
         without(error)
         return {}

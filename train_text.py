@@ -14,13 +14,14 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from cadd_min import corpus, launch, tokenizer
-from cadd_min.data import Batches, TokenFolder, is_folder, prepare
+from cadd_min.data import corpus, tokenizer
+from cadd_min.data.token_folder import Batches, TokenFolder, is_folder, prepare
 from cadd_min.dit import PRESETS
-from cadd_min.errors import choose, run
 from cadd_min.model import Denoiser, ModelConfig
-from cadd_min.options import from_args, whole
-from cadd_min.text import preview
+from cadd_min.sampling.text import preview
+from cadd_min.training import start as launch
+from cadd_min.utils.cli import from_args, whole
+from cadd_min.utils.errors import choose, run
 
 HELD_OUT = 4096  # tokens in each of four evaluation batches: the bound looks at all (B, L, V) probabilities at once
 

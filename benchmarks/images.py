@@ -5,7 +5,7 @@
     python -m benchmarks.images --dataset fashion-mnist --archive /usr/share/datasets/fashion-mnist
 
 A model is one of mdlm, cadd, cdm, with any field of ModelConfig or TrainConfig behind a colon, and preset=. What is not
-named has train_image.py's default. Samples are judged in the features of a small classifier (cadd_min/judge.py). Each
+named has train_image.py's default. Samples are judged in the features of a small classifier (image_judge.py). Each
 run is one line of JSON in --out; --table FILE prints what is there. The table gives mean and spread over seeds of
 
     FD        Fréchet distance to the training images; the first rows are what real images score
@@ -27,15 +27,15 @@ import numpy as np
 import torch
 
 from benchmarks.specs import parse, pop_fields, read_rows, run_all, spread
-from cadd_min.errors import InputError, choose, run
-from cadd_min.images import Images, open_images
-from cadd_min.judge import judged, measures, open_judge
+from cadd_min.data.images import Images, open_images
+from cadd_min.data.pixels import ImageBatches, Pixels
+from cadd_min.evaluation.image_judge import judged, measures, open_judge
 from cadd_min.model import Denoiser, ModelConfig
-from cadd_min.pixels import ImageBatches, Pixels
 from cadd_min.plan import cosine_temperature
 from cadd_min.sampler import sample
-from cadd_min.trainer import TrainConfig, Trainer, seeded
+from cadd_min.training.trainer import TrainConfig, Trainer, seeded
 from cadd_min.unet import UNET_PRESETS
+from cadd_min.utils.errors import InputError, choose, run
 from train_image import DEFAULTS
 
 COLUMNS = {"FD": 2, "variety": 2, "doubt": 2, "precision": 2, "recall": 2, "copies": 3}

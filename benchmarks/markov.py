@@ -28,12 +28,12 @@ import torch
 from benchmarks.sources import ExactDenoiser, Source
 from benchmarks.specs import parse, pop_fields, read_rows, run_all, spread
 from cadd_min.dit import PRESETS
-from cadd_min.errors import InputError, choose, run
 from cadd_min.forward import q_sample
 from cadd_min.loss import log_probs
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.sampler import sample
-from cadd_min.trainer import TrainConfig, Trainer, seeded
+from cadd_min.training.trainer import TrainConfig, Trainer, seeded
+from cadd_min.utils.errors import InputError, choose, run
 
 SOURCES = {"chain": {"topics": 1}, "topics": {"topics": 8}}
 TIMES = (0.2, 0.4, 0.6, 0.8)

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from benchmarks.markov import spread
-from cadd_min import corpus, tokenizer
-from cadd_min.data import Batches, prepare
+from cadd_min.data import corpus, tokenizer
+from cadd_min.data.token_folder import Batches, prepare
 from cadd_min.dit import PRESETS
-from cadd_min.errors import run
 from cadd_min.model import Denoiser, ModelConfig
-from cadd_min.trainer import TrainConfig, Trainer
+from cadd_min.training.trainer import TrainConfig, Trainer
+from cadd_min.utils.errors import run
 
 LENGTH = 128
 

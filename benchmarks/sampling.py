@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from cadd_min import ops
 from cadd_min.dit import PRESETS
-from cadd_min.errors import InputError, run, torch_device
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.reverse import ZHATS
 from cadd_min.sampler import sample
-from cadd_min.trainer import DTYPES, best_dtype, seeded
+from cadd_min.training.trainer import DTYPES, best_dtype, seeded
+from cadd_min.utils.errors import InputError, run, torch_device
 
 
 def now(device: torch.device) -> float:

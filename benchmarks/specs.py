@@ -10,9 +10,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cadd_min.errors import InputError, choose
 from cadd_min.model import MODELS, ModelConfig
-from cadd_min.trainer import TrainConfig
+from cadd_min.training.trainer import TrainConfig
+from cadd_min.utils.errors import InputError, choose
 
 
 def parse(spec: str, **more: str) -> tuple[str, dict[str, Any]]:

@@ -9,7 +9,7 @@
 A model is one of cadd, mdlm, cdm, ar, udm, sedd, with any field of ModelConfig or TrainConfig behind a colon, and
 preset=. What is not named has train_text.py's default. Each is trained by train_text.py in a folder of its own in
 --runs; one that is there is not trained again, one that was stopped goes on. Then all of --vary, crossed, are fields of
-the sampler. The table has mean ± standard deviation over seeds of what cadd_min/text_scores.py says; the first row is
+the sampler. The table has mean ± standard deviation over seeds of what evaluation/text_scores.py says; the first row is
 held-out text by the same code. bound: nats per token on held-out text, from above.
 """
 
@@ -29,15 +29,16 @@ from typing import Any
 import torch
 
 from benchmarks.specs import parse, read_rows, run_all, spread
-from cadd_min import checkpoint, generate
-from cadd_min.assess_text import COLUMNS, REAL, Reader, held_out_tokens, plot, windows
-from cadd_min.errors import InputError, choose, run
-from cadd_min.likelihood import held_out_bound, summary
-from cadd_min.metrics import read_metrics
-from cadd_min.options import TYPES
+from cadd_min.checkpoints import file as checkpoint
+from cadd_min.evaluation.bound import held_out_bound, summary
+from cadd_min.evaluation.text import COLUMNS, REAL, Reader, held_out_tokens, plot, windows
+from cadd_min.evaluation.text_judge import SMOLLM2, open_judge
 from cadd_min.plan import Sampling
-from cadd_min.text_judge import SMOLLM2, open_judge
-from cadd_min.trainer import DTYPES
+from cadd_min.sampling import generate
+from cadd_min.training.metrics import read_metrics
+from cadd_min.training.trainer import DTYPES
+from cadd_min.utils.cli import TYPES
+from cadd_min.utils.errors import InputError, choose, run
 
 ROOT = Path(__file__).parent.parent
 NOT_THE_RUNS = ("train", "ckpt", "vary", "seeds", "out", "table", "picture")

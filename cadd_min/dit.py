@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cadd_min.errors import InputError
+from cadd_min.utils.errors import InputError
 
 LARGEST = 2**16  # of anything that a size counts, but the layers
 DEEPEST = 1000

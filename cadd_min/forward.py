@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from cadd_min.errors import InputError
 from cadd_min.schedule import NoiseSchedule, per_token
+from cadd_min.utils.errors import InputError
 
 
 def q_sample(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cadd_min.errors import InputError
 from cadd_min.model import Denoiser
+from cadd_min.utils.errors import InputError
 
 LARGEST = torch.finfo(torch.float32).max
 

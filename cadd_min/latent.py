@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cadd_min.errors import InputError
 from cadd_min.schedule import NoiseSchedule, per_token
+from cadd_min.utils.errors import InputError
 
 LONGEST = 1e18  # rows whose squares are still float32
 TABLES = ("tied", "fixed", "ordered", "free")

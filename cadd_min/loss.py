@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
 
-from cadd_min.errors import InputError, choose
 from cadd_min.forward import q_sample
 from cadd_min.schedule import NoiseSchedule, per_token
+from cadd_min.utils.errors import InputError, choose
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t (B, L), z_t (B, L, D), t (B,)) -> logits (B, L, V)
 WEIGHTINGS = ("uniform", "elbo")

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from cadd_min.dit import Block, PatchSize, Size
-from cadd_min.errors import InputError, choose
 from cadd_min.latent import FUSIONS, HINTS, TABLES, Latent, ordered_rows, table_norm
-from cadd_min.options import option
 from cadd_min.schedule import NoiseSchedule, per_token
 from cadd_min.unet import UNetSize
+from cadd_min.utils.cli import option
+from cadd_min.utils.errors import InputError, choose
 
 BASELINES = ("ar", "udm", "sedd")  # for text; autoregressive, uniform-state diffusion, score entropy
 MODELS = ("cadd", "mdlm", "cdm", *BASELINES)

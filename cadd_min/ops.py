@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cadd_min import philox
-from cadd_min.errors import InputError, choose, run
 from cadd_min.forward import noised
-from cadd_min.options import Parser
+from cadd_min.kernels import philox
 from cadd_min.posterior import posterior_coefficients
 from cadd_min.reverse import COLD, ZHATS, reverse_rows, token_probs
 from cadd_min.schedule import NoiseSchedule
+from cadd_min.utils.cli import Parser
+from cadd_min.utils.errors import InputError, choose, run
 
 BACKENDS = ("auto", "torch", "cpp", "cuda")
 BUILD = "pip install --no-build-isolation --no-deps -e ."
@@ -92,7 +92,7 @@ def _load() -> tuple[ModuleType | None, Backend]:
         if asked == "auto":
             return None, Backend("torch", f"{why}; build them with: {BUILD}")
         try:  # asked for in a source checkout that is not installed: compile now, with ninja
-            from cadd_min.build import just_in_time
+            from cadd_min.kernels.build import just_in_time
 
             module = just_in_time()
         except Exception as failure:

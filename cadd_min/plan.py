@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cadd_min import philox
-from cadd_min.errors import InputError, choose
-from cadd_min.options import option
+from cadd_min.kernels import philox
 from cadd_min.orders import ORDERS, foremost, hitting_times, remask_flip, remask_rate, scores
 from cadd_min.reverse import ZHATS
 from cadd_min.schedule import NoiseSchedule
+from cadd_min.utils.cli import option
+from cadd_min.utils.errors import InputError, choose
 
 TIME_GRIDS: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform": lambda u: u,

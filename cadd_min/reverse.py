@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadd_min.errors import InputError
+from cadd_min.utils.errors import InputError
 
 ZHATS = ("hard", "soft", "sample")
 COLD = 1e-6  # at and below this temperature all mass is on the largest logit

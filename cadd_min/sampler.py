@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from cadd_min import ops, philox
-from cadd_min.errors import InputError
+from cadd_min import ops
+from cadd_min.kernels import philox
 from cadd_min.loss import Denoiser
 from cadd_min.plan import Plan, Sampling, given
 from cadd_min.reverse import estimate_z_0, token_probs
 from cadd_min.schedule import NoiseSchedule
+from cadd_min.utils.errors import InputError
 
 
 class Step(NamedTuple):

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cadd_min.errors import choose
+from cadd_min.utils.errors import choose
 
 Curve = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # a function of time, and its derivative
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadd_min.dit import TimeEmbedding, attend, check_size
-from cadd_min.errors import InputError
+from cadd_min.utils.errors import InputError
 
 
 @dataclass(frozen=True)

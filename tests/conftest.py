@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cadd_min import checkpoint
+from cadd_min.checkpoints import file as checkpoint
 from cadd_min.dit import Size
 from cadd_min.model import Denoiser, ModelConfig
 
@@ -76,6 +76,6 @@ def text(tmp_path):
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """The fuzzers' files, built once; each case has a copy of its own."""
-    from tests.fuzzing import World
+    from tests.scripts.fuzzing import World
 
     return World(tmp_path_factory.mktemp("fuzz"))

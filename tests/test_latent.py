@@ -7,13 +7,13 @@ import torch
 
 from benchmarks.sources import Source
 from cadd_min.dit import PRESETS
-from cadd_min.errors import InputError
 from cadd_min.forward import q_sample
 from cadd_min.latent import FUSIONS, HINTS, Latent, evidence_norm, log_likelihood, ordered_rows
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.sampler import sample
 from cadd_min.schedule import NoiseSchedule
-from cadd_min.trainer import TrainConfig, Trainer, seeded
+from cadd_min.training.trainer import TrainConfig, Trainer, seeded
+from cadd_min.utils.errors import InputError
 from tests.conftest import nano, rng
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from scipy import integrate
 
-from cadd_min.errors import InputError
 from cadd_min.forward import q_step
 from cadd_min.loss import kl_continuous, kl_prior, nelbo, nelbo_parts, stratified_times, time_weights, token_losses
 from cadd_min.posterior import q_posterior_z
 from cadd_min.schedule import NoiseSchedule
+from cadd_min.utils.errors import InputError
+from tests.baselines.test_baselines import JOINT, pairs
 from tests.conftest import rng
-from tests.test_baselines import JOINT, pairs
 
 LAW = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
 ENTROPY = float(-(LAW * LAW.log()).sum())

@@ -7,10 +7,10 @@ import torch
 
 from benchmarks.markov import build, ce_gap, parse, spread, tables
 from benchmarks.sources import ExactDenoiser, Source, random_table, softened
-from cadd_min.errors import InputError
 from cadd_min.forward import q_sample
 from cadd_min.sampler import sample
 from cadd_min.schedule import NoiseSchedule
+from cadd_min.utils.errors import InputError
 from tests.conftest import rng
 
 

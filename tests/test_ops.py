@@ -7,11 +7,12 @@ import sys
 import pytest
 import torch
 
-from cadd_min import ops, philox
-from cadd_min.errors import InputError
+from cadd_min import ops
+from cadd_min.kernels import philox
 from cadd_min.posterior import posterior_coefficients
 from cadd_min.reverse import ZHATS, draw, token_probs
 from cadd_min.schedule import NoiseSchedule
+from cadd_min.utils.errors import InputError
 from tests.conftest import ALPHA, ROOT, rng
 
 # On a machine with a GPU and CUDA kernels the whole of this file runs there (make gpu-check).
@@ -317,7 +318,7 @@ def test_a_backend_asked_for_is_never_replaced():
     """Without its shared library, CADD_BACKEND=cpp is an error that says how to build it."""
     code = (
         "import sys; sys.modules['cadd_min._C'] = None\n"
-        "import cadd_min.build as b; b.CSRC = b.CSRC / 'none'\nimport cadd_min.ops as o; o.backend()"
+        "import cadd_min.kernels.build as b; b.CSRC = b.CSRC / 'none'\nimport cadd_min.ops as o; o.backend()"
     )
     found = run_python(code, CADD_BACKEND="cpp")
     assert found.returncode != 0 and "pip install" in found.stderr

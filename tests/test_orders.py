@@ -7,12 +7,12 @@ import pytest
 import torch
 from scipy import stats
 
-from cadd_min.errors import InputError
-from cadd_min.methods import draw
+from cadd_min.baselines.dispatch import draw
 from cadd_min.orders import ORDERS, SCORES, foremost, hitting_times, remask_flip, remask_rate
 from cadd_min.plan import HITTING
 from cadd_min.sampler import sample
 from cadd_min.schedule import NoiseSchedule
+from cadd_min.utils.errors import InputError
 from tests.conftest import ALPHA, nano, rng
 from tests.test_loss import LAW, MASK, oracle, toy
 

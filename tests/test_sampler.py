@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cadd_min.errors import InputError
 from cadd_min.plan import TIME_GRIDS, cosine_temperature
 from cadd_min.reverse import ZHATS, draw, estimate_z_0, token_probs
 from cadd_min.sampler import sample
 from cadd_min.schedule import NoiseSchedule
+from cadd_min.utils.errors import InputError
 from tests.conftest import ALPHA, nano, rng
 from tests.test_loss import LAW, MASK, oracle, toy
 

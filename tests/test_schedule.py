@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cadd_min.errors import InputError
 from cadd_min.schedule import CONTINUOUS, DISCRETE, NoiseSchedule
+from cadd_min.utils.errors import InputError
 
 PAIRS = [(d, c) for d in DISCRETE for c in CONTINUOUS]
 time = st.floats(0, 1, allow_nan=False, width=32)

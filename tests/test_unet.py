@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from cadd_min.dit import PATCH_PRESETS, PatchSize
-from cadd_min.errors import InputError
 from cadd_min.guidance import Guided
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.sampler import sample
-from cadd_min.trainer import TrainConfig, Trainer
+from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.unet import UNET_PRESETS, UNetSize
+from cadd_min.utils.errors import InputError
 from tests.conftest import rng
 
 NANO = UNET_PRESETS["nano"]

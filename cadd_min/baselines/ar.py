@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Generator, Tensor
 
-from cadd_min import philox
 from cadd_min.baselines.common import draw_tokens, features, logits_of, seen
+from cadd_min.kernels import philox
 from cadd_min.loss import Bound, token_losses
 from cadd_min.model import Denoiser
 from cadd_min.plan import Sampling
 from cadd_min.sampler import Step
 
 if TYPE_CHECKING:
-    from cadd_min.trainer import TrainConfig
+    from cadd_min.training.trainer import TrainConfig
 
 
 def shifted(x_0: Tensor, mask_id: int) -> Tensor:

@@ -20,8 +20,8 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
 
-from cadd_min import philox
 from cadd_min.baselines.common import draw_tokens, features, logits_of, seen
+from cadd_min.kernels import philox
 from cadd_min.loss import T_MIN, Bound, check_steps, chunk_rows, stratified_times
 from cadd_min.model import Denoiser
 from cadd_min.plan import Sampling, time_grid
@@ -29,7 +29,7 @@ from cadd_min.sampler import Step
 from cadd_min.schedule import NoiseSchedule, per_token
 
 if TYPE_CHECKING:
-    from cadd_min.trainer import TrainConfig
+    from cadd_min.training.trainer import TrainConfig
 
 
 def masked_at(x_0: Tensor, t: Tensor, schedule: NoiseSchedule, generator: Generator | None) -> Tensor:

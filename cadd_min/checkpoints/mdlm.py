@@ -1,0 +1,234 @@
+"""Weights of the public MDLM (Sahoo et al. 2024) as ours, and ours as theirs.
+
+    python -m cadd_min.checkpoints.mdlm model.safetensors FOLDER             their release, as a folder
+    python -m cadd_min.checkpoints.mdlm --back --time 0.5 RUN FILE           our masked model, as a file of theirs
+
+Both networks are a DiT, and every difference is a matter of where a number is kept:
+- Their LayerNorm has weights w, ours has none: a scale of w (1 + scale) - 1 does the same.
+- Their embedding goes in as it is, ours times sqrt(width).
+- They have a logit for the mask, which they set to -inf before it is used. We have none.
+- They are not told the time, their sigma is 0. A first matrix of zeros makes our time embedding a constant, too.
+- Their queries, keys and values have no bias. For what ours do see `hide_bias`.
+
+Tested on a network made by the description of theirs, in their names and shapes; not on the released file itself.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cadd_min.checkpoints import file as checkpoint
+from cadd_min.checkpoints import folder as pretrained
+from cadd_min.checkpoints.file import check_shapes
+from cadd_min.data import tokenizer
+from cadd_min.dit import DiT, Size
+from cadd_min.model import Denoiser, ModelConfig
+from cadd_min.utils.cli import Parser, whole
+from cadd_min.utils.errors import InputError, run
+
+PREFIX = "backbone."
+WAVES = 256  # cosines and sines of the time that go into its embedding; at time 0 half of them are 1, the others 0
+BLOCK = {  # ours: theirs
+    "qkv.weight": "attn_qkv.weight",
+    "out.weight": "attn_out.weight",
+    "ada.weight": "adaLN_modulation.weight",
+    "ada.bias": "adaLN_modulation.bias",
+    **{f"mlp.{layer}.{part}": f"mlp.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias")},
+}
+
+
+def names(layers: int) -> dict[str, str]:
+    """Ours to theirs, of all tensors that are the same up to a fold or a row."""
+    return {
+        "embedding.weight": "vocab_embed.embedding",
+        **{f"backbone.time.mlp.{n}.{part}": f"sigma_map.mlp.{n}.{part}" for n in (0, 2) for part in ("weight", "bias")},
+        **{f"backbone.blocks.{n}.{own}": f"blocks.{n}.{their}" for n in range(layers) for own, their in BLOCK.items()},
+        **{f"backbone.ada.{part}": f"output_layer.adaLN_modulation.{part}" for part in ("weight", "bias")},
+        **{f"head.{part}": f"output_layer.linear.{part}" for part in ("weight", "bias")},
+    }
+
+
+def shapes(size: Size, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Of every tensor of theirs; `vocab_size` does not count the mask."""
+    width, cond, rows = size.width, size.cond, vocab_size + 1
+    block = {
+        "norm1.weight": (width,),
+        "attn_qkv.weight": (3 * width, width),
+        "attn_out.weight": (width, width),
+        "norm2.weight": (width,),
+        "mlp.0.weight": (4 * width, width),
+        "mlp.0.bias": (4 * width,),
+        "mlp.2.weight": (width, 4 * width),
+        "mlp.2.bias": (width,),
+        "adaLN_modulation.weight": (6 * width, cond),
+        "adaLN_modulation.bias": (6 * width,),
+    }
+    return {
+        "vocab_embed.embedding": (rows, width),
+        "sigma_map.mlp.0.weight": (cond, WAVES),
+        "sigma_map.mlp.0.bias": (cond,),
+        "sigma_map.mlp.2.weight": (cond, cond),
+        "sigma_map.mlp.2.bias": (cond,),
+        "rotary_emb.inv_freq": (width // size.heads // 2,),
+        **{f"blocks.{n}.{name}": shape for n in range(size.layers) for name, shape in block.items()},
+        "output_layer.norm_final.weight": (width,),
+        "output_layer.linear.weight": (rows, width),
+        "output_layer.linear.bias": (rows,),
+        "output_layer.adaLN_modulation.weight": (2 * width, cond),
+        "output_layer.adaLN_modulation.bias": (2 * width,),
+    }
+
+
+def frequencies(size: Size) -> Tensor:
+    """Of the rotary positions, (head_dim / 2,)."""
+    head_dim = size.width // size.heads
+    return 10000 ** (-torch.arange(0, head_dim, 2) / head_dim)
+
+
+def size_of(state: dict[str, Any]) -> tuple[Size, int]:
+    """What a state dict of theirs is the size of, and its vocabulary's. Raises InputError where it is none."""
+    for key, dims in (("vocab_embed.embedding", 2), ("sigma_map.mlp.0.bias", 1), ("rotary_emb.inv_freq", 1)):
+        found = state.get(key)
+        if not isinstance(found, Tensor) or found.dim() != dims or 0 in found.shape:
+            raise InputError(f"{key} is missing, or not of {dims} dimensions")
+    rows, width = state["vocab_embed.embedding"].shape
+    cond, half = len(state["sigma_map.mlp.0.bias"]), len(state["rotary_emb.inv_freq"])
+    layers = {int(number[1]) for number in (re.match(r"blocks\.(\d+)\.", key) for key in state) if number}
+    return Size(len(layers), width, max(1, width // (2 * half)), cond), rows - 1
+
+
+@torch.no_grad()
+def from_mdlm(state: dict[str, Any], length: int = 1024) -> Denoiser:
+    """Our masked model of `length` tokens with the function of theirs; `state` with or without "backbone.".
+
+    Raises InputError that names the first tensor that is missing, misshapen or left over.
+    """
+    prefixed = any(key.startswith(PREFIX) for key in state)
+    state = {key.removeprefix(PREFIX): value for key, value in state.items()} if prefixed else state
+    size, vocab_size = size_of(state)
+    check_shapes(state, shapes(size, vocab_size))
+    if not torch.allclose(state["rotary_emb.inv_freq"].float(), frequencies(size), rtol=1e-2):
+        raise InputError("rotary_emb.inv_freq has other frequencies than 10000^(-2i / head_dim)")
+    theirs = {name: value.double() for name, value in state.items()}
+    ours = {own: theirs[their].clone() for own, their in names(size.layers).items()}
+    ours["embedding.weight"] /= math.sqrt(size.width)
+    first = ours["backbone.time.mlp.0.weight"]
+    ours["backbone.time.mlp.0.bias"] += first[:, : WAVES // 2].sum(1)
+    first.zero_()
+    for n in range(size.layers):
+        fold(ours, f"backbone.blocks.{n}.ada", 1, theirs[f"blocks.{n}.norm1.weight"])
+        fold(ours, f"backbone.blocks.{n}.ada", 4, theirs[f"blocks.{n}.norm2.weight"])
+        ours[f"backbone.blocks.{n}.qkv.bias"] = torch.zeros(3 * size.width)
+    fold(ours, "backbone.ada", 1, theirs["output_layer.norm_final.weight"])
+    for part in ("weight", "bias"):
+        ours[f"head.{part}"] = ours[f"head.{part}"][:-1]  # not the mask's
+    model = Denoiser(ModelConfig(vocab_size, length, size, model="mdlm", head_bias=True))
+    model.load_state_dict(ours)
+    return model.eval()
+
+
+def fold(ours: dict[str, Tensor], ada: str, chunk: int, norm: Tensor) -> None:
+    """Fold the weights `norm` (W,) of a LayerNorm into the scale that follows it, which is this chunk of the layer."""
+    rows = slice(chunk * len(norm), (chunk + 1) * len(norm))
+    ours[f"{ada}.weight"][rows] *= norm[:, None]
+    ours[f"{ada}.bias"][rows] = norm * (1 + ours[f"{ada}.bias"][rows]) - 1
+
+
+@torch.no_grad()
+def to_mdlm(model: Denoiser, t: float | None = None) -> dict[str, Tensor]:
+    """A state dict of theirs, float32 and with "backbone.", that computes what our masked model computes at time `t`.
+
+    They do not look at the time. A model that does, as all that are trained here do, is given back as it is at one t
+    in [0, 1]; one that does not needs none. Raises InputError for a model that has no such form.
+    """
+    size, backbone = model.config.size, model.backbone
+    if model.config.model != "mdlm" or not isinstance(size, Size) or not isinstance(backbone, DiT):
+        raise InputError(f"only a masked model of text has MDLM's form, and this is {model.config.model}")
+    if model.config.classes:
+        raise InputError("MDLM's form has no classes, and this model has")
+    ours = {name: value.to(torch.float64, copy=True) for name, value in model.state_dict().items()}
+    first = ours["backbone.time.mlp.0.weight"]
+    if first.any():
+        if t is None or not 0 <= t <= 1:
+            raise InputError(f"--time must say at which t from 0 to 1 to take a model that looks at the time, not {t}")
+        angle = t * backbone.time.frequency.double()
+        ours["backbone.time.mlp.0.bias"] += first @ torch.cat([angle.cos(), angle.sin()])
+        first.zero_()
+    inner = nn.functional.silu(ours["backbone.time.mlp.0.bias"])
+    c = nn.functional.silu(ours["backbone.time.mlp.2.weight"] @ inner + ours["backbone.time.mlp.2.bias"])
+    for n in range(size.layers):
+        hide_bias(ours, f"backbone.blocks.{n}.", c)
+    ours["embedding.weight"] = ours["embedding.weight"] * math.sqrt(size.width)
+    ours["head.weight"] = nn.functional.pad(ours["head.weight"], (0, 0, 0, 1))
+    ours["head.bias"] = nn.functional.pad(ours.get("head.bias", torch.zeros(model.mask_id)), (0, 1))
+    theirs = {their: ours[own] for own, their in names(size.layers).items()}
+    theirs["rotary_emb.inv_freq"] = frequencies(size)
+    for name, shape in shapes(size, model.mask_id).items():
+        if "norm" in name:
+            theirs[name] = torch.ones(shape)
+    return {PREFIX + name: value.float().contiguous() for name, value in theirs.items()}
+
+
+def hide_bias(ours: dict[str, Tensor], block: str, c: Tensor) -> None:
+    """Rewrite a block's queries, keys and values, at the constant conditioning c (cond,), so that they need no bias.
+
+    What comes out of LayerNorm sums to zero. So if its scale is made 1 and its shift the same d everywhere, adding
+    the vector a to each column of their matrix adds a (0 + W d) to what it yields: any bias, and the old shift's part.
+    """
+    weight, bias = ours[block + "qkv.weight"], ours.pop(block + "qkv.bias")
+    if not bias.any():
+        return
+    width = weight.shape[1]
+    ada, constant = ours[block + "ada.weight"], ours[block + "ada.bias"]
+    shift, scale = (ada @ c + constant)[: 2 * width].chunk(2)
+    d, scaled = 1 / math.sqrt(width), weight * (1 + scale)
+    rest = weight @ shift + bias - d * scaled.sum(1)
+    ours[block + "qkv.weight"] = scaled + rest[:, None] / (width * d)
+    ada[: 2 * width], constant[:width], constant[width : 2 * width] = 0, d, 0
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The tensors of a .safetensors file, of one in a folder, or of a file of torch. Nothing in it is executed."""
+    path = path / pretrained.WEIGHTS if path.is_dir() else path
+    if path.suffix == ".safetensors":
+        return pretrained.read_weights(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged archive fails in any way
+        raise InputError(f"{path} is no file of tensors alone, or it is damaged") from None
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise InputError(f"{path} holds no state dict")
+    return state
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("source", type=Path, help="their weights, or their folder; with --back, what --ckpt accepts")
+    parser.add_argument("target", type=Path, help="a new folder; with --back, a new .safetensors file")
+    parser.add_argument("--length", type=whole, default=1024, help="tokens in a sequence, which the weights do not say")
+    parser.add_argument("--back", action="store_true", help="from ours to theirs")
+    parser.add_argument("--time", type=float, help="t from 0 to 1 at which to take a model that looks at it")
+    args = parser.parse_args()
+    if args.back:
+        model, _, _ = checkpoint.load_denoiser(args.source)
+        pretrained.write_weights(to_mdlm(model, args.time), args.target)
+    else:
+        try:
+            model = from_mdlm(read(args.source), args.length)
+        except InputError as error:
+            raise InputError(f"{args.source} is not of MDLM's layout: {error}") from None
+        if model.config.vocab_size != tokenizer.GPT2_SIZE:
+            raise InputError(f"{args.source} has {model.config.vocab_size} tokens, expected GPT-2's 50257")
+        pretrained.save_pretrained(model, tokenizer.gpt2(), args.target)
+    print(f"written: {args.target}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""HumanEval and MBPP: problems, programs, and a sandbox that runs them."""

@@ -1,0 +1,101 @@
+"""EvalPlus's tests (Liu et al. 2023): many more inputs for each problem, on which the reference solution is asked.
+
+The package evalplus downloads a file of them once; of MBPP's it also knows the types of the inputs, which JSON has not,
+and what counts as equal. Its executor is not used.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from cadd_min.codebench import problems
+from cadd_min.codebench.problems import Problem
+from cadd_min.utils.errors import InputError
+
+FILES = {"humaneval": "HumanEvalPlus-v*.jsonl", "mbpp": "MbppPlus-v*.jsonl"}
+GETTERS = {"humaneval": "get_human_eval_plus", "mbpp": "get_mbpp_plus"}
+STOPS = {"humaneval": problems.STOPS, "mbpp": ("\nassert ", '\n"""', "\nif ", "\nprint(")}
+
+# The tolerance is EvalPlus's. `special` is a statement that judges `found` instead.
+TESTS = """
+def _evalplus():
+    import copy, math
+    inf, nan, reference = math.inf, math.nan, {{}}
+    def near(found, expected, atol):
+        if type(expected) in (list, tuple):
+            alike = type(found) is type(expected) and len(found) == len(expected)
+            return alike and all(near(*pair, atol) for pair in zip(found, expected))
+        if found == expected or type(expected) is not float:
+            return found == expected
+        return abs(found - expected) <= (atol or 1e-6) + 1e-7 * abs(expected)
+    exec({solution!r}, reference)
+    {oracles}
+    for given in {inputs!r}:
+        expected = reference[{entry!r}](*copy.deepcopy(given))
+        found = {entry}(*copy.deepcopy(given))
+        assert {judged}, given
+_evalplus()
+"""
+NEAR = "near(found, expected, {atol!r})"
+FIND_ZERO = "abs(reference['poly'](*given, found)) <= {atol!r}"  # a root has many values
+
+
+def data_file(benchmark: str) -> Path:
+    """Where evalplus keeps its newest file of this benchmark. Raises InputError where there is none."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evalplus"
+    found = sorted(cache.glob(FILES[benchmark]))
+    if not found:
+        raise InputError(
+            f"EvalPlus's tests are not in {cache}: pip install evalplus, and let it download them once by "
+            f'python -c "import evalplus.data as d; d.{GETTERS[benchmark]}()"; or name the file by --problems'
+        )
+    return found[-1]
+
+
+def load(benchmark: str, path: Path | None = None) -> list[Problem]:
+    """HumanEval+ or MBPP+, of evalplus's own file or another one. Raises InputError."""
+    path = path or data_file(benchmark)
+    wanted: dict[str, type] = dict.fromkeys(("task_id", "prompt", "entry_point", "canonical_solution"), str)
+    wanted |= {"base_input": list, "plus_input": list}
+    parse = _humaneval if benchmark == "humaneval" else _mbpp
+    return problems.unique(problems.load(path, parse, wanted), path)
+
+
+def _humaneval(row: dict[str, Any]) -> Problem:
+    judged = FIND_ZERO if row["entry_point"] == "find_zero" else NEAR
+    return _problem(row, "humaneval", [*row["base_input"], *row["plus_input"]], judged)
+
+
+def _mbpp(row: dict[str, Any]) -> Problem:
+    try:
+        from evalplus.data.mbpp import mbpp_deserialize_inputs
+        from evalplus.eval import _special_oracle
+    except ImportError:
+        raise InputError(
+            "the types of MBPP+'s inputs are in a package that is not installed: pip install evalplus"
+        ) from None
+    entry = row["entry_point"]
+    inputs = [
+        typed for part in ("base_input", "plus_input") for typed in mbpp_deserialize_inputs(row["task_id"], row[part])
+    ]
+    judged = {
+        "are_equivalent": "True",
+        "sum_div": "found in (expected, 0)",
+        "surface_Area": f"{NEAR} or abs(found - _surface_Area(*given)) <= {{atol!r}}",
+        "digit_distance_nums": "found in (expected, _digit_distance_nums(*given))",
+        **dict.fromkeys(_special_oracle.MBPP_OUTPUT_SET_EQ_TASKS, "set(found) == set(expected)"),
+        **dict.fromkeys(_special_oracle.MBPP_OUTPUT_NOT_NONE_TASKS, "bool(found) == bool(expected)"),
+    }
+    oracles = Path(_special_oracle.__file__).read_text(encoding="utf-8")
+    return _problem(row, "mbpp", inputs, judged.get(entry, NEAR), oracles)
+
+
+def _problem(row: dict[str, Any], benchmark: str, inputs: list[Any], judged: str, oracles: str = "") -> Problem:
+    solution, entry = row["prompt"] + row["canonical_solution"], row["entry_point"]
+    tests = TESTS.format(
+        solution=solution, oracles=f"exec({oracles!r}, globals())", inputs=inputs, entry=entry,
+        judged=judged.format(atol=row.get("atol") or 0),
+    )  # fmt: skip
+    return Problem(row["task_id"], row["prompt"], tests, entry, solution, True, STOPS[benchmark])

@@ -1,0 +1,71 @@
+"""Work that may be cut off at any moment: a file with a line of JSON for each piece that is done, to go on from."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from cadd_min.codebench.problems import load
+from cadd_min.utils.errors import InputError
+
+Key = tuple[str, int]  # of a sample: the task's name, and which of its samples it is
+SETTINGS = "settings.json"
+
+
+class Journal:
+    """The rows of a file by their key; `add` writes one more, to the disk. A half-written last line is dropped.
+
+    Raises InputError where an earlier line is damaged.
+    """
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab+")
+        self._file.seek(0)
+        content = self._file.read()
+        self._file.truncate(content.rfind(b"\n") + 1)
+        wanted: dict[str, type] = {"task_id": str, "sample": int}
+        self.rows = {(row["task_id"], row["sample"]): row for row in load(path, dict, wanted, empty=True)}
+
+    def add(self, key: Key, **values: Any) -> None:
+        """Write a row whole, and only then know it."""
+        row = {"task_id": key[0], "sample": key[1], **values}
+        self._file.write(json.dumps(row).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.rows[key] = row
+
+    def missing(self, keys: Iterable[Key]) -> list[Key]:
+        return [key for key in keys if key not in self.rows]
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def settle(folder: Path, name: str, values: dict[str, Any]) -> None:
+    """Note under which settings the folder's file `name` is made. Raises InputError if it was begun under others."""
+    path = folder / SETTINGS
+    try:
+        known = json.loads(path.read_text()) if path.exists() else {}
+        before = known.get(name, values)
+        differing = [key for key in values if before.get(key) != values[key]]
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"{path} is damaged: give another --out") from None
+    if differing:
+        was, now = before.get(differing[0]), values[differing[0]]
+        raise InputError(
+            f"{folder / name} was made with {differing[0]} {was}, not {now}: give another --out, or delete it"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".tmp")
+    part.write_text(json.dumps({**known, name: values}, indent=1) + "\n")
+    os.replace(part, path)

@@ -1,0 +1,1 @@
+"""From files to tokens: corpora and images by name or path, tokenizers, token folders, batches."""

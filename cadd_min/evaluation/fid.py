@@ -1,0 +1,73 @@
+"""FID, Inception Score, precision and recall as the literature has them: by torch-fidelity, where it is installed."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cadd_min.utils.errors import InputError
+
+
+class _Coloured(torch.utils.data.Dataset):
+    """(N, H, W, 1 or 3) uint8 as torch-fidelity takes it, (3, H, W) an image."""
+
+    def __init__(self, images: np.ndarray):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Tensor:
+        image = torch.from_numpy(np.ascontiguousarray(self.images[i])).permute(2, 0, 1)
+        return image.expand(3, -1, -1).contiguous()
+
+
+def inception_metrics(
+    samples: np.ndarray, real: np.ndarray, device: torch.device, weights: str | None = None
+) -> dict[str, float]:
+    """FID, IS and its deviation over splits, precision and recall of samples against real images, uint8 each.
+
+    weights: the Inception weights as a file; None has torch-fidelity download them. Raises InputError without either.
+    """
+    try:
+        import torch_fidelity
+    except (ImportError, RuntimeError) as error:
+        raise InputError(
+            f"fid needs torch-fidelity ({error}): pip install torch-fidelity; without it, `evaluate.py frechet` "
+            "compares models in the features of a small classifier, which is not FID"
+        ) from None
+    try:
+        if weights is not None:  # the library would unpickle anything: tensors only, or it never sees the file
+            torch.load(weights, map_location="cpu", weights_only=True)
+        found = torch_fidelity.calculate_metrics(
+            input1=_Coloured(samples),
+            input2=_Coloured(real),
+            cuda=device.type == "cuda",
+            fid=True,
+            isc=True,
+            prc=True,
+            isc_splits=min(10, len(samples)),
+            prc_neighborhood=3,
+            feature_extractor="inception-v3-compat",  # for precision and recall too, as in Dhariwal & Nichol 2021
+            feature_extractor_weights_path=weights,
+            verbose=False,
+            save_cpu_ram=True,
+        )
+    except pickle.UnpicklingError:
+        raise InputError(f"--inception-weights {weights} holds other things than tensors: it is not read") from None
+    except (OSError, RuntimeError, ValueError, EOFError) as error:  # no network, no such file, not those weights
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"fid needs Inception's weights, which torch-fidelity could not load ({reason}): give their file with "
+            "--inception-weights, or use `evaluate.py frechet`, which needs none and is not FID"
+        ) from None
+    return {
+        "FID": found["frechet_inception_distance"],
+        "IS": found["inception_score_mean"],
+        "IS ±": found["inception_score_std"],
+        "precision": found["precision"],
+        "recall": found["recall"],
+    }

@@ -1,0 +1,143 @@
+"""Samples of images against real ones, in the features of a small classifier trained on the same data.
+
+These are the field's measures (Fréchet distance, precision and recall, a score of the classes) in other features than
+Inception's: they compare two models on one data set, and are never to be set beside a published FID or IS.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cadd_min.checkpoints import file as checkpoint
+from cadd_min.data.images import Images
+from cadd_min.utils.errors import InputError
+
+FEATURES = 64
+
+
+class Classifier(nn.Module):
+    """(N, H, W, C) uint8 -> features (N, 64) and logits (N, classes)."""
+
+    def __init__(self, colours: int, classes: int, channels: int = 32):
+        super().__init__()
+        self.stages = nn.Sequential()
+        for inputs, outputs in ((colours, channels), (channels, 2 * channels), (2 * channels, FEATURES)):
+            self.stages.extend([nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()])
+            self.stages.append(nn.MaxPool2d(2, ceil_mode=True))
+        self.head = nn.Linear(FEATURES, classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+        features = self.stages(x).mean((2, 3))
+        return features, self.head(F.dropout(features, 0.3, self.training))
+
+
+def train_judge(data: Images, steps: int = 1500, seed: int = 0) -> tuple[Classifier, float]:
+    """A classifier of this data set's labels and its accuracy on the held-out images; the same at every call."""
+    if data.labels is None:
+        raise InputError(f"{data.name} has no labels to train a judge on")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = Classifier(data.train.shape[-1], data.classes())
+        optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.01)
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for _ in range(steps):
+            rows = torch.randint(len(data.train), (128,)).numpy()
+            _, logits = net(_shifted(torch.from_numpy(data.train[rows])))
+            loss = F.cross_entropy(logits, torch.from_numpy(data.labels[0][rows]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            decay.step()
+    net.eval()
+    _, logits = judged(net, data.held_out)
+    return net, float((logits.argmax(-1) == torch.from_numpy(data.labels[1])).float().mean())
+
+
+def _shifted(images: Tensor, most: int = 1) -> Tensor:
+    """The batch moved by up to `most` pixels, so that the judge looks at shapes and not at places."""
+    down, right = torch.randint(-most, most + 1, (2,)).tolist()
+    return images.roll((down, right), (1, 2))
+
+
+def open_judge(data: Images, cache: Path) -> tuple[Classifier, float]:
+    """The judge of this data set: from the cache, or trained now."""
+    seen = data.train.tobytes() + (data.labels[0].tobytes() if data.labels else b"")
+    key = hashlib.sha256(seen).hexdigest()[:12]
+    path = cache / f"judge-{data.name}-{key}.pt"
+    if path.exists():
+        try:
+            saved = checkpoint.load(path)
+            net = Classifier(data.train.shape[-1], data.classes())
+            net.load_state_dict(saved["state"])
+            return net.eval(), float(saved["accuracy"])
+        except Exception:  # whatever it is, the cause is in the file
+            print(f"{path} is damaged: training the judge again")
+    net, accuracy = train_judge(data)
+    checkpoint.save(path, {"state": net.state_dict(), "accuracy": accuracy})
+    return net, accuracy
+
+
+@torch.no_grad()
+def judged(net: Classifier, images: np.ndarray, batch: int = 500) -> tuple[Tensor, Tensor]:
+    """Features (N, 64) and logits (N, classes), float64."""
+
+    def parts() -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(images), batch):
+            features, logits = net(torch.from_numpy(np.ascontiguousarray(images[start : start + batch])))
+            yield features.double(), logits.double()
+
+    features, logits = zip(*parts())
+    return torch.cat(features), torch.cat(logits)
+
+
+def measures(net: Classifier, real: Tensor, images: np.ndarray) -> dict[str, float]:
+    """How these images (N, H, W, C) compare with real ones, of which the features (M, 64) are given."""
+    features, logits = judged(net, images)
+    variety, doubt = class_entropies(logits)
+    most = min(len(real), len(features), 10_000)  # all distances between them are held at once
+    precision, recall = precision_recall(real[:most], features[:most])
+    distance = frechet_distance(real, features)
+    return {"FD": distance, "variety": variety, "doubt": doubt, "precision": precision, "recall": recall}
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """||mu_a - mu_b||^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (N, F) and (M, F) (Dowson & Landau 1982)."""
+    cov_a, cov_b = a.T.cov(), b.T.cov()
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()  # tr (C_a C_b)^(1/2)
+    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def class_entropies(logits: Tensor) -> tuple[float, float]:
+    """In nats, of the classes of all samples (N, classes) together, their variety, and of each by itself, its doubt.
+
+    The exponential of the difference is what the Inception Score is in Inception's classes (Salimans et al. 2016).
+    """
+    p = logits.softmax(-1)
+    each = torch.special.entr(p).sum(-1).mean()
+    return float(torch.special.entr(p.mean(0)).sum()), float(each)
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
+    """Share of the samples among the real images, and of the real images among the samples (Kynkäänniemi et al. 2019).
+
+    "Among" is nearer to one of them than its k-th neighbour of its own kind is.
+    """
+
+    if min(len(real), len(fake)) <= k:
+        raise InputError(f"precision and recall need more than {k} images of each kind, not {len(real)}, {len(fake)}")
+
+    def among(points: Tensor, manifold: Tensor) -> float:
+        radius = torch.cdist(manifold, manifold).kthvalue(k + 1, dim=1).values  # itself is the first
+        return float((torch.cdist(points, manifold) <= radius).any(1).double().mean())
+
+    return among(fake, real), among(real, fake)

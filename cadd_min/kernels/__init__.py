@@ -1,0 +1,1 @@
+"""The fused kernels of csrc/ as Python sees them: their random words, and how they are built."""

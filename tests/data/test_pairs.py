@@ -1,0 +1,119 @@
+"""Prompts and responses: what is given stays given, what is scored is scored once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from cadd_min.data import pairs
+from cadd_min.data.pairs import Pair, Pairs
+from cadd_min.data.tokenizer import chars
+from cadd_min.loss import nelbo_parts
+from cadd_min.model import Denoiser, ModelConfig
+from cadd_min.schedule import NoiseSchedule
+from cadd_min.training.trainer import TrainConfig, training_loss
+from cadd_min.utils.errors import InputError
+from tests.conftest import ALPHA, NANO, rng
+
+LETTERS = chars("abcdefgh ")
+
+
+def test_a_sequence_is_prompt_response_and_ends() -> None:
+    ids, starts = pairs.encode([Pair("ab", "cde"), Pair("abcd", "efgh abc")], LETTERS, 8, LETTERS.encode)
+    assert LETTERS.decode(ids[0][:5].tolist()) == "abcde" and set(ids[0][5:]) == {LETTERS.eot_id}
+    assert LETTERS.decode(ids[1].tolist()) == "abcdefgh"  # cut: no end
+    assert starts.tolist() == [2, 4]
+    x_0, free = Pairs(ids, starts, 2)(0)
+    for row, given in zip(x_0.numpy(), (~free).sum(1)):
+        assert given == (2 if np.array_equal(row, ids[0]) else 4)
+
+
+def test_every_pair_is_met_once_an_epoch_in_another_order() -> None:
+    ids, starts = np.arange(35)[:, None] * np.ones((1, 4), np.int64), np.ones(35, np.int64)
+    data = Pairs(ids, starts, 5, seed=3)
+    epochs = [[int(row[0]) for i in range(7 * e, 7 * e + 7) for row in data(i)[0]] for e in range(2)]
+    assert all(sorted(epoch) == list(range(35)) for epoch in epochs) and epochs[0] != epochs[1]
+    assert torch.equal(data(3)[0], Pairs(ids, starts, 5, seed=3)(3)[0])
+
+
+def test_held_out_pairs_are_every_twentieth() -> None:
+    all_pairs = [Pair(str(n), "x") for n in range(45)]
+    kept, held_out = pairs.split(all_pairs)
+    assert [p.prompt for p in held_out] == ["19", "39"] and not set(kept) & set(held_out) and len(kept) == 43
+    assert pairs.split(all_pairs[:3]) == (all_pairs[:2], all_pairs[2:3])
+    with pytest.raises(InputError, match="two pairs"):
+        pairs.split(all_pairs[:1])
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"prompt": "a", "response": "b"}\n{"prompt": "a"}', "line 2: needs 'response'"),
+        ('{"prompt": "a", "response": "b"}\n\n{"prompt": 3, "response": "b"}', "line 3: needs 'prompt'"),
+        ('{"prompt": "a", "response": "b"}\n{"prompt": "a", "resp', "line 2: expected a JSON object"),
+        ('{"prompt": "a", "response": "b"}\n[1]', "line 2: expected a JSON object"),
+        ('{"prompt": "a", "response": ""}', "line 1: needs 'response', a text that is not empty"),
+        ("\n\n", "holds no pairs"),
+    ],
+)
+def test_malformed_lines_are_named(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text(text)
+    with pytest.raises(InputError, match=message):
+        pairs.read_pairs(file)
+
+
+def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "a", "response": "\xff"}\n')
+    with pytest.raises(InputError, match="line 1: expected a JSON object"):
+        pairs.read_pairs(tmp_path / "p.jsonl")
+
+
+def test_a_prompt_without_room_is_named(tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": prompt, "response": "b"}) for prompt in [*"a" * 24, "abcdefgh"]]
+    (tmp_path / "p.jsonl").write_text("\n" + "\n".join(lines))  # a blank line, and the 20th pair is held out
+    kept, _ = pairs.split(pairs.read_pairs(tmp_path / "p.jsonl"))
+    with pytest.raises(InputError, match="line 26: the prompt has 8 tokens and leaves no room"):
+        pairs.encode(kept, LETTERS, 8, LETTERS.encode)
+
+
+def test_pairs_are_told_from_text(tmp_path: Path) -> None:
+    for name, line, expected in [("a", {"prompt": "x"}, True), ("b", {"text": "x"}, False), ("c", [1], False)]:
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text(json.dumps(line) + "\n")
+        assert pairs.holds_pairs(file) is expected
+    assert not pairs.holds_pairs(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize("model", ["cadd", "mdlm"])
+def test_what_is_given_is_never_masked_nor_scored(model: str) -> None:
+    denoiser, seen = Denoiser(ModelConfig(vocab_size=20, length=8, size=NANO, model=model)), []
+    features = denoiser.features
+    denoiser.features = lambda x_t, *rest: seen.append(x_t) or features(x_t, *rest)  # type: ignore[method-assign]
+    x_0, u = torch.randint(20, (64, 8), generator=rng(0)), torch.linspace(0.01, 1, 64, dtype=torch.float64)
+    free = torch.arange(8) >= torch.randint(1, 8, (64, 1), generator=rng(1))
+    for given in (free, None):  # without it, prompts are masked: the check can fail
+        _, parts = training_loss(denoiser, x_0, u, TrainConfig(), rng(2), free=given)
+        masked = seen.pop() == denoiser.mask_id
+        assert parts["masked"] == masked.sum() > 0
+        assert (masked & ~free).any() == (given is None)
+
+
+def test_the_bound_of_a_response_is_its_own_likelihood() -> None:
+    """Of independent tokens an exact denoiser's bound is -log p, on average: over the response and nothing else."""
+    p, table, schedule = torch.tensor([0.5, 0.3, 0.15, 0.05]).double(), torch.zeros(4, 0).double(), NoiseSchedule()
+    x_0 = torch.randint(4, (1, 6), generator=rng(0)).expand(20000, -1)
+    free = (torch.arange(6) >= 2).expand(20000, -1)
+    exact = -p.log()[x_0[0, 2:]].sum()
+
+    def pvalue(free: torch.Tensor | None) -> float:
+        oracle = lambda x_t, z_t, t: p.log().expand(*x_t.shape, 4)
+        found = nelbo_parts(oracle, x_0, table, schedule, 4, free=free, generator=rng(1)).discrete
+        return float(stats.ttest_1samp(found.numpy(), float(exact)).pvalue)
+
+    assert pvalue(free) > ALPHA > pvalue(None)

@@ -1,0 +1,34 @@
+"""The door to torch-fidelity: what happens without it, and that its file of weights is never unpickled."""
+
+import importlib.util
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from cadd_min.evaluation.fid import inception_metrics
+from cadd_min.utils.errors import InputError
+
+IMAGES = np.zeros((12, 8, 8, 1), np.uint8)
+INSTALLED = importlib.util.find_spec("torch_fidelity") is not None
+
+
+@pytest.mark.skipif(INSTALLED, reason="torch-fidelity is installed")
+def test_without_the_library_it_says_what_to_install():
+    with pytest.raises(InputError, match=r"pip install torch-fidelity; .*`evaluate.py frechet`.* which is not FID"):
+        inception_metrics(IMAGES, IMAGES, torch.device("cpu"))
+
+
+@pytest.mark.skipif(not INSTALLED, reason="needs torch-fidelity: pip install -e '.[fid]'")
+def test_weights_that_are_no_weights_are_one_sentence(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "exploded"), "w"))
+
+    (tmp_path / "bomb.pth").write_bytes(pickle.dumps(Bomb()))
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "other.pth")
+    for name, message in (("bomb", "other things than tensors"), ("other", "Missing|Error"), ("none", "No such file")):
+        with pytest.raises(InputError, match=message):
+            inception_metrics(IMAGES, IMAGES, torch.device("cpu"), str(tmp_path / f"{name}.pth"))
+    assert not (tmp_path / "exploded").exists()

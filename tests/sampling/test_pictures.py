@@ -1,0 +1,95 @@
+"""Pictures are real images of the right size, and show what they say."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cadd_min.data.pixels import Pixels
+from cadd_min.sampler import sample
+from cadd_min.sampling.pictures import MASKED, Film, blocks, frame, grid, save, shown, strip
+from cadd_min.utils.errors import InputError
+from tests.conftest import rng
+from tests.test_unet import NANO, images
+
+GREY, COLOURED = Pixels((8, 8, 1), 17), Pixels((4, 6, 3))
+
+
+def test_the_grid_has_the_right_size_and_every_image_in_its_place(tmp_path):
+    images = torch.randint(256, (5, 72), generator=rng(0)).to(torch.uint8).view(5, 4, 6, 3).numpy()
+    picture = grid(images, columns=3, scale=2, gap=1)
+    assert picture.shape == (2 * (8 + 1) + 1, 3 * (12 + 1) + 1, 3)
+    for i, image in enumerate(images):
+        top, left = 1 + 9 * (i // 3), 1 + 13 * (i % 3)
+        assert np.array_equal(picture[top : top + 8 : 2, left : left + 12 : 2], image)
+    assert (picture[10:19, 28:] == 255).all()  # the place that stays empty
+    with Image.open(save(tmp_path / "new" / "grid.png", picture)) as file:
+        assert file.format == "PNG" and np.array_equal(np.asarray(file), picture)
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["grid.png"]
+
+
+def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--gif .*file/x\.gif cannot be written"):
+        save(tmp_path / "file" / "x.gif", np.zeros((4, 4, 3), np.uint8), option="--gif")
+
+
+def test_masked_values_are_blue_in_grey_images_and_by_colour_in_others():
+    x = torch.full((1, 64), 16)
+    x[0, 3] = GREY.mask_id
+    picture = shown(x, GREY)
+    assert tuple(picture[0, 0, 3]) == MASKED and (picture[0, 1:] == 255).all()
+    x = torch.full((1, 72), 200)
+    x[0, 1] = COLOURED.mask_id  # the green of the first pixel
+    assert shown(x, COLOURED)[0, 0, 0].tolist() == [200, MASKED[1], 200]
+
+
+@pytest.mark.parametrize("model, zhat", [("cadd", "soft"), ("cadd", "hard"), ("cadd", "sample"), ("mdlm", "hard")])
+def test_the_film_shows_masks_and_beliefs(model, zhat, tmp_path):
+    """A GIF of the right size and length; its first frame is masked but for a few, its last is the sample."""
+    net, film = images(NANO, model=model, latent_dim=2), Film(GREY, 6, images=4)
+    steps = []
+    x = sample(net, (5, 64), net.table(), net.schedule, 17, steps=6, zhat=zhat, num_latents=2, generator=rng(0),
+               callback=lambda step: (film(step), steps.append(step)))  # fmt: skip
+    for step in steps:
+        belief, masked = step.belief(), step.x == net.mask_id
+        assert (belief < net.mask_id).all()
+        old = ~masked & ~step.fresh
+        assert torch.equal(belief[old], step.x[old])  # what was known is believed
+    width = grid(shown(x[:4], GREY)).shape[1]
+    with Image.open(save(tmp_path / "x.gif", *film.frames, option="--gif")) as gif:
+        assert (gif.format, gif.n_frames) == ("GIF", 6) and gif.size == (2 * width, film.frames[0].shape[0])
+    assert np.array_equal(film.frames[-1][:, :width], grid(GREY.decode(x[:4])))
+    assert frame(steps[0], GREY).count("▀") == 4 * (8 + 2 + 8)
+
+
+def test_beliefs_are_those_of_the_logits():
+    """One position, a denoiser that is sure: hard, soft and sample all believe it, at every step."""
+    net = images(NANO, latent_dim=2)
+
+    def oracle(x, z, t):
+        return torch.where(torch.arange(17) == 9, 50.0, 0.0).expand(*x.shape, 17)
+
+    for zhat in ("hard", "soft", "sample"):
+        seen = []
+        sample(oracle, (1, 64), net.table(), net.schedule, 17, steps=4, zhat=zhat, generator=rng(0),
+               callback=lambda step, seen=seen: seen.append(step.belief()))  # fmt: skip
+        assert len(seen) == 4 and all((belief == 9).all() for belief in seen)
+
+
+def test_terminal_blocks_are_two_pixels_each():
+    image = np.arange(3 * 2 * 3, dtype=np.uint8).reshape(3, 2, 3)
+    lines = blocks(image).splitlines()
+    assert len(lines) == 2 and lines[0].startswith("\x1b[38;2;0;1;2m\x1b[48;2;6;7;8m▀") and lines[1].endswith("\x1b[0m")
+    assert "\x1b[48;2;0;0;0m" in lines[1]  # no fourth row: black
+
+
+@pytest.mark.parametrize("model", ["cadd", "mdlm"])
+def test_the_strip_goes_from_the_image_to_all_masked(model):
+    net = images(NANO, model=model, latent_dim=2)
+    x_0 = torch.randint(17, (1, 64), generator=rng(0))
+    picture = strip(net, x_0, GREY, times=5)
+    side, rows = 8 * 6 + 2, 2 if model == "cadd" else 1
+    assert picture.shape == (rows * side + 2, 5 * side + 2, 3)
+    first, last = picture[2:50, 2:50], picture[2:50, 4 * side + 2 : 5 * side]
+    assert np.array_equal(first[::6, ::6], shown(x_0, GREY)[0]) and (last == np.array(MASKED)).all()

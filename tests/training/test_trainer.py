@@ -1,0 +1,284 @@
+"""Training: it learns, it is reproducible bit for bit, and a run that dies loses nothing."""
+
+import json
+import math
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cadd_min.checkpoints import file as checkpoint
+from cadd_min.loss import T_MIN, stratified_times, token_losses
+from cadd_min.training.metrics import MetricsLog, loss_curve, read_metrics
+from cadd_min.training.trainer import TrainConfig, Trainer, best_dtype, learning_rate, seeded, training_loss
+from cadd_min.utils.errors import InputError
+from tests.conftest import nano, rng
+
+ROOT = Path(__file__).parents[2]
+
+
+def batch(index: int) -> torch.Tensor:
+    return torch.randint(11, (8, 12), generator=seeded(1, index))
+
+
+def trainer(model: str = "cadd", data=batch, options: dict | None = None, **config) -> Trainer:
+    return Trainer(
+        nano(model, **(options or {})), data, TrainConfig(**({"batch_size": 8, "dtype": "float32"} | config))
+    )
+
+
+def same(a: Trainer, b: Trainer) -> bool:
+    """Weights and averages, bit for bit."""
+    pairs = zip((*a.model.parameters(), *a.ema.parameters()), (*b.model.parameters(), *b.ema.parameters()))
+    return all(torch.equal(p, q) for p, q in pairs)
+
+
+@pytest.mark.parametrize("model", ["cadd", "mdlm", "cdm"])
+@pytest.mark.parametrize("options", [{}, {"weighting": "elbo", "mse": 0.1, "drop_latent": 0.3, "accumulate": 2}])
+def test_resume_is_bit_for_bit(model, options, tmp_path):
+    straight, first, second = (trainer(model, steps=6, warmup=2, **options) for _ in range(3))
+    for _ in range(6):
+        straight.train_step()
+    for _ in range(3):
+        first.train_step()
+    checkpoint.save(tmp_path / "c.pt", {"trainer": first.state_dict()})
+    checkpoint.load_trainer(second, checkpoint.load(tmp_path / "c.pt"), tmp_path)
+    assert second.step == 3
+    for _ in range(3):
+        second.train_step()
+    assert same(straight, second) and not same(straight, first)
+
+
+@pytest.mark.parametrize(
+    "model, dtype", [("cadd", "float32"), ("mdlm", "float32"), ("cdm", "float32"), ("cadd", "bfloat16")]
+)
+def test_one_batch_can_be_overfitted(model, dtype, monkeypatch):
+    """One batch with its noise, again and again: nothing of it may stay beyond the network's reach.
+
+    Rotary positions are relative, so a sequence without a single unmasked token (and without a latent) cannot know
+    where its tokens stand: this noise leaves one everywhere.
+    """
+    import cadd_min.training.trainer as module
+
+    monkeypatch.setattr(module, "seeded", lambda seed, index, device="cpu", use=0: seeded(341, 0))
+    fit = trainer(model, lambda i: batch(0), steps=400, lr=3e-3, wrong_hints=0.0, dtype=dtype)
+    losses = [float(fit.train_step()["ce"]) for _ in range(400)]
+    assert losses[0] > 2 and losses[-1] < 0.02
+    assert fit.model.head.weight.dtype == torch.float32  # whatever the network computes in
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler on a CPU")
+def test_compiled_steps_are_the_same_steps():
+    plain, compiled = trainer(), trainer(compile=True)
+    for _ in range(3):
+        a, b = plain.train_step(), compiled.train_step()
+    assert float(a["ce"]) == pytest.approx(float(b["ce"]), rel=1e-4)
+    assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-3)
+
+
+def test_accumulation_equals_the_larger_batch():
+    """Two micro-batches give the mean of their gradients."""
+    whole, model = trainer(accumulate=2), nano()
+    config = whole.config
+    u = stratified_times(16, seeded(config.seed, 0, use=1)).view(2, 8)
+    for index in range(2):
+        loss, _ = training_loss(model, batch(index), u[index], config, seeded(config.seed, index))
+        (loss / 2).backward()
+    expected = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
+    assert float(whole.train_step()["grad_norm"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_loss_is_the_cross_entropy_of_the_logits_at_masked_positions(monkeypatch):
+    """The chunked loss against the plain one from model(...): the two paths to the logits agree."""
+    import cadd_min.training.trainer as module
+
+    model, config, seen = nano(bayes_head=True), TrainConfig(batch_size=8), {}
+    torch.nn.init.normal_(model.head.weight, generator=rng(5))
+    forward = module.ops.forward_noising
+    monkeypatch.setattr(module.ops, "forward_noising", lambda *a: seen.setdefault("x, z", forward(*a)))
+    x_0, u = batch(0), stratified_times(8, rng(1))
+    loss, parts = training_loss(model, x_0, u, config, rng(0))
+    (x_t, z_t), t = seen["x, z"], (T_MIN + (1 - T_MIN) * u).float()
+    masked = x_t == model.mask_id
+    ce = torch.nn.functional.cross_entropy(model(x_t, z_t, t)[masked], x_0[masked], reduction="sum")
+    assert float(loss.detach()) == pytest.approx(float(ce.detach()) / x_0.numel(), rel=1e-5)
+    assert int(parts["masked"]) == int(masked.sum())
+
+
+def test_logits_never_exist_at_once():
+    """Peak of the largest tensor made by forward and backward at V = 5,000: far below (N, V)."""
+    features = torch.randn(4096, 8, requires_grad=True)
+    head, targets = torch.randn(5000, 8, requires_grad=True), torch.zeros(4096, dtype=torch.int64)
+    with torch.profiler.profile(profile_memory=True, record_shapes=False) as profile:
+        ce, _ = token_losses(features, head, targets)
+        ce.sum().backward()
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 0 < largest < 4096 * 5000 * 4 / 2
+
+
+def test_every_seed_and_index_has_its_own_noise():
+    draws = {float(torch.rand(1, generator=seeded(s, i))) for s in range(20) for i in range(20)}
+    assert len(draws) == 400 and torch.equal(
+        torch.rand(3, generator=seeded(2, 5)), torch.rand(3, generator=seeded(2, 5))
+    )
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = TrainConfig(steps=100, warmup=10, lr=1.0, final_lr=0.1)
+    rates = [learning_rate(step, config) for step in range(100)]
+    assert (
+        rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == 1.0 and rates[-1] == pytest.approx(0.1, abs=0.01)
+    )
+
+
+def test_dtype_is_measured():
+    assert trainer(dtype="auto").dtype == best_dtype(torch.device("cpu")) in ("float32", "bfloat16")
+
+
+def test_evaluation_is_the_same_each_time_and_bounds_the_entropy():
+    fit = trainer(steps=1)
+    one, two = (fit.evaluate([batch(100 + i) for i in range(16)]) for _ in range(2))
+    assert one == two and one["val_bound"] > math.log(11) - 0.1  # of uniform tokens; 16 draws of the time err by less
+    assert one["val_bound"] == pytest.approx(one["val_bound_discrete"] + one["val_bound_continuous"])
+
+
+def test_bad_settings_are_named():
+    for options, message in (
+        ({"steps": 0}, "steps"), ({"lr": 0.0}, "lr"), ({"lr": math.nan}, "lr"), ({"drop_latent": 2.0}, "drop_latent"),
+        ({"weighting": "x"}, "uniform, elbo"), ({"seed": -1}, "seed"), ({"mse": math.nan}, "mse"),
+        ({"warmup": -5}, "warmup"), ({"dtype": "int8"}, "auto, float32"), ({"batch_size": -1}, "batch_size"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            TrainConfig(**options)
+
+
+def test_elbo_weights_alone_cannot_train_a_cdm():
+    with pytest.raises(InputError, match="no weight at all"):
+        trainer("cdm", weighting="elbo")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_step_waits_for_the_gpu_only_to_count_its_masks():
+    """PyTorch itself warns of each wait: one for the number of masked positions, whatever else the step does."""
+    fitted = Trainer(nano().cuda(), batch, TrainConfig(batch_size=8, dtype="bfloat16"))
+    fitted.train_step()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchroniz") as found:
+            fitted.train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in found if "synchroniz" in str(w.message)]) == 1
+
+
+def test_damaged_checkpoints_are_refused_and_nothing_is_unpickled(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, {"trainer": trainer().state_dict()})
+    whole = path.read_bytes()
+    evil = tmp_path / "evil.pt"
+    checkpoint.save(evil, {"x": Path("/")})  # a pickled object, with a checksum that is right
+    for content in (whole[: len(whole) // 2], whole[:100], b"", b"not a checkpoint", evil.read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="not a checkpoint"):
+            checkpoint.load(path)
+    path = tmp_path / "other.pt"
+    checkpoint.save(path, {"version": 99})
+    with pytest.raises(InputError, match="version 99"):
+        checkpoint.load(path)
+    checkpoint.save(path, {"format": "another"})
+    with pytest.raises(InputError, match="not a checkpoint of this project"):
+        checkpoint.load(path)
+    with pytest.raises(InputError, match="no checkpoint"):
+        checkpoint.load(tmp_path / "none.pt")
+    with pytest.raises(InputError, match="not a whole checkpoint"):
+        checkpoint.save(path, {"trainer": {}})
+        checkpoint.load_denoiser(path)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
+    """The kernel refuses to write more than a limit: the same error path as a full disk."""
+    code = f"""
+import resource, signal, sys, torch
+from pathlib import Path
+from cadd_min.checkpoints import file as checkpoint
+from cadd_min.utils.errors import run
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+path = Path({str(tmp_path / "checkpoint.pt")!r})
+checkpoint.save(path, {{"trainer": 1}})
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+run(lambda: checkpoint.save(path, {{"trainer": torch.zeros(1_000_000)}}))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "could not save" in result.stderr and "(File too large)" in result.stderr
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["trainer"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000  # only the child was limited
+
+
+def test_metrics_drop_what_a_resumed_run_does_again(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    for step in (10, 20, 30):
+        log.write(step, ce=1.0 / step, latent_norm=1.0, val_bound=2.0)
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "ce"')  # cut short by a crash
+    MetricsLog(tmp_path, 20).close()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [10, 20]
+    assert loss_curve(tmp_path / "metrics.jsonl").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_tensorboard_gets_the_same_values(tmp_path):
+    """What TensorBoard itself reads back."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = MetricsLog(tmp_path, 0)
+    for step in (10, 20):
+        log.write(step, ce=2.0 / step)
+    log.close()
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("ce")
+    assert [(e.step, pytest.approx(e.value)) for e in events] == [(10, 0.2), (20, 0.1)]
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_resume_continues_as_if_nothing_had_happened(tmp_path):
+    """Ctrl-C, then, when it goes on, SIGTERM, and on again: as a run that nobody disturbed."""
+    text = tmp_path / "t.txt"
+    text.write_text("To be, or not to be, that is the question. " * 400)
+    common = ["--preset", "nano", "--length", "16", "--vocab-size", "300", "--batch-size", "4", "--steps", "60",
+              "--dtype", "float32", "--eval-every", "0", "--sample-every", "0", "--log-every", "1",
+              "--cache", str(tmp_path / "cache"), "--dataset", str(text)]  # fmt: skip
+
+    def start(*more: str) -> subprocess.Popen:
+        command = [sys.executable, "train_text.py", *more]
+        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+    assert start(*common, "--out", str(tmp_path / "a")).wait() == 0
+    metrics, before = tmp_path / "b" / "metrics.jsonl", 0
+    for number, how in ((signal.SIGINT, common), (signal.SIGTERM, ["--resume"])):
+        process = start(*how, "--out", str(tmp_path / "b"))
+        while not metrics.exists() or metrics.read_text().count("\n") < before + 3:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 130 and re.search(r"stopped after step \d+, saved", stderr)
+        stopped = checkpoint.load(tmp_path / "b")["trainer"]["step"]
+        assert before < stopped < 60
+        before = stopped
+    assert start("--resume", "--out", str(tmp_path / "b")).wait() == 0
+    one, two = (checkpoint.load(tmp_path / name)["trainer"] for name in "ab")
+    assert one["step"] == two["step"] == 60
+    for part in ("model", "ema"):
+        assert all(torch.equal(one[part][key], two[part][key]) for key in one[part])
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, 61))
