@@ -27,9 +27,9 @@ from cadd_min.evaluation import images as assess_images
 from cadd_min.evaluation import text as assess_text
 from cadd_min.evaluation.text_judge import SMOLLM2
 from cadd_min.sampling import generate
-from cadd_min.training.trainer import DTYPES
-from cadd_min.utils.cli import Parser, whole
-from cadd_min.utils.errors import InputError, run, torch_device
+from cadd_min.utils.cli import Parser, run, whole
+from cadd_min.utils.device import DTYPES, torch_device
+from cadd_min.utils.errors import InputError
 
 TEXT, IMAGES = ("bound", "samples", "frontier", "infill"), ("bound", "frechet", "fid")
 

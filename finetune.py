@@ -27,8 +27,8 @@ from cadd_min.training.trainer import Batch
 from cadd_min.upgrade import families
 from cadd_min.upgrade import folder as upgraded
 from cadd_min.upgrade.wrapper import UpgradeConfig, Upgraded, kept, source_of, upgrade, upgrade_own
-from cadd_min.utils.cli import options_of, set_defaults, whole
-from cadd_min.utils.errors import InputError, run
+from cadd_min.utils.cli import options_of, run, set_defaults, whole
+from cadd_min.utils.errors import InputError
 
 Opened = tuple[Denoiser | Upgraded, Any]  # a model and its tokenizer
 HELD_OUT = 1024  # tokens in each of eight evaluation batches

@@ -21,8 +21,9 @@ from cadd_min.sampling.generate import add_sampling_options
 from cadd_min.sampling.images import ImageTask
 from cadd_min.sampling.text import TextTask
 from cadd_min.upgrade import folder as upgraded
-from cadd_min.utils.cli import Parser, whole
-from cadd_min.utils.errors import InputError, run, torch_device
+from cadd_min.utils.cli import Parser, run, whole
+from cadd_min.utils.device import torch_device
+from cadd_min.utils.errors import InputError
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -24,8 +24,8 @@ from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.sampling.pictures import preview
 from cadd_min.training import start as launch
 from cadd_min.unet import UNET_PRESETS
-from cadd_min.utils.cli import from_args
-from cadd_min.utils.errors import InputError, choose, run
+from cadd_min.utils.cli import from_args, run
+from cadd_min.utils.errors import InputError, choose
 
 PRESETS = {"unet": UNET_PRESETS, "dit": PATCH_PRESETS}
 HELD_OUT = 2**25  # probabilities in each of four evaluation batches: the bound looks at all (B, L, V) at once

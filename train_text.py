@@ -20,8 +20,8 @@ from cadd_min.dit import PRESETS
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.sampling.text import preview
 from cadd_min.training import start as launch
-from cadd_min.utils.cli import from_args, whole
-from cadd_min.utils.errors import choose, run
+from cadd_min.utils.cli import from_args, run, whole
+from cadd_min.utils.errors import choose
 
 HELD_OUT = 4096  # tokens in each of four evaluation batches: the bound looks at all (B, L, V) probabilities at once
 

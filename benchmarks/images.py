@@ -33,9 +33,11 @@ from cadd_min.evaluation.image_judge import judged, measures, open_judge
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.plan import cosine_temperature
 from cadd_min.sampler import sample
-from cadd_min.training.trainer import TrainConfig, Trainer, seeded
+from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.unet import UNET_PRESETS
-from cadd_min.utils.errors import InputError, choose, run
+from cadd_min.utils.cli import run
+from cadd_min.utils.device import seeded
+from cadd_min.utils.errors import InputError, choose
 from train_image import DEFAULTS
 
 COLUMNS = {"FD": 2, "variety": 2, "doubt": 2, "precision": 2, "recall": 2, "copies": 3}

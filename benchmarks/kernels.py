@@ -22,7 +22,8 @@ import torch
 
 from cadd_min import ops
 from cadd_min.schedule import NoiseSchedule
-from cadd_min.utils.errors import InputError, run
+from cadd_min.utils.cli import run
+from cadd_min.utils.errors import InputError
 
 SCHEDULE = NoiseSchedule()
 NOISING = [(8, 1024, 768, 50257), (8, 1024, 128, 50257), (8, 128, 128, 4096), (32, 1024, 768, 50257)]  # B, L, D, V

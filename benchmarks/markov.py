@@ -32,8 +32,10 @@ from cadd_min.forward import q_sample
 from cadd_min.loss import log_probs
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.sampler import sample
-from cadd_min.training.trainer import TrainConfig, Trainer, seeded
-from cadd_min.utils.errors import InputError, choose, run
+from cadd_min.training.trainer import TrainConfig, Trainer
+from cadd_min.utils.cli import run
+from cadd_min.utils.device import seeded
+from cadd_min.utils.errors import InputError, choose
 
 SOURCES = {"chain": {"topics": 1}, "topics": {"topics": 8}}
 TIMES = (0.2, 0.4, 0.6, 0.8)

@@ -21,7 +21,7 @@ from cadd_min.data.token_folder import Batches, prepare
 from cadd_min.dit import PRESETS
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.training.trainer import TrainConfig, Trainer
-from cadd_min.utils.errors import run
+from cadd_min.utils.cli import run
 
 LENGTH = 128
 

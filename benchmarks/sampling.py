@@ -26,8 +26,9 @@ from cadd_min.dit import PRESETS
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.reverse import ZHATS
 from cadd_min.sampler import sample
-from cadd_min.training.trainer import DTYPES, best_dtype, seeded
-from cadd_min.utils.errors import InputError, run, torch_device
+from cadd_min.utils.cli import run
+from cadd_min.utils.device import DTYPES, best_dtype, seeded, torch_device
+from cadd_min.utils.errors import InputError
 
 
 def now(device: torch.device) -> float:

@@ -35,10 +35,10 @@ from cadd_min.evaluation.text import COLUMNS, REAL, Reader, held_out_tokens, plo
 from cadd_min.evaluation.text_judge import SMOLLM2, open_judge
 from cadd_min.plan import Sampling
 from cadd_min.sampling import generate
-from cadd_min.training.metrics import read_metrics
-from cadd_min.training.trainer import DTYPES
-from cadd_min.utils.cli import TYPES
-from cadd_min.utils.errors import InputError, choose, run
+from cadd_min.training.log import read_metrics
+from cadd_min.utils.cli import TYPES, run
+from cadd_min.utils.device import DTYPES
+from cadd_min.utils.errors import InputError, choose
 
 ROOT = Path(__file__).parent.parent
 NOT_THE_RUNS = ("train", "ckpt", "vary", "seeds", "out", "table", "picture")

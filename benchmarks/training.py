@@ -40,9 +40,11 @@ from cadd_min.baselines.ar import causal_features
 from cadd_min.dit import PRESETS, Size
 from cadd_min.loss import token_losses
 from cadd_min.model import Denoiser, ModelConfig
-from cadd_min.training.trainer import DTYPES, TrainConfig, Trainer, best_dtype, seeded
+from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.unet import UNET_PRESETS
-from cadd_min.utils.errors import InputError, run, torch_device
+from cadd_min.utils.cli import run
+from cadd_min.utils.device import DTYPES, best_dtype, seeded, torch_device
+from cadd_min.utils.errors import InputError
 from train_image import DEFAULTS
 
 GPT2 = "gpt2"

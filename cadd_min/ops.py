@@ -9,37 +9,20 @@ offset, position), so a seed gives the same noise whichever runs, and the same t
 
 from __future__ import annotations
 
-import importlib
-import os
-from types import ModuleType
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cadd_min.forward import noised
 from cadd_min.kernels import philox
+from cadd_min.kernels.register import INSTALL, Backend, Operators
 from cadd_min.posterior import posterior_coefficients
 from cadd_min.reverse import COLD, ZHATS, reverse_rows, token_probs
 from cadd_min.schedule import NoiseSchedule
-from cadd_min.utils.cli import Parser
-from cadd_min.utils.errors import InputError, choose, run
-
-BACKENDS = ("auto", "torch", "cpp", "cuda")
-BUILD = "pip install --no-build-isolation --no-deps -e ."
-SCHEMAS = (
-    "forward_noising(Tensor x_0, Tensor ids, Tensor table, Tensor clock, Tensor seed, int mask_id) -> (Tensor, Tensor)",
-    "reverse_step(Tensor logits, Tensor rows, Tensor z_t, Tensor table, Tensor step, Tensor seed, int mask_id, "
-    "int zhat, float temperature, float top_p) -> (Tensor, Tensor)",
-)
-
-
-class Backend(NamedTuple):
-    """name is "cuda", "cpp" or "torch"."""
-
-    name: str
-    why: str
-
+from cadd_min.utils.cli import Parser, run
+from cadd_min.utils.errors import choose
 
 # ------------------------------------------------------------------------------------------------ the reference
 
@@ -75,92 +58,18 @@ def _reverse_step(
     return reverse_rows(p, z_t.index_select(1, rows), table, step, mask_id, ZHATS[zhat], u, eps)
 
 
-REFERENCE = {"forward_noising": _forward_noising, "reverse_step": _reverse_step}
+REFERENCE: dict[str, Callable[..., Any]] = {"forward_noising": _forward_noising, "reverse_step": _reverse_step}
 
-# ------------------------------------------------------------------------------------------------ which one runs
-
-
-def _load() -> tuple[ModuleType | None, Backend]:
-    """Load the compiled kernels, or define the same operators by the reference."""
-    asked = choose("CADD_BACKEND", os.environ.get("CADD_BACKEND", "auto"), BACKENDS)
-    if asked == "torch":
-        return None, Backend("torch", "CADD_BACKEND=torch asks for the PyTorch reference")
-    try:
-        module = importlib.import_module("cadd_min._C")
-    except ImportError as error:
-        why = f"the compiled kernels cannot be loaded ({error})"
-        if asked == "auto":
-            return None, Backend("torch", f"{why}; build them with: {BUILD}")
-        try:  # asked for in a source checkout that is not installed: compile now, with ninja
-            from cadd_min.kernels.build import just_in_time
-
-            module = just_in_time()
-        except Exception as failure:
-            raise InputError(f"CADD_BACKEND={asked}: {why}, nor built ({failure}); build them with: {BUILD}") from None
-    gpu = bool(module.cuda_architectures) and torch.cuda.is_available()
-    if asked == "cuda" and not gpu:
-        missing = "no GPU is visible" if module.cuda_architectures else f"built without CUDA; CADD_CUDA=1 {BUILD}"
-        raise InputError(f"CADD_BACKEND=cuda: {missing}")
-    built = f"compiled by {module.compiler}, {module.vector_code}, CUDA for {module.cuda_architectures or 'none'}"
-    return module, Backend("cuda" if gpu and asked != "cpp" else "cpp", built)
-
-
-def _fake_noising(x_0: Tensor, ids: Tensor, table: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return table.new_empty(*x_0.shape, table.shape[1]), torch.empty_like(x_0)
-
-
-def _fake_reverse(logits: Tensor, rows: Tensor, z_t: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(rows), z_t.new_empty(z_t.shape[0], rows.shape[0], z_t.shape[2])
-
-
-def _noising_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, ids, table, clock, _, mask_id = inputs
-    ctx.save_for_backward(ids, clock, output[1])
-    ctx.mask_id, ctx.rows = mask_id, len(table)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _noising_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    """To the table: signal_t grad where masked, grad where not, summed by row."""
-    ids, clock, x_t = ctx.saved_tensors
-    factor = torch.where(x_t == ctx.mask_id, clock[:, 1:2], 1).to(grad)
-    summed = grad.new_zeros(ctx.rows, grad.shape[-1])
-    # sorts before it adds, so the sum has one order on a GPU too
-    summed.index_put_((ids.flatten(),), (factor[..., None] * grad).flatten(0, 1), accumulate=True)
-    return None, None, summed, None, None, None
-
-
-def _register(compiled: ModuleType | None) -> torch.library.Library | None:
-    """Operators under torch.ops.cadd_min, whoever runs them."""
-    library = None
-    if compiled is None:
-        library = torch.library.Library("cadd_min", "DEF")
-        for schema in SCHEMAS:
-            library.define(schema)
-            name = schema.partition("(")[0]
-            library.impl(name, REFERENCE[name], "CompositeExplicitAutograd")
-
-    torch.library.register_fake("cadd_min::forward_noising", _fake_noising, lib=library)
-    torch.library.register_fake("cadd_min::reverse_step", _fake_reverse, lib=library)
-    torch.library.register_autograd(
-        "cadd_min::forward_noising", _noising_backward, setup_context=_noising_setup, lib=library
-    )
-    return library
-
-
-_failure: InputError | None = None
-try:
-    compiled, _backend = _load()
-except InputError as error:  # told when the first of the loops is to run: a script is then ready to say it
-    compiled, _backend, _failure = None, Backend("torch", "what was asked for cannot be had"), error
-_library = _register(compiled)
+_operators = Operators(REFERENCE)
+compiled = _operators.compiled
 
 
 def backend() -> Backend:
-    """What runs forward noising and the reverse step. Raises InputError if it is not what was asked for."""
-    if _failure is not None:
-        raise _failure
-    return _backend
+    """Return what runs forward noising and the reverse step, and why.
+
+    Raises InputError if it is not what CADD_BACKEND asks for.
+    """
+    return _operators.check()
 
 
 # ------------------------------------------------------------------------------------------------ the two loops
@@ -244,7 +153,7 @@ def main() -> None:
     Parser(__doc__).parse_args()
     print(": ".join(backend()))
     if compiled is not None:
-        print(f"self-test {'passed' if compiled.self_test() else 'FAILED: build again with ' + BUILD}")
+        print(f"self-test {'passed' if compiled.self_test() else 'FAILED: build again with ' + INSTALL}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from cadd_min.latent import FUSIONS, HINTS, Latent, evidence_norm, log_likelihoo
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.sampler import sample
 from cadd_min.schedule import NoiseSchedule
-from cadd_min.training.trainer import TrainConfig, Trainer, seeded
+from cadd_min.training.trainer import TrainConfig, Trainer
+from cadd_min.utils.device import seeded
 from cadd_min.utils.errors import InputError
 from tests.conftest import nano, rng
 

@@ -21,7 +21,7 @@ from cadd_min.model import SIZES, Denoiser, ModelConfig
 from cadd_min.training.trainer import Trainer
 from cadd_min.upgrade.wrapper import UpgradeConfig, build
 from cadd_min.utils.cli import fits, from_dict
-from cadd_min.utils.errors import InputError, sentence, shown
+from cadd_min.utils.errors import InputError, first_line, sentence, shown
 
 FORMAT, VERSION = "cadd_min", 3
 FILE, PREVIOUS, WEIGHTS = "checkpoint.pt", "checkpoint.previous.pt", "model.safetensors"
@@ -70,7 +70,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         told = hashing.reason if hashing else ""
-        reason = told or getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = told or getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"could not save {path} ({reason}); the checkpoint before it is untouched") from None
     finally:
         part.unlink(missing_ok=True)
@@ -247,7 +247,7 @@ def denoiser_of(content: dict[str, Any], where: Path) -> tuple[Denoiser, Tokeniz
 
 def _why(error: Exception) -> str:
     """The reason in one line; a KeyError says no more than what is missing."""
-    first = (str(error).splitlines() or [type(error).__name__])[0]
+    first = first_line(error)
     return shown(f"{first} is missing" if isinstance(error, KeyError) else first)
 
 

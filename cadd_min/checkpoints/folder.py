@@ -22,9 +22,9 @@ from cadd_min.checkpoints.file import HUB, WEIGHTS
 from cadd_min.data.pixels import Pixels
 from cadd_min.data.tokenizer import Tokenizer
 from cadd_min.model import Denoiser
-from cadd_min.training.trainer import DTYPES
-from cadd_min.utils.cli import Parser
-from cadd_min.utils.errors import InputError, run
+from cadd_min.utils.cli import Parser, run
+from cadd_min.utils.device import DTYPES
+from cadd_min.utils.errors import InputError
 
 FORMAT, VERSION = "cadd_min", 1
 CONFIG, CODEC = "config.json", "codec.json"

@@ -29,8 +29,8 @@ from cadd_min.checkpoints.file import check_shapes
 from cadd_min.data import tokenizer
 from cadd_min.dit import DiT, Size
 from cadd_min.model import Denoiser, ModelConfig
-from cadd_min.utils.cli import Parser, whole
-from cadd_min.utils.errors import InputError, run
+from cadd_min.utils.cli import Parser, run, whole
+from cadd_min.utils.errors import InputError
 
 PREFIX = "backbone."
 WAVES = 256  # cosines and sines of the time that go into its embedding; at time 0 half of them are 1, the others 0

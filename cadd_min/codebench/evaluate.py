@@ -35,7 +35,8 @@ from cadd_min.plan import Sampling
 from cadd_min.sampling import generate
 from cadd_min.upgrade import folder as upgraded
 from cadd_min.utils.cli import Parser, add_options, from_args, whole
-from cadd_min.utils.errors import InputError, torch_device
+from cadd_min.utils.device import torch_device
+from cadd_min.utils.errors import InputError
 
 Encode = Callable[[str], list[int]]  # ids of a prompt
 Complete = Callable[[list[str], int], list[str]]  # complete(prompts, seed): what a model writes after each

@@ -11,6 +11,7 @@ from typing import Any
 
 from cadd_min.codebench.problems import load
 from cadd_min.utils.errors import InputError
+from cadd_min.utils.files import write_json
 
 Key = tuple[str, int]  # of a sample: the task's name, and which of its samples it is
 SETTINGS = "settings.json"
@@ -65,7 +66,4 @@ def settle(folder: Path, name: str, values: dict[str, Any]) -> None:
         raise InputError(
             f"{folder / name} was made with {differing[0]} {was}, not {now}: give another --out, or delete it"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".tmp")
-    part.write_text(json.dumps({**known, name: values}, indent=1) + "\n")
-    os.replace(part, path)
+    write_json(path, {**known, name: values}, indent=1)

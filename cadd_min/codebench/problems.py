@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cadd_min.utils.errors import InputError
-from cadd_min.utils.jsonl import rows
+from cadd_min.utils.files import json_rows
 
 T = TypeVar("T")
 STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")  # where a completion of HumanEval ends: Chen et al. (2021)
@@ -36,7 +36,7 @@ class Problem:
 def load(path: Path, parse: Callable[[dict[str, Any]], T], wanted: Mapping[str, type], empty: bool = False) -> list[T]:
     """parse(row) of every row. Raises InputError where one lacks what is `wanted`, by name and type."""
     found: list[T] = []
-    for number, row in rows(path):
+    for number, row in json_rows(path):
         for name, kind in wanted.items():
             if not isinstance(row.get(name), kind):
                 raise InputError(f"{path}, line {number}: {name} is missing or not as in this benchmark")

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cadd_min.data import documents
-from cadd_min.data.documents import ENDINGS, Piece, Span, reason
-from cadd_min.utils.download import download
-from cadd_min.utils.errors import InputError
+from cadd_min.data.documents import ENDINGS, Piece, Span
+from cadd_min.utils.errors import InputError, described
+from cadd_min.utils.files import atomic_write, download
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TEXT8 = "http://mattmahoney.net/dc/text8.zip"
@@ -125,20 +125,16 @@ def _owt_parts() -> list[Part]:
         return _parts(load_dataset_builder(OWT).config.data_files["train"])
     except Exception as error:
         raise InputError(
-            f"could not read {OWT} from the Hugging Face hub ({reason(error)}); "
+            f"could not read {OWT} from the Hugging Face hub ({described(error)}); "
             "get it by hand as .parquet, .jsonl or .txt files and give their folder with --dataset"
         ) from None
 
 
 def _unzip(archive: Path, member: str, path: Path) -> Path:
     if not path.exists():
-        part = path.with_suffix(f".{os.getpid()}.part")
         try:
-            with zipfile.ZipFile(archive) as file:
+            with zipfile.ZipFile(archive) as file, atomic_write(path) as part:
                 part.write_bytes(file.read(member))
-            os.replace(part, path)
         except (zipfile.BadZipFile, KeyError, OSError) as error:
             raise InputError(f"{archive} is not the archive it should be ({error}): delete it and run again") from None
-        finally:
-            part.unlink(missing_ok=True)
     return path

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from cadd_min.data.tokenizer import EOT
-from cadd_min.utils.errors import InputError
+from cadd_min.utils.errors import InputError, described, first_line
 
 PIECE = 1 << 20  # characters: longer documents are handed on in pieces
 PART = 1 << 26  # bytes in a span, and in a part of a corpus, about
@@ -185,7 +185,7 @@ def _parquet(path: str) -> Any:
     try:  # buffer_size: a row group is read page by page; by default all of it at once, which may be a whole file
         file = pyarrow.parquet.ParquetFile(source, buffer_size=1 << 22, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"--dataset {path} is not a readable .parquet file: {str(error).splitlines()[0]}") from None
+        raise InputError(f"--dataset {path} is not a readable .parquet file: {first_line(error)}") from None
     schema = file.schema_arrow
     if "text" not in schema.names:
         raise InputError(f"--dataset {path} has no column 'text', only {', '.join(schema.names)}")
@@ -223,7 +223,7 @@ def _parquet_texts(span: Span) -> Iterator[str]:
             elif isinstance(error, InputError):
                 raise
             else:
-                raise InputError(f"--dataset {span.path} cannot be read: {reason(error)}") from None
+                raise InputError(f"--dataset {span.path} cannot be read: {described(error)}") from None
 
 
 def _parquet_rows(span: Span) -> Iterator[str]:
@@ -231,8 +231,3 @@ def _parquet_rows(span: Span) -> Iterator[str]:
         rows = file.iter_batches(256, range(span.start, span.end), ["text"], use_threads=False)
         for batch in rows:
             yield from (text for text in batch.column(0).to_pylist() if text)
-
-
-def reason(error: Exception) -> str:
-    """An exception of another library in one line."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cadd_min.data.tokenizer import MASK_TEXT, Tokenizer
-from cadd_min.utils.errors import InputError
+from cadd_min.utils.errors import InputError, first_line
 
 MESSAGE = "\ue000message\ue001"  # stands for a message in a template: characters that no text has
 INSTALL = "pip install 'transformers>=5' tokenizers jinja2"
@@ -39,7 +39,7 @@ class HFTokenizer(Tokenizer):
         try:
             self.tokens = Fast.from_str(json)
         except Exception as error:  # the library raises plain Exceptions
-            raise InputError(f"a tokenizer of kind hf is damaged: {str(error).splitlines()[0]}") from None
+            raise InputError(f"a tokenizer of kind hf is damaged: {first_line(error)}") from None
         self.json, self.vocab_size, self.chat_template, self.special = json, rows, chat_template, special or {}
         self._mask_id, self._end_id = mask_id, end_id
         highest = max(self.tokens.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -89,7 +89,7 @@ class HFTokenizer(Tokenizer):
         try:
             return [found.ids for found in self.tokens.encode_batch(known, add_special_tokens=False)]
         except Exception as error:  # the library raises plain Exceptions, as where its [UNK] is none of its tokens
-            why = (str(error).splitlines() or [type(error).__name__])[0]
+            why = first_line(error)
             raise InputError(f"the model's tokenizer.json cannot make tokens of a text: {why}") from None
 
     def _chat(self, message: str) -> str:
@@ -99,7 +99,7 @@ class HFTokenizer(Tokenizer):
         try:
             return self.library.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # whatever Jinja raises, or the template itself
-            why = (str(error).splitlines() or [type(error).__name__])[0]
+            why = first_line(error)
             raise InputError(f"--chat: the tokenizer's chat template fails: {why}") from None
 
     @functools.cached_property

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from cadd_min.data.documents import reason
 from cadd_min.data.pixels import Pixels
-from cadd_min.utils.download import checked, download
-from cadd_min.utils.errors import InputError
+from cadd_min.utils.errors import InputError, described
+from cadd_min.utils.files import checked, download
 
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # stated on the same site
@@ -184,7 +183,7 @@ def _arrays(path: Path, wanted: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except Exception as error:  # a damaged archive fails in any way
-        raise InputError(f"{path} is not an .npz file that can be read: {reason(error)}") from None
+        raise InputError(f"{path} is not an .npz file that can be read: {described(error)}") from None
     for name in wanted:
         if name not in arrays:
             raise InputError(f"{path} has no array {name!r}, only {', '.join(arrays)}")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from cadd_min.data.tokenizer import Tokenizer
 from cadd_min.utils.errors import InputError
-from cadd_min.utils.jsonl import rows
+from cadd_min.utils.files import json_rows
 
 FIELDS = ("prompt", "response")
 
@@ -45,7 +45,7 @@ def holds_pairs(path: Path) -> bool:
 def read_pairs(path: Path) -> list[Pair]:
     """All pairs of a .jsonl file. Raises InputError, with the number of the line, for one that is none."""
     pairs = []
-    for number, values in rows(path):
+    for number, values in json_rows(path):
         for name in FIELDS:
             if not isinstance(values.get(name), str) or not values[name]:
                 raise InputError(f"{path}, line {number}: needs {name!r}, a text that is not empty")

@@ -32,6 +32,7 @@ from cadd_min.data.corpus import Corpus, Part, read
 from cadd_min.data.documents import Piece
 from cadd_min.data.tokenizer import Tokenizer, from_spec
 from cadd_min.utils.errors import InputError, Interrupted
+from cadd_min.utils.files import atomic_write, digest, remove_leftovers, write_json
 
 INDEX = "index.json"
 HELD_OUT = 20  # one document in this many
@@ -70,8 +71,7 @@ def check_part(entry: dict[str, Any]) -> None:
 
 def write_folder(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
     """Tokenise what of a corpus is not yet in `folder`, by one process at a time. Raises InputError, OSError."""
-    for leftover in folder.glob("*.tmp"):
-        leftover.unlink(missing_ok=True)
+    remove_leftovers(folder)
     made = tokenizer.fingerprint()
     jobs = []
     for number, part in enumerate(corpus.parts()):
@@ -100,15 +100,12 @@ def write_part(job: Job, tokenizer: Tokenizer, threads: int, tick: Callable[[int
     """Tokenise one part; tick(bytes) as it goes, from which an exception ends it. The .bin and .json are whole or not
     there."""
     dtype = token_type(tokenizer)
-    part = job.path.with_suffix(f".{os.getpid()}.tmp")
-    try:
+    with atomic_write(job.path) as part:
         with part.open("wb") as train, tempfile.TemporaryFile(dir=part.parent) as held_out:
             documents = _tokenise(job.part, tokenizer, dtype, (train, held_out), threads, tick)
             counts = [file.tell() // dtype.itemsize for file in (train, held_out)]
             held_out.seek(0)
             shutil.copyfileobj(held_out, train, 1 << 20)
-            train.flush()
-            os.fsync(train.fileno())
         entry = {
             "file": job.path.name,
             "source": job.source,
@@ -116,39 +113,14 @@ def write_part(job: Job, tokenizer: Tokenizer, threads: int, tick: Callable[[int
             "train": counts[0],
             "val": counts[1],
             "bytes": part.stat().st_size,
-            "sha256": sha256(part),
+            "sha256": digest(part),
         }
-        os.replace(part, job.path)
-        write_json(job.path.with_suffix(".json"), entry)
-    finally:
-        part.unlink(missing_ok=True)
+    write_json(job.path.with_suffix(".json"), entry)
 
 
 def token_type(tokenizer: Tokenizer) -> np.dtype:
     """The smallest of two types that holds its ids and the mask."""
     return np.dtype("<u2" if tokenizer.mask_id < 2**16 else "<u4")
-
-
-def sha256(path: Path) -> str:
-    """The checksum of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """The file is whole or not there."""
-    part = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with part.open("w") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _tokenise(

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from cadd_min.data.corpus import Corpus
-from cadd_min.data.shards import INDEX, check_part, sha256, write_folder
+from cadd_min.data.shards import INDEX, check_part, write_folder
 from cadd_min.data.tokenizer import Tokenizer, from_spec
-from cadd_min.utils.cli import Parser
-from cadd_min.utils.errors import InputError, run
+from cadd_min.utils.cli import Parser, run
+from cadd_min.utils.errors import InputError
+from cadd_min.utils.files import digest
 
 OPEN = 256  # files at a time: a process may often have no more than 1024
 
@@ -130,7 +131,7 @@ class TokenFolder:
 
     def verify(self) -> None:
         """Read everything. Raises InputError that names the files which are not what they were when written."""
-        damaged = [part["file"] for part in self.header["parts"] if sha256(self.path / part["file"]) != part["sha256"]]
+        damaged = [part["file"] for part in self.header["parts"] if digest(self.path / part["file"]) != part["sha256"]]
         if damaged:
             raise InputError(
                 f"damaged in {self.path}, by their SHA-256: {', '.join(damaged)}; delete them and run again"

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from cadd_min.baselines.dispatch import bound
 from cadd_min.model import Denoiser
-from cadd_min.training.trainer import DTYPES, Batch, seeded, unpack
+from cadd_min.training.trainer import Batch, unpack
+from cadd_min.utils.device import DTYPES, seeded
 
 
 def held_out_bound(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cadd_min.utils.errors import InputError
+from cadd_min.utils.errors import InputError, first_line
 
 
 class _Coloured(torch.utils.data.Dataset):
@@ -59,7 +59,7 @@ def inception_metrics(
     except pickle.UnpicklingError:
         raise InputError(f"--inception-weights {weights} holds other things than tensors: it is not read") from None
     except (OSError, RuntimeError, ValueError, EOFError) as error:  # no network, no such file, not those weights
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InputError(
             f"fid needs Inception's weights, which torch-fidelity could not load ({reason}): give their file with "
             "--inception-weights, or use `evaluate.py frechet`, which needs none and is not FID"

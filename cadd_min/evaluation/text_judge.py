@@ -23,7 +23,7 @@ from torch import Tensor
 from cadd_min.data.tokenizer import EOT
 from cadd_min.upgrade import families
 from cadd_min.upgrade.families import SMOLLM2
-from cadd_min.utils.errors import InputError
+from cadd_min.utils.errors import InputError, first_line
 
 POSITIONS = 2048  # in one batch: their logits are 400 MB at 49,152 tokens
 
@@ -132,7 +132,7 @@ def open_judge(name: str, device: str | torch.device = "cpu", dtype: str = "floa
     except InputError:
         raise
     except Exception as error:  # no network, no such model, no safetensors, damaged files: each of another type
-        why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        why = first_line(error).rstrip(".")
         raise InputError(f"the judge {name} could not be loaded ({why}): {_how_to_get(name)}") from None
 
 

@@ -1,4 +1,7 @@
-"""What the kernels are built from, and how: one description for setup.py and for the first use in a source checkout."""
+"""What the kernels are compiled from, and how: one description for setup.py and for a source checkout.
+
+torch.utils.cpp_extension needs setuptools, so it is imported only to build.
+"""
 
 from __future__ import annotations
 
@@ -8,35 +11,39 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.utils import cpp_extension
 
 CSRC = Path(__file__).parents[2] / "csrc"
-# No fast-math: it approximates the logarithm, which is the tail of a draw. What vector code needs is only this.
+# No fast-math: it approximates the logarithm, which is the tail of a draw. Vector code needs only these flags.
 FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
-# PyTorch forbids half types to convert by a plain cast; the kernels do so, in one place each.
+# PyTorch forbids half types to convert by a plain cast. Each kernel does so in one place.
 CUDA_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-U__CUDA_NO_HALF_CONVERSIONS__", "-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"  # unless TORCH_CUDA_ARCH_LIST says otherwise: no GPU needs to be visible
 
 
 def wants_cuda() -> bool:
-    """CADD_CUDA: "auto", where nvcc and a CUDA build of torch are; "0", never; "1", or else an error."""
+    """Tell whether to build for CUDA, by CADD_CUDA: "auto", where nvcc and a CUDA build of torch are; "0", never; "1".
+
+    Raises RuntimeError for "1" where it cannot be built.
+    """
     asked = os.environ.get("CADD_CUDA", "auto")
     if asked not in ("auto", "0", "1"):
         raise RuntimeError(f"CADD_CUDA must be auto, 0 or 1, not {asked!r}")
-    can = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    can = torch.version.cuda is not None and CUDA_HOME is not None
     if asked == "1" and not can:
-        raise RuntimeError(f"CADD_CUDA=1: torch {torch.__version__} and CUDA_HOME={cpp_extension.CUDA_HOME} cannot")
+        raise RuntimeError(f"CADD_CUDA=1: torch {torch.__version__} and CUDA_HOME={CUDA_HOME} cannot")
     return can and asked != "0"
 
 
 def sources() -> list[str]:
-    """The C++ files, and the CUDA ones where they are wanted, relative to the project's root."""
+    """List the C++ files, and the CUDA files where they are wanted, relative to the project's root."""
     endings = ("*.cpp", "*.cu") if wants_cuda() else ("*.cpp",)
     return sorted(str(f.relative_to(CSRC.parent)) for ending in endings for f in CSRC.glob(ending))
 
 
 def arguments() -> dict[str, Any]:
-    """Compiler arguments by compiler."""
+    """Return the arguments of each compiler, "cxx" and "nvcc"."""
     extra = os.environ.get("CADD_CXXFLAGS", "").split()
     flags: dict[str, Any] = {"cxx": FLAGS + extra}
     if wants_cuda():
@@ -48,12 +55,14 @@ def arguments() -> dict[str, Any]:
 
 
 def links() -> list[str]:
-    """Linker arguments."""
+    """Return the arguments of the linker."""
     return ["-fopenmp", *os.environ.get("CADD_CXXFLAGS", "").split()]
 
 
 def extension() -> Any:
-    """For setup.py. Optional, unless CUDA is asked for: where it cannot be built the reference runs."""
+    """Describe the extension for setup.py. It is optional unless CADD_CUDA=1: without it the reference runs."""
+    from torch.utils import cpp_extension
+
     kind = cpp_extension.CUDAExtension if wants_cuda() else cpp_extension.CppExtension
     made = kind("cadd_min._C", sources(), extra_compile_args=arguments(), extra_link_args=links())
     made.optional = os.environ.get("CADD_CUDA") != "1"
@@ -61,7 +70,12 @@ def extension() -> Any:
 
 
 def just_in_time() -> ModuleType:
-    """Compile with ninja, or reuse what was compiled before, and load. For a source checkout that is not installed."""
+    """Compile with ninja, or reuse what was compiled before, and load the module.
+
+    For a source checkout that is not installed. Raises RuntimeError where the sources are missing.
+    """
+    from torch.utils import cpp_extension
+
     if not CSRC.is_dir():
         raise RuntimeError("there is no csrc folder beside the package")
     flags = arguments()

@@ -1,8 +1,8 @@
-"""Random words that depend on nothing but who asks: Philox4x32-10 (Salmon et al., SC 2011) in PyTorch.
+"""Random words that depend only on who asks: Philox4x32-10 (Salmon et al., SC 2011) in PyTorch.
 
-The kernels in csrc draw from the same function, so a seed gives the same masks and tokens on every backend, whatever
-the number of threads. A draw is named by (seed, offset, position, element): a run, its step, a token's place among
-the K B L of a batch, and what is drawn there. One call makes four words of 32 bits; here each is an int64 tensor.
+The kernels of csrc/ draw from the same function, so a seed gives the same masks and tokens on every backend, with any
+number of threads. Four numbers name a draw: the seed of a run, the offset (its step), a token's position among the
+K B L of a batch, and the block drawn there. A block is four words of 32 bits. Here each word is an int64 tensor.
 """
 
 from __future__ import annotations
@@ -17,8 +17,13 @@ LOW = 0xFFFFFFFF
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
+def step_seeds(seed: Tensor, count: int) -> Tensor:
+    """Return the seeds of `count` steps, (count, 2): the same seed (2,) with the offsets 0, 1, 2, ..."""
+    return torch.stack([seed[0].expand(count), torch.arange(count, device=seed.device)], 1)
+
+
 def philox(key: Tensor, counter: Words) -> Words:
-    """Ten rounds over four words of 32 bits with a key of 64; all int64, elementwise."""
+    """Mix a counter of four 32-bit words with a 64-bit key in ten rounds; all int64, elementwise."""
     x, y, z, w = counter
     k_0, k_1 = key & LOW, (key >> 32) & LOW
     for _ in range(10):
@@ -29,32 +34,33 @@ def philox(key: Tensor, counter: Words) -> Words:
 
 
 def words(seed: Tensor, position: Tensor, block: Tensor | int) -> Words:
-    """The words of `block` at `position`, broadcast; seed (2,) int64 is (seed, offset)."""
+    """Draw the words of `block` at `position`, broadcast. seed (2,) int64 holds the seed and the offset."""
     position, blocks = torch.broadcast_tensors(position, torch.as_tensor(block, device=position.device))
     return philox(seed[0], (blocks, position & LOW, position >> 32, (seed[1] & LOW).expand_as(position)))
 
 
 def uniform(high: Tensor, low: Tensor) -> Tensor:
-    """float64 in [0, 1) from the upper 53 bits of two words."""
+    """Make float64 uniforms in [0, 1) from the upper 53 bits of two words."""
     return ((high << 21) | (low >> 11)).double() * 2.0**-53
 
 
 def choices(seed: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """The two uniforms of a token: whether it changes, and to what."""
+    """Draw the two uniforms of a token at `position`: whether the token changes, and to what."""
     x, y, z, w = words(seed, position, TOKEN_BLOCK)
     return uniform(x, y), uniform(z, w)
 
 
 def hat_choice(seed: Tensor, position: Tensor) -> Tensor:
-    """The uniform of z0_hat = w[v], v ~ p."""
+    """Draw the uniform of z0_hat = w[v], v ~ p, at `position`."""
     x, y, _, _ = words(seed, position, HAT_BLOCK)
     return uniform(x, y)
 
 
 def normals(seed: Tensor, position: Tensor, dim: int) -> Tensor:
-    """Standard normals, (...) -> (..., dim) float32, by Box and Muller (1958).
+    """Draw standard normals at positions (...) by Box and Muller (1958). Returns (..., dim) float32.
 
-    Element e comes from word e // n of block e % n with n = ceil(dim / 4), which suits vector units.
+    Element e comes from word e // n of block e % n with n = ceil(dim / 4): neighbours are in different blocks, which
+    suits vector units.
     """
     blocks = torch.arange((dim + 3) // 4, device=position.device)
     x, y, z, w = words(seed, position[..., None], blocks)

@@ -16,8 +16,8 @@ from cadd_min.baselines import dispatch as methods
 from cadd_min.model import Denoiser
 from cadd_min.plan import HITTING, Sampling, cosine_temperature
 from cadd_min.sampler import Step
-from cadd_min.training.trainer import DTYPES, seeded
 from cadd_min.utils.cli import add_options, from_args
+from cadd_min.utils.device import DTYPES, seeded
 from cadd_min.utils.errors import InputError, choose
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from cadd_min.guidance import Guided
 from cadd_min.latent import log_likelihood
 from cadd_min.model import Denoiser
 from cadd_min.sampler import Step
-from cadd_min.utils.errors import InputError
+from cadd_min.utils.errors import InputError, reason
+from cadd_min.utils.files import atomic_write
 
 MASKED = (70, 90, 150)  # a blue that no grey image has
 RESET = "\x1b[0m"
@@ -51,22 +51,16 @@ def grid(images: np.ndarray, columns: int | None = None, scale: int | None = Non
 def save(path: Path, *frames: np.ndarray, option: str = "--out", seconds: float = 4.0) -> Path:
     """Write one picture (H, W, 3), or of several a GIF that lasts so long; whole or not at all."""
     Image = pillow()
-    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     pictures = [Image.fromarray(frame) for frame in frames]
     more: dict[str, Any] = {}
     if len(frames) > 1:
         durations = [max(20, int(1000 * seconds / len(frames)))] * (len(frames) - 1) + [1500]  # and look at the end
         more = {"save_all": True, "append_images": pictures[1:], "duration": durations, "loop": 0}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pictures[0].save(part, **more)
-        part.replace(path)
+        with atomic_write(path) as part:
+            pictures[0].save(part, path.suffix[1:], **more)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"{option} {path} cannot be written: {reason}") from None
-    finally:
-        if part.exists():
-            part.unlink()
+        raise InputError(f"{option} {path} cannot be written: {reason(error)}") from None
     return path
 
 

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cadd_min.utils.errors import InputError, torch_device
+from cadd_min.utils.device import torch_device
+from cadd_min.utils.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from cadd_min.checkpoints import file as checkpoint
 from cadd_min.training.distributed import launched
-from cadd_min.training.metrics import MetricsLog
+from cadd_min.training.log import MetricsLog
 from cadd_min.training.trainer import Batch, Trainer
 from cadd_min.utils.cli import option
 from cadd_min.utils.errors import InputError, Interrupted, is_out_of_memory

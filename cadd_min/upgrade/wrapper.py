@@ -28,7 +28,7 @@ from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.upgrade.families import AUTOREGRESSIVE, MASKED, Source, auto_class, check_depth
 from cadd_min.utils.cli import option
-from cadd_min.utils.errors import InputError, choose
+from cadd_min.utils.errors import InputError, choose, first_line
 
 MODELS = ("cadd", "mdlm")
 HINTS = ("linear", "raw")
@@ -201,7 +201,7 @@ def upgrade(
     except InputError:
         raise
     except Exception as error:  # a network of another make fails in its own way
-        why = (str(error).splitlines() or [type(error).__name__])[0]
+        why = first_line(error)
         raise InputError(f"--from {name}: a {type(network).__name__} cannot be upgraded: {why}") from None
 
 

@@ -1,48 +1,57 @@
-"""Dataclasses as command-line options: a setting is declared once, with its default and its help."""
+"""Dataclasses as command-line options, and how a script ends.
+
+A setting is declared once, as a field made by `option`, with its default and its help.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
+import os
+import sys
 import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from cadd_min.utils.errors import InputError, shown
+from cadd_min.utils.errors import InputError, Interrupted, sentence, shown
 
 T = TypeVar("T")
 
 
 def whole(text: str) -> int:
-    """A whole number on the command line. Raises ValueError where it is none, or beyond 64 bits."""
+    """Parse a whole number. Raises ValueError for another text, or for a number beyond 64 bits."""
     number = int(text)
     if abs(number) >= 2**63:
         raise ValueError(f"expected a whole number below 2^63, not {shown(text)}")
     return number
 
 
-whole.__name__ = "int"  # as argparse calls it
+whole.__name__ = "int"  # what argparse calls the type in its messages
 
 
 TYPES: dict[str, Callable[[str], Any]] = {"int": whole, "float": float, "str": str, "Temperature": float}
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps a script's description as it is written, and says the default of each option that has one."""
+    """Keep a script's description as it is written, and add the default of each option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        silent = any(action.default is value for value in (None, False, argparse.SUPPRESS))
-        return (action.help or "") + ("" if silent else " (default: %(default)s)")
+        if any(action.default is value for value in (None, False, argparse.SUPPRESS)):
+            return action.help or ""
+        default = action.default if isinstance(action.default, list | tuple) else [action.default]
+        words = " ".join(map(str, default)).replace("%", "%%")
+        return f"{action.help or ''} (default: {words})"
 
 
 class Parser(argparse.ArgumentParser):
-    """Reads the command line, and keeps a script's description as it is written."""
+    """Read a command line, and keep a script's description as it is written."""
 
-    def __init__(self, description: str | None):
-        super().__init__(description=description, formatter_class=HelpFormatter)
+    def __init__(self, description: str | None, **settings: Any):
+        super().__init__(description=description, formatter_class=HelpFormatter, **settings)
 
     def parse_args(self, *args: Any, **more: Any) -> Any:
-        """As argparse does; but there `--option=--` may be an empty list, and here it is an error."""
+        """Parse as argparse does, and refuse `--option=--`, which argparse may read as an empty list."""
         found = super().parse_args(*args, **more)
         for action in self._actions:
             if action.nargs is None and getattr(found, action.dest, None) == []:
@@ -51,37 +60,39 @@ class Parser(argparse.ArgumentParser):
 
 
 def option(default: Any, help: str) -> Any:
-    """A dataclass field that is also an option `--its-name`."""
+    """Declare a dataclass field that is also an option `--its-name`."""
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
-    """Add an option for each field of `cls` made by `option`."""
-    group = parser.add_argument_group(cls.__name__)
+def add_options(parser: Any, cls: type, title: str | None = None) -> None:
+    """Add an option to a parser for each field of `cls` made by `option`, in a group of that title."""
+    group = parser.add_argument_group(title) if title else parser
     for field in dataclasses.fields(cls):
         if "help" not in field.metadata:
             continue
-        flag = "--" + field.name.replace("_", "-")
-        text = field.metadata["help"]
+        kind: dict[str, Any] = {"type": TYPES.get(str(field.type))}
         if field.type == "bool":
-            action = argparse.BooleanOptionalAction
-            group.add_argument(flag, action=action, default=field.default, help=field.metadata["help"])
-        else:
-            group.add_argument(flag, type=TYPES[str(field.type)], default=field.default, help=text)
+            kind = {"action": argparse.BooleanOptionalAction}
+        group.add_argument(
+            "--" + field.name.replace("_", "-"), default=field.default, help=field.metadata["help"], **kind
+        )
 
 
 def from_args(cls: type[T], args: argparse.Namespace, **more: Any) -> T:
-    """The dataclass with the values parsed for its options."""
+    """Make the dataclass from the values parsed for its options; `more` are its other fields."""
     return cls(**options_of(cls, args), **more)
 
 
 def options_of(cls: type, args: argparse.Namespace) -> dict[str, Any]:
-    """The values parsed for its options."""
+    """Return the values parsed for the options of a dataclass, by name."""
     return {f.name: getattr(args, f.name) for f in dataclasses.fields(cls) if "help" in f.metadata}
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
-    """The dataclass from saved values. Raises InputError where they are another version's, or of another type."""
+    """Make the dataclass from saved values.
+
+    Raises InputError where the values are of another version of this project, or of another type.
+    """
     hints = typing.get_type_hints(cls)
     for name, value in values.items():
         if name in hints and not fits(value, hints[name]):
@@ -93,7 +104,7 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Whether a plain value is of this type: int, float, str, bool, None, a dataclass, tuples and unions of these."""
+    """Tell whether a plain value has a type: int, float, str, bool, None, a dataclass, tuples and unions of these."""
     parts = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
         each = parts[:1] * len(value) if Ellipsis in parts and isinstance(value, tuple) else parts
@@ -101,12 +112,12 @@ def fits(value: object, hint: Any) -> bool:
     if parts:
         return any(fits(value, part) for part in parts)
     if hint in (int, float) and type(value) is int:
-        return abs(value) < 2**63  # as on the command line
+        return abs(value) < 2**63  # the bound of the command line
     return hint is not int and isinstance(value, hint)
 
 
 def set_defaults(parser: argparse.ArgumentParser, values: object, where: str) -> None:
-    """Let saved values be the parser's defaults. Raises InputError where one is not what its option takes."""
+    """Make saved values the parser's defaults. Raises InputError for a value that its option does not take."""
     if not isinstance(values, dict):
         raise InputError(f"{where} is damaged: its settings are {shown(repr(values))}")
     for action in parser._actions:
@@ -117,3 +128,42 @@ def set_defaults(parser: argparse.ArgumentParser, values: object, where: str) ->
         if not (fits(value, kind) or (value is None and action.default is None)):
             raise InputError(f"{where} is damaged: its setting {action.dest} is {shown(repr(value))}")
         action.default = value
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main. Bad input is one line and exit code 2, an interrupt is exit code 130."""
+    code, rank = 0, os.environ.get("RANK", "0")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a text or a file's name may have what a terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        main()
+    except BrokenPipeError:  # the reader of this output, like head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (Interrupted, KeyboardInterrupt) as stop:
+        if rank == "0":
+            print(str(stop) or "interrupted", file=sys.stderr)
+        code = 130
+    except Exception as error:
+        text = sentence(error)
+        if text is None:
+            raise
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        which = f" in process {rank}" if rank != "0" else ""
+        print(f"error{which}: {line}", file=sys.stderr)
+        code = 2
+    if "RANK" in os.environ:
+        leave(code)
+    if code:
+        sys.exit(code)
+
+
+def leave(code: int) -> None:
+    """End a process that torchrun has started at once, without the interpreter's own end.
+
+    destroy_process_group leaves gloo's threads running while FSDP2 holds the group. Such a thread needs Python's lock
+    to free a tensor. An interpreter that is ending ends the thread instead, and C++ then aborts the process: SIGABRT,
+    "terminate called without an active exception".
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -105,7 +105,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     """The kernel refuses to write more than a limit: the same error path as a full disk."""
     code = f"""
 import resource, signal
-from cadd_min.utils.errors import run
+from cadd_min.utils.cli import run
 from cadd_min.checkpoints.folder import save_pretrained
 from tests.checkpoints.test_folder import LETTERS, trained
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

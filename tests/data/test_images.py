@@ -19,8 +19,8 @@ from PIL import Image
 from cadd_min.data import images
 from cadd_min.data.images import HELD_OUT, open_images, read_image
 from cadd_min.data.pixels import ImageBatches, Pixels
-from cadd_min.utils.download import download
 from cadd_min.utils.errors import InputError
+from cadd_min.utils.files import download
 
 
 def noise(*shape, seed=0, dtype=np.uint8):

@@ -39,7 +39,7 @@ from cadd_min.data.tokenizer import gpt2
 from cadd_min.dit import Size
 from cadd_min.evaluation import image_judge as judge
 from cadd_min.model import ModelConfig
-from cadd_min.training import metrics, provenance
+from cadd_min.training import log
 from cadd_min.unet import UNET_PRESETS
 from cadd_min.utils.errors import InputError
 from tests.codebench import test_codebench as test_code
@@ -52,7 +52,7 @@ MEMORY = 4 << 30  # bytes a command may take beside what this process has
 WRITTEN = {
     "checkpoint.pt",
     "checkpoint.previous.pt",
-    "metrics.jsonl",
+    "log.jsonl",
     "loss.png",
     "run.json",
     "forward.png",
@@ -330,9 +330,9 @@ def _quick() -> Iterator[None]:
     judge's training."""
     with (
         mock.patch.object(judge, "train_judge", functools.partial(judge.train_judge, steps=3)),
-        mock.patch.object(metrics, "_tensorboard", lambda out: None),
-        mock.patch.object(metrics, "loss_curve", metrics.read_metrics),
-        mock.patch.object(provenance, "_commit", lambda: None),
+        mock.patch.object(log, "_tensorboard", lambda out: None),
+        mock.patch.object(log, "loss_curve", log.read_metrics),
+        mock.patch.object(log, "commit", lambda: None),
         mock.patch.object(socket.socket, "connect", mock.Mock(side_effect=OSError("there is no network here"))),
     ):
         yield

@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cadd_min.checkpoints import file as checkpoint
 from cadd_min.training.distributed import World, launched, whole, world
+from cadd_min.training.log import read_metrics
 from cadd_min.training.loop import Fit, FitConfig, Run
-from cadd_min.training.metrics import read_metrics
 from cadd_min.training.trainer import TrainConfig, Trainer
-from cadd_min.utils.errors import InputError, leave
+from cadd_min.utils.cli import leave
+from cadd_min.utils.errors import InputError
 from tests.conftest import TINY, nano
 from tests.training.test_trainer import batch
 from tests.upgrade.test_upgrade import write

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from cadd_min.checkpoints import file as checkpoint
-from cadd_min.training import provenance
+from cadd_min.training import log
+from cadd_min.training.log import read_metrics
 from cadd_min.training.loop import LIMIT, FitConfig, Run, fit
-from cadd_min.training.metrics import read_metrics
 from cadd_min.utils.errors import InputError
 from tests.training.test_trainer import batch, same, trainer
 
@@ -273,7 +273,7 @@ def test_a_run_folder_says_what_made_it_and_the_same_seed_makes_the_same_curve(t
 def test_run_json_names_the_gpu_and_the_libraries_that_hold_the_model(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the one at {device}")
     for device in ("cuda:1", "cpu"):
-        provenance.record(tmp_path, {}, {"device": device})
+        log.record(tmp_path, {}, {"device": device})
     on_gpu, on_cpu = json.loads((tmp_path / "run.json").read_text())["starts"]
     assert (on_gpu["gpu"], on_cpu["gpu"]) == ("the one at cuda:1", None)
     for name in ("transformers", "tokenizers", "peft", "safetensors"):

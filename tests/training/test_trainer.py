@@ -16,8 +16,9 @@ import torch
 
 from cadd_min.checkpoints import file as checkpoint
 from cadd_min.loss import T_MIN, stratified_times, token_losses
-from cadd_min.training.metrics import MetricsLog, loss_curve, read_metrics
-from cadd_min.training.trainer import TrainConfig, Trainer, best_dtype, learning_rate, seeded, training_loss
+from cadd_min.training.log import MetricsLog, loss_curve, read_metrics
+from cadd_min.training.trainer import TrainConfig, Trainer, learning_rate, training_loss
+from cadd_min.utils.device import best_dtype, seeded
 from cadd_min.utils.errors import InputError
 from tests.conftest import nano, rng
 
@@ -209,7 +210,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
 import resource, signal, sys, torch
 from pathlib import Path
 from cadd_min.checkpoints import file as checkpoint
-from cadd_min.utils.errors import run
+from cadd_min.utils.cli import run
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 path = Path({str(tmp_path / "checkpoint.pt")!r})
 checkpoint.save(path, {{"trainer": 1}})

@@ -388,7 +388,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     write("bert", tmp_path / "m")
     code = f"""
 import resource, signal
-from cadd_min.utils.errors import run
+from cadd_min.utils.cli import run
 from cadd_min.upgrade.families import open_source
 from cadd_min.upgrade.wrapper import upgrade
 from cadd_min.upgrade.folder import save

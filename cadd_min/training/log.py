@@ -1,34 +1,44 @@
-"""What a run leaves to look at: metrics.jsonl, a loss curve, and TensorBoard where it is installed."""
+"""What a run leaves behind: metrics.jsonl, a loss curve, TensorBoard where it is installed, and run.json.
+
+run.json says what made the run: every setting, and for each start the versions, the machine and the commit.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import math
-import os
+import platform
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from cadd_min.utils.files import atomic_write, write_json
+
+ROOT = Path(__file__).parents[2]  # of a source checkout
+RUN = "run.json"
+PACKAGES = ("cadd_min", "torch", "numpy", "tiktoken", "transformers", "tokenizers", "peft", "safetensors")
+
 
 class MetricsLog:
-    """Appends rows to out/metrics.jsonl. A resumed run first drops the rows of steps that it will do again."""
+    """Append rows to out/metrics.jsonl. A resumed run first drops the rows of the steps that it will do again."""
 
     def __init__(self, out: Path, step: int):
-        out.mkdir(parents=True, exist_ok=True)
         self.path = out / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.exists() and step else []
-        part = self.path.with_suffix(".tmp")
-        try:
+        with atomic_write(self.path) as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            os.replace(part, self.path)
-        finally:
-            part.unlink(missing_ok=True)
         self._file = self.path.open("a")
         self._board = _tensorboard(out)
 
     def write(self, step: int, **values: Any) -> None:
-        """One row, on disk at once; a value that is not finite has no place in it."""
+        """Append a row, and flush it. Values that are not finite are left out."""
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
@@ -37,7 +47,7 @@ class MetricsLog:
                 self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Close the files and draw the curve, as far as there is room for it."""
+        """Close the files and draw the loss curve, as far as the disk has room for them."""
         with contextlib.suppress(OSError):
             self._file.close()
             if self._board is not None:
@@ -46,7 +56,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, up to one that is none: a crash may have cut short the last."""
+    """Read the rows of a metrics.jsonl up to the first line that is not a row: a crash may have cut short the last."""
     rows = []
     for line in path.read_text(errors="replace").splitlines():
         try:
@@ -60,7 +70,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def loss_curve(path: Path) -> Path | None:
-    """Draw loss.png beside a metrics.jsonl; None where matplotlib is not installed."""
+    """Draw loss.png beside a metrics.jsonl. Returns None where matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -89,12 +99,55 @@ def loss_curve(path: Path) -> Path | None:
     return picture
 
 
+def record(out: Path, settings: dict[str, Any], start: dict[str, Any]) -> None:
+    """Write run.json: the settings as they are now, and `start` behind the starts before it."""
+    path = out / RUN
+    try:
+        starts = [*json.loads(path.read_text())["starts"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        starts = []
+    write_json(path, {**settings, "starts": [*starts, start | _here(start)]}, indent=1)
+
+
+def _here(start: dict[str, Any]) -> dict[str, Any]:
+    device = str(start.get("device"))
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
+        "threads": torch.get_num_threads(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """Name the commit of these sources, with a + where they have changed since. None outside of a git checkout."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def _tensorboard(out: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
     usual = threading.excepthook
-    # its own thread meets a full disk, too, and has nobody to tell: fit.py says it
+    # The writer's thread meets a full disk as well. The loop reports the full disk, so the thread stays silent.
     threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else usual(args)
     return SummaryWriter(str(out))

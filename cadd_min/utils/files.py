@@ -1,0 +1,131 @@
+"""Files that are whole or not there, JSON, and downloads."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+from cadd_min.utils.errors import InputError, shown
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Give a path beside `path` to write a file or a folder to, and rename it to `path` at the end.
+
+    On failure nothing is left of it, and `path` stays as it was. A folder may only replace an empty folder.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        for file in (f for f in [part, *part.rglob("*")] if f.is_file()):
+            with file.open("rb") as written:
+                os.fsync(written.fileno())  # a name must not reach the disk before the content does
+        os.replace(part, path)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        part.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed `atomic_write` into `folder` left there."""
+    for part in folder.glob(".*.tmp"):
+        part.unlink(missing_ok=True)
+
+
+def new_folder(folder: Path | str) -> Path:
+    """Return the absolute path of a folder that is new or empty. Raises InputError where something is there."""
+    folder = Path(os.path.abspath(folder))
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{folder} exists: name a new folder, or an empty one")
+    return folder
+
+
+def write_json(path: Path, content: dict[str, Any], indent: int | None = None) -> None:
+    """Write an object as JSON, whole or not at all."""
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the object in a JSON file. Raises InputError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not an object in JSON, or it is damaged")
+    return content
+
+
+def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read the objects of a .jsonl file, gzipped or not, each with the number of its line.
+
+    Raises InputError that names the line which is not an object.
+    """
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError("it is no object")
+                    yield number, row
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path} is damaged after line {number}: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}, line {number}: expected a JSON object ({shown(error)})") from None
+
+
+def digest(path: Path, algorithm: str = "sha256") -> str:
+    """Return the checksum of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        found = hashlib.new(algorithm)
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def download(url: str, path: Path, dataset: str, md5: str | None = None, option: str = "--dataset") -> Path:
+    """Return `path`, downloaded from `url` where it is not there yet. The checksum must be `md5`, if given.
+
+    option: how the file's path can be given instead. Raises InputError where the download fails.
+    """
+    if path.exists():
+        return checked(path, md5)
+    try:
+        with atomic_write(path) as part:
+            with urllib.request.urlopen(url, timeout=30) as response, part.open("wb") as file:
+                shutil.copyfileobj(response, file, 1 << 20)
+                size = response.headers.get("Content-Length")
+                if size is not None and int(size) != file.tell():  # urllib does not report it
+                    raise OSError(f"it broke off after {file.tell():,} of {int(size):,} bytes")
+            checked(part, md5, url)
+    except (OSError, urllib.error.URLError, HTTPException) as error:
+        raise InputError(
+            f"could not download {dataset} from {url} ({error}); "
+            f"get the file by hand and put it at {path}, or give its path with {option}"
+        ) from None
+    return path
+
+
+def checked(path: Path, md5: str | None, name: object = None) -> Path:
+    """Return the same path. Raises InputError if the file's MD5 is not the checksum that its makers state."""
+    if md5 is not None and (found := digest(path, "md5")) != md5:
+        raise InputError(f"{name or path} has the MD5 checksum {found}, expected {md5}: it is damaged or another file")
+    return path
