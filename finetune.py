@@ -18,12 +18,13 @@ import torch
 
 from cadd_min.checkpoints import file as checkpoint
 from cadd_min.data import corpus, pairs
+from cadd_min.data.batches import PairBatches, TextBatches
 from cadd_min.data.hf_tokenizer import prompt_ids
-from cadd_min.data.token_folder import Batches, prepare
+from cadd_min.data.token_folder import prepare
 from cadd_min.model import Denoiser
+from cadd_min.objective import Batch
 from cadd_min.sampling.text import preview
 from cadd_min.training import start as launch
-from cadd_min.training.trainer import Batch
 from cadd_min.upgrade import families
 from cadd_min.upgrade import folder as upgraded
 from cadd_min.upgrade.wrapper import UpgradeConfig, Upgraded, kept, source_of, upgrade, upgrade_own
@@ -58,15 +59,15 @@ def open_data(args: argparse.Namespace, words: Any) -> tuple[Any, list[Batch], s
     if pairs.holds_pairs(path):
         kept, held_out = pairs.split(pairs.read_pairs(path))
         as_prompt = prompt_ids(words, args.chat)
-        data = pairs.Pairs(*pairs.encode(kept, words, args.length, as_prompt), args.batch_size, args.seed)
-        judged = pairs.Pairs(*pairs.encode(held_out, words, args.length, as_prompt), evaluated)
+        data = PairBatches(*pairs.encode(kept, words, args.length, as_prompt), args.batch_size, args.seed)
+        judged = PairBatches(*pairs.encode(held_out, words, args.length, as_prompt), evaluated)
         return data, [judged(i) for i in range(8)], f"{len(kept):,} pairs to train on"
     if args.chat:
         raise InputError(f"--chat is for prompts and responses, and --dataset {args.dataset} is text")
     tokens = prepare(corpus.open_corpus(args.dataset, args.cache), words, args.cache)
     training, name = tokens.split("train"), f"the held-out part of --dataset {args.dataset}"
-    data = Batches(training, args.length, args.batch_size, args.seed, f"--dataset {args.dataset}")
-    batches = Batches(tokens.split("val"), args.length, evaluated, name=name)
+    data = TextBatches(training, args.length, args.batch_size, args.seed, f"--dataset {args.dataset}")
+    batches = TextBatches(tokens.split("val"), args.length, evaluated, name=name)
     return data, [batches(i) for i in range(8)], f"{len(training):,} training tokens of {words.vocab_size:,}"
 
 

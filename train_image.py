@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from cadd_min.data import images
-from cadd_min.data.pixels import ImageBatches
+from cadd_min.data.batches import ImageBatches
 from cadd_min.dit import PATCH_PRESETS
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.sampling.pictures import preview

@@ -15,7 +15,8 @@ import dataclasses
 from pathlib import Path
 
 from cadd_min.data import corpus, tokenizer
-from cadd_min.data.token_folder import Batches, TokenFolder, is_folder, prepare
+from cadd_min.data.batches import TextBatches
+from cadd_min.data.token_folder import TokenFolder, is_folder, prepare
 from cadd_min.dit import PRESETS
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.sampling.text import preview
@@ -53,10 +54,10 @@ def main() -> None:
     tokens = open_tokens(args)
     words, training = tokens.tokenizer(), tokens.split("train")
     config = dataclasses.replace(config, vocab_size=words.vocab_size)  # the tokenizer may have its own
-    data = Batches(training, args.length, args.batch_size, args.seed, f"--dataset {args.dataset}")
+    data = TextBatches(training, args.length, args.batch_size, args.seed, f"--dataset {args.dataset}")
     evaluated = max(1, HELD_OUT // args.length)
     name = f"the held-out part of --dataset {args.dataset}"
-    held_out = Batches(tokens.split("val"), args.length, evaluated, name=name)
+    held_out = TextBatches(tokens.split("val"), args.length, evaluated, name=name)
     launch.train(
         args,
         resumed,

@@ -31,6 +31,7 @@ from cadd_min.dit import PRESETS
 from cadd_min.forward import q_sample
 from cadd_min.loss import log_probs
 from cadd_min.model import Denoiser, ModelConfig
+from cadd_min.objective import Batch
 from cadd_min.sampler import sample
 from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.utils.cli import run
@@ -55,8 +56,8 @@ def build(source: Source, model: str, options: dict[str, Any], seed: int) -> Den
 def train(source: Source, model: Denoiser, config: TrainConfig) -> Trainer:
     """Train on fresh sequences of the source: no two steps see the same ones."""
 
-    def data(index: int) -> torch.Tensor:
-        return source.draw(config.batch_size, seeded(config.seed + 1000, index))
+    def data(index: int) -> Batch:
+        return Batch(source.draw(config.batch_size, seeded(config.seed + 1000, index)))
 
     trainer = Trainer(model.train(), data, config)
     for _ in range(config.steps):

@@ -27,7 +27,7 @@ from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.reverse import ZHATS
 from cadd_min.sampler import sample
 from cadd_min.utils.cli import run
-from cadd_min.utils.device import DTYPES, best_dtype, seeded, torch_device
+from cadd_min.utils.device import autocast, best_dtype, seeded, torch_device
 from cadd_min.utils.errors import InputError
 
 
@@ -42,7 +42,7 @@ class Timed:
     """A denoiser that adds up the seconds spent in it."""
 
     def __init__(self, model: Denoiser):
-        self.model, self.device, self.seconds = model, model.embedding.weight.device, 0.0
+        self.model, self.device, self.seconds = model, model.device, 0.0
 
     def _timed(self, call: Any, *args: Tensor) -> Tensor:
         start = now(self.device)
@@ -102,7 +102,7 @@ def main() -> None:
         model = Denoiser(ModelConfig(args.vocab_size, length, PRESETS[args.preset], model=args.model)).to(device).eval()
         nn.init.normal_(model.head.weight, std=0.1)  # a new head is zero: give it something to say
         runs: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-        with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
+        with autocast(device, dtype):
             for _ in range(args.repeat + 1):
                 for plain, found in runs.items():
                     found.append(profile(model, (batch, length), steps, plain, **options))

@@ -40,10 +40,11 @@ from cadd_min.baselines.ar import causal_features
 from cadd_min.dit import PRESETS, Size
 from cadd_min.loss import token_losses
 from cadd_min.model import Denoiser, ModelConfig
+from cadd_min.objective import Batch
 from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.unet import UNET_PRESETS
 from cadd_min.utils.cli import run
-from cadd_min.utils.device import DTYPES, best_dtype, seeded, torch_device
+from cadd_min.utils.device import DTYPES, autocast, best_dtype, seeded, torch_device
 from cadd_min.utils.errors import InputError
 from train_image import DEFAULTS
 
@@ -69,7 +70,7 @@ class Ours:
         self.net, device = Denoiser(config).to(args.device), args.device
         self.data = torch.randint(args.vocab_size, (args.batch_size, config.length), device=device)
         training = {"batch_size": args.batch_size, "dtype": args.dtype, "compile": args.compile} | training
-        self.trainer = Trainer(self.net, lambda index: self.data, TrainConfig(**training))
+        self.trainer = Trainer(self.net, lambda index: Batch(self.data), TrainConfig(**training))
         # on average over t half of the tokens are masked; ar and udm predict them all
         self.head_share = {"ar": 1.0, "udm": 1.0, "cdm": 1.0}.get(name, 0.5)
         self.step: Callable[[], Any] = self.trainer.train_step
@@ -140,8 +141,7 @@ class Gpt2:
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-3, fused=True)
 
     def autocast(self) -> torch.autocast:
-        device, dtype = torch.device(self.args.device), self.args.dtype
-        return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
+        return autocast(torch.device(self.args.device), self.args.dtype)
 
     def loss(self, logits: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), self.data[:, 1:].flatten())

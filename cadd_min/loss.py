@@ -19,7 +19,7 @@ from cadd_min.forward import q_sample
 from cadd_min.schedule import NoiseSchedule, per_token
 from cadd_min.utils.errors import InputError, choose
 
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t (B, L), z_t (B, L, D), t (B,)) -> logits (B, L, V)
+DenoiserFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t (B, L), z_t (B, L, D), t (B,)) -> logits (B, L, V)
 WEIGHTINGS = ("uniform", "elbo")
 LOGITS = 2**22  # as many at once in the cross-entropy: 512 rows of 8,192 tokens, 16,384 of 256 grey levels
 T_MIN = 1e-4  # continuous time: the bound integrates over [T_MIN, 1] and takes [0, T_MIN] as one last step
@@ -78,7 +78,7 @@ def check_steps(steps: int | None) -> None:
 
 @torch.no_grad()
 def nelbo_parts(
-    denoiser: Denoiser,
+    denoiser: DenoiserFn,
     x_0: Tensor,
     table: Tensor,
     schedule: NoiseSchedule,
@@ -127,7 +127,7 @@ def nelbo_parts(
 
 
 def nelbo(
-    denoiser: Denoiser,
+    denoiser: DenoiserFn,
     x_0: Tensor,
     table: Tensor,
     schedule: NoiseSchedule,

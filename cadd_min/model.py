@@ -1,14 +1,15 @@
-"""The denoiser p(x_0 | x_t, z_t): token embedding, latent, backbone, head; and the models it can be.
+"""The denoiser p(x_0 | x_t, z_t): token embedding, latent, backbone, head; and the models that it can be.
 
-CADD joins the other two. Take its latent away and the masked diffusion model is left (`mdlm`: dim 0); mask every token
-at once and the continuous one is left (`cdm`: discrete schedule "gone"). One word changes, no code does. The
-baselines share the network, not the process: what they train and how they sample is in `cadd_min.baselines`.
+CADD joins two models. Without its latent it is the masked diffusion model (`mdlm`: dim 0). With every token masked at
+once it is the continuous model (`cdm`: discrete schedule "gone"). One word changes, and no code. The baselines share
+the network alone: their losses and chains are in baselines/.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,21 +21,23 @@ from cadd_min.unet import UNetSize
 from cadd_min.utils.cli import option
 from cadd_min.utils.errors import InputError, choose
 
-BASELINES = ("ar", "udm", "sedd")  # for text; autoregressive, uniform-state diffusion, score entropy
+BASELINES = ("ar", "udm", "sedd")  # for text: autoregressive, uniform-state diffusion, score entropy
 MODELS = ("cadd", "mdlm", "cdm", *BASELINES)
 SIZES = {cls.__name__: cls for cls in (Size, PatchSize, UNetSize)}
+LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that shapes the model; it travels in the checkpoint."""
+    """Everything that shapes the model. It travels in the checkpoint."""
 
     vocab_size: int  # tokens, the mask not counted: its id is vocab_size
-    length: int  # tokens in a sequence; of an image H W C
-    size: Size | PatchSize | UNetSize  # of the backbone, and which it is
+    length: int  # tokens in a sequence; H W C of an image
+    size: Size | PatchSize | UNetSize  # the kind of backbone, and its size
     image: tuple[int, int, int] | None = None  # (H, W, C) where the tokens are the values of pixels
     classes: int = 0  # labels that the model is conditioned on; 0: none
-    hint_unit: float = 1.0  # how long the network's hint of z_0 is, against z_0
+    hint_unit: float = 1.0  # length of the hint that the network reads, where z_0 has length 1
+    head_bias: bool = False  # the public MDLM's head has a bias; the models trained here have none
     model: str = option(
         "cadd",
         "cadd, mdlm (no latent), cdm (everything masked, only latents); baselines for text: ar (autoregressive), "
@@ -49,12 +52,16 @@ class ModelConfig:
     fusion: str = option("add", "how the latent joins the mask's embedding: add, concat or reweight")
     hint: str = option("linear", "what of z_t the network reads: raw, linear (shrunk) or posterior (E[w | z_t])")
     bayes_head: bool = option(False, "add the latent's own log-likelihood to the logits")
-    head_bias: bool = option(False, "give every token a logit of its own, whatever the features")
 
     def __post_init__(self) -> None:
         choose("model", self.model, MODELS)
         if self.model in BASELINES and not (self.image is None and isinstance(self.size, Size)):
             raise InputError(f"model {self.model} is for text, not for images")
+        self._check_latent()
+        self._check_shape()
+        self.schedule()
+
+    def _check_latent(self) -> None:
         for name, allowed in (("latent_table", TABLES), ("fusion", FUSIONS), ("hint", HINTS)):
             choose(name, getattr(self, name), allowed)
         if not 0 < self.evidence < math.inf:
@@ -65,6 +72,8 @@ class ModelConfig:
             raise InputError(f"latent dim {self.latent_dim}: a free table has the width {self.size.embed}")
         if self.bayes_head and (self.latent_table == "free" or (self.latent_table, self.latent_dim) == ("ordered", 1)):
             raise InputError("bayes_head needs rows of one length: not a free table, nor an ordered one of dimension 1")
+
+    def _check_shape(self) -> None:
         if isinstance(self.size, Size) != (self.image is None) or min(self.image or (1,)) < 1 or self.classes < 0:
             raise InputError(
                 f"a model of images has their height, width and colours and a backbone for images, and 0 classes or "
@@ -76,73 +85,125 @@ class ModelConfig:
             )
         if self.vocab_size < 2 or self.length < 1:
             raise InputError(f"a model needs 2 tokens and length 1 at least, not {self.vocab_size}, {self.length}")
-        self.schedule()
 
     def schedule(self) -> NoiseSchedule:
-        """The noise schedule of this model. A continuous model's latent must end by telling its token."""
+        """Return the noise schedule. The latent of a cdm must end by telling its token, so its SNR is not capped."""
         cdm = self.model == "cdm"
         continuous = self.continuous if self.continuous != "auto" else "linear" if cdm else "capped"
         return NoiseSchedule("gone" if cdm else self.discrete, continuous)
 
 
-class Denoiser(nn.Module):
-    """(x_t (B, L), z_t (B, L, D), t (B,)) -> logits (B, L, V) over the tokens; the mask is not among them."""
+class Model(nn.Module):
+    """What training, sampling and evaluation ask of a model. Two classes answer: `Denoiser`, and upgrade's `Upgraded`.
+
+    Called, it maps x_t (B, L), z_t (B, L, D), t (B,) and a label (B,) or None to logits (B, L, V).
+    """
+
+    config: Any  # its fields model, length, vocab_size, classes and image are those of ModelConfig
+    schedule: NoiseSchedule
+    mask_id: int
+    latent: Latent
+    backbone: nn.Module
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.parameters()).device
+
+    def table(self) -> Tensor:
+        """Return the latent table w, (V, D). Its last row may be the mask's, which is never used."""
+        raise NotImplementedError
+
+    def features(self, x_t: Tensor, z_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Compute the features (B, L, F): logits are features @ head_matrix().T. No label means any class."""
+        raise NotImplementedError
+
+    def head_matrix(self) -> Tensor:
+        """Return the head, (V, F)."""
+        raise NotImplementedError
+
+    def blocks(self) -> list[nn.Module]:
+        """List the backbone's transformer blocks: FSDP2 shards the weights block by block."""
+        raise NotImplementedError
+
+    def at_step(self, step: int) -> None:
+        """Prepare for training step `step`. Only a model that changes while it is trained does anything here."""
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Map features (..., F) to logits (..., V)."""
+        return features @ self.head_matrix().T
+
+    def logits_at(self, x_t: Tensor, z_t: Tensor, t: Tensor, rows: Tensor, label: Tensor | None = None) -> Tensor:
+        """Compute the logits (N, V) at the flat positions `rows` (N,): with a large V the head is half of the work."""
+        return self.logits(self.features(x_t, z_t, t, label).flatten(0, 1)[rows])
+
+    def forward(self, x_t: Tensor, z_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.logits(self.features(x_t, z_t, t, label))
+
+
+class Denoiser(Model):
+    """The model that is trained here from scratch. Its logits (B, L, V) do not count the mask."""
+
+    config: ModelConfig
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config, self.schedule, self.mask_id = config, config.schedule(), config.vocab_size
         width = config.size.embed
+        self.latent = self._make_latent(width)
+        self.embedding = nn.Embedding(config.vocab_size + 1, width)
+        nn.init.normal_(self.embedding.weight, std=width**-0.5)  # rows of length about 1
+        if config.image is not None:  # the values of a pixel are steps of one scale
+            self.embedding.weight.data[:-1] = ordered_rows(config.vocab_size, width)
+        if config.model == "ar" and isinstance(config.size, Size):
+            self.backbone = config.size.build((config.length,), config.classes, causal=True)
+        else:
+            self.backbone = config.size.build(config.image or (config.length,), config.classes)
+        self.head = nn.Linear(width, config.vocab_size, bias=config.head_bias)
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)
+
+    def _make_latent(self, width: int) -> Latent:
+        config = self.config
         dim = 0 if config.model in ("mdlm", *BASELINES) else config.latent_dim or width
-        norm = table_norm(config.latent_norm, config.vocab_size, self.schedule, config.evidence, dim)
-        self.latent = Latent(
+        return Latent(
             config.vocab_size,
             width,
             dim,
-            norm,
+            table_norm(config.latent_norm, config.vocab_size, self.schedule, config.evidence, dim),
             self.schedule,
             table=config.latent_table,
             fusion=config.fusion,
             hint=config.hint,
             unit=config.hint_unit,
         )
-        self.embedding = nn.Embedding(config.vocab_size + 1, width)
-        nn.init.normal_(self.embedding.weight, std=width**-0.5)  # rows of length about 1
-        if config.image is not None:  # the values of a pixel are steps of one scale
-            self.embedding.weight.data[:-1] = ordered_rows(config.vocab_size, width)
-        self.backbone = (
-            config.size.build((config.length,), config.classes, causal=True)
-            if config.model == "ar" and isinstance(config.size, Size)
-            else config.size.build(config.image or (config.length,), config.classes)
-        )
-        self.head = nn.Linear(width, config.vocab_size, bias=config.head_bias)
-        for parameter in self.head.parameters():
-            nn.init.zeros_(parameter)
 
     def table(self) -> Tensor:
-        """The latent table w (V + 1, D)."""
         return self.latent.table(self.embedding.weight)
 
     def blocks(self) -> list[nn.Module]:
-        """The backbone's transformer blocks: what FSDP2 shares out one by one."""
         return [module for module in self.backbone.modules() if isinstance(module, Block)]
 
     def features(self, x_t: Tensor, z_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """(B, L, F) with logits = features @ head_matrix().T. Without a label (B,) for any class."""
-        z_tilde = self.latent.fuse(self.embedding(x_t), z_t, x_t == self.mask_id, t, self.embedding.weight)
-        # entries of about 1, as in Vaswani et al.
-        h = self.backbone(math.sqrt(self.config.size.embed) * z_tilde, t, label)
+        e = self.embedding(x_t)  # (B, L, width)
+        z_tilde = self.latent.fuse(e, z_t, x_t == self.mask_id, t, self.embedding.weight)
+        h = self.backbone(math.sqrt(self.config.size.embed) * z_tilde, t, label)  # entries of about 1 (Vaswani et al.)
         columns = [h]
         if self.config.bayes_head and self.latent.dim:
-            # log N(z_t; signal w_v, noise^2 I) is linear in w_v (all rows are equally long): two more sets of columns
-            signal, noise = self.schedule.signal(t), self.schedule.noise(t)
-            evidence = per_token(signal / (noise**2).clamp(min=1e-4), z_t) * z_t
-            columns.append(evidence.to(h.dtype))
-        if self.config.head_bias:  # as a column, it needs no place of its own wherever logits are made
+            columns.append(self._evidence(z_t, t).to(h.dtype))
+        if self.config.head_bias:  # a bias is a column of ones, so that logits are a product wherever they are made
             columns.append(torch.ones_like(h[..., :1]))
         return torch.cat(columns, -1) if len(columns) > 1 else h
 
+    def _evidence(self, z_t: Tensor, t: Tensor) -> Tensor:
+        """Compute what the table's rows are multiplied with in log N(z_t; signal w_v, noise^2 I), (B, L, D).
+
+        All rows are equally long, so the log-likelihood is linear in w_v.
+        """
+        signal, noise = self.schedule.signal(t), self.schedule.noise(t)
+        return per_token(signal / (noise**2).clamp(min=1e-4), z_t) * z_t
+
     def head_matrix(self) -> Tensor:
-        """(V, F)."""
         columns = [self.head.weight]
         if self.config.bayes_head and self.latent.dim:
             columns.append(self.table()[:-1])
@@ -150,9 +211,35 @@ class Denoiser(nn.Module):
             columns.append(self.head.bias[:, None])
         return torch.cat(columns, -1) if len(columns) > 1 else self.head.weight
 
-    def logits_at(self, x_t: Tensor, z_t: Tensor, t: Tensor, rows: Tensor, label: Tensor | None = None) -> Tensor:
-        """(N, V) logits at the flat positions `rows` (N,) only: at a large V the head costs as much as the backbone."""
-        return self.features(x_t, z_t, t, label).flatten(0, 1)[rows] @ self.head_matrix().T
 
-    def forward(self, x_t: Tensor, z_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        return self.features(x_t, z_t, t, label) @ self.head_matrix().T
+class Guided:
+    """The denoiser of given classes under classifier-free guidance (Ho & Salimans 2022).
+
+    logits = any + guidance (given - any): of "any class", and of the class of each sequence, label (B,). Guidance 0 is
+    the unconditional model, 1 the conditional model, and more exaggerates what sets the class apart.
+    """
+
+    def __init__(self, model: Model, label: Tensor, guidance: float = 1.0):
+        if not 0 <= guidance <= LARGEST:
+            raise InputError(f"--guidance must be 0 or more, and not beyond float32, not {guidance}")
+        self.model, self.label, self.guidance = model, label, guidance
+
+    def logits_at(self, x_t: Tensor, z_t: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Compute logits (N, V) at the flat positions `rows` (N,), or (B, L, V) without them.
+
+        With K latents folded into the batch, B is K times the number of labels.
+        """
+        label = self.label.repeat(len(x_t) // len(self.label))
+
+        def logits(label: Tensor | None) -> Tensor:
+            if rows is None:
+                return self.model(x_t, z_t, t, label)
+            return self.model.logits_at(x_t, z_t, t, rows, label)
+
+        if self.guidance == 0:
+            return logits(None)
+        given = logits(label)
+        return given if self.guidance == 1 else logits(None).lerp(given, self.guidance)
+
+    def __call__(self, x_t: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        return self.logits_at(x_t, z_t, t)

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from cadd_min import ops
 from cadd_min.kernels import philox
-from cadd_min.loss import Denoiser
+from cadd_min.loss import DenoiserFn
 from cadd_min.plan import Plan, Sampling, given
 from cadd_min.reverse import estimate_z_0, token_probs
 from cadd_min.schedule import NoiseSchedule
@@ -35,7 +35,7 @@ class Step(NamedTuple):
     belief: Callable[[], Tensor]  # -> (B, L) tokens, where masked at t those that z0_hat looks like, computed on demand
 
 
-def logits_at(denoiser: Denoiser, x_t: Tensor, z_t: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+def logits_at(denoiser: DenoiserFn, x_t: Tensor, z_t: Tensor, t: Tensor, rows: Tensor) -> Tensor:
     """(N, V) logits at the flat positions `rows` (N,), which are the masked ones.
 
     A denoiser with a method logits_at(x_t, z_t, t, rows) is spared its head at the others; any other callable is not.
@@ -47,7 +47,7 @@ def logits_at(denoiser: Denoiser, x_t: Tensor, z_t: Tensor, t: Tensor, rows: Ten
 
 @torch.no_grad()
 def sample(
-    denoiser: Denoiser,
+    denoiser: DenoiserFn,
     shape: tuple[int, int],
     table: Tensor,
     schedule: NoiseSchedule,

@@ -10,6 +10,7 @@ from cadd_min.dit import PRESETS
 from cadd_min.forward import q_sample
 from cadd_min.latent import FUSIONS, HINTS, Latent, evidence_norm, log_likelihood, ordered_rows
 from cadd_min.model import Denoiser, ModelConfig
+from cadd_min.objective import Batch
 from cadd_min.sampler import sample
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.training.trainer import TrainConfig, Trainer
@@ -119,7 +120,7 @@ def trained(wrong_hints: float = 0.1, **options: object) -> Trainer:
     torch.manual_seed(0)
     config = ModelConfig(64, 32, PRESETS["nano"], **options)  # type: ignore[arg-type]
     settings = TrainConfig(steps=STEPS, batch_size=32, lr=2e-3, dtype="float32", wrong_hints=wrong_hints)
-    trainer = Trainer(Denoiser(config), lambda i: SOURCE.draw(32, seeded(3, i)), settings)
+    trainer = Trainer(Denoiser(config), lambda i: Batch(SOURCE.draw(32, seeded(3, i))), settings)
     for _ in range(STEPS):
         trainer.last = trainer.train_step()
     return trainer

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from cadd_min.dit import PATCH_PRESETS, PatchSize
-from cadd_min.guidance import Guided
-from cadd_min.model import Denoiser, ModelConfig
+from cadd_min.model import Denoiser, Guided, ModelConfig
+from cadd_min.objective import Batch
 from cadd_min.sampler import sample
 from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.unet import UNET_PRESETS, UNetSize
@@ -83,7 +83,7 @@ def test_overfits_one_batch(size, model):
     """Eight images of noise, which nothing but memory can tell: the CE falls far below log 17 = 2.83."""
     x_0 = torch.randint(17, (8, 64), generator=rng(0))
     config = TrainConfig(steps=300, lr=5e-3, warmup=10, batch_size=8, wrong_hints=0, dtype="float32")
-    trainer = Trainer(images(size, model=model, latent_dim=2), lambda index: x_0, config)
+    trainer = Trainer(images(size, model=model, latent_dim=2), lambda index: Batch(x_0), config)
     first = trainer.train_step()["ce"]
     last = [trainer.train_step()["ce"] for _ in range(299)][-20:]
     assert first > 2.5 and sum(last) / 20 < 1.0
@@ -112,7 +112,7 @@ def test_guided_samples_know_their_class_with_several_latents():
     x_0 = torch.tensor([[2] * 64, [14] * 64] * 8)
     label = torch.tensor([0, 1] * 8)
     config = TrainConfig(steps=250, lr=5e-3, warmup=10, batch_size=16, ema=0.9, wrong_hints=0, dtype="float32")
-    trainer = Trainer(images(NANO, classes=2, latent_dim=2), lambda index: (x_0, label), config)
+    trainer = Trainer(images(NANO, classes=2, latent_dim=2), lambda index: Batch(x_0, label), config)
     for _ in range(config.steps):
         trainer.train_step()
     net, wanted = trainer.ema, torch.tensor([1, 0, 0, 1])
@@ -131,7 +131,7 @@ def test_labels_are_dropped_at_their_rate():
         net = images(NANO, classes=2)
         torch.nn.init.normal_(net.head.weight)  # zero at the start, and then nothing below it gets a gradient
         trainer = Trainer(
-            net, lambda index: (x_0, label), TrainConfig(drop_label=share, weight_decay=0, dtype="float32")
+            net, lambda index: Batch(x_0, label), TrainConfig(drop_label=share, weight_decay=0, dtype="float32")
         )
         before = net.backbone.time.label.weight.detach().clone()
         trainer.train_step(), trainer.train_step()

@@ -6,7 +6,6 @@ Its likelihood is exact, no bound, so its nats are what a diffusion model's boun
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Generator, Tensor
@@ -14,12 +13,10 @@ from torch import Generator, Tensor
 from cadd_min.baselines.common import draw_tokens, features, logits_of, seen
 from cadd_min.kernels import philox
 from cadd_min.loss import Bound, token_losses
-from cadd_min.model import Denoiser
+from cadd_min.model import Model
+from cadd_min.objective import Batch, Loss, Objective
 from cadd_min.plan import Sampling
 from cadd_min.sampler import Step
-
-if TYPE_CHECKING:
-    from cadd_min.training.trainer import TrainConfig
 
 
 def shifted(x_0: Tensor, mask_id: int) -> Tensor:
@@ -27,26 +24,24 @@ def shifted(x_0: Tensor, mask_id: int) -> Tensor:
     return torch.cat([torch.full_like(x_0[:, :1], mask_id), x_0[:, :-1]], 1)
 
 
-def causal_features(model: Denoiser, x_0: Tensor, label: Tensor | None = None) -> Tensor:
+def causal_features(model: Model, x_0: Tensor, label: Tensor | None = None) -> Tensor:
     """(B L, F), the features that predict each token from what is left of it. t is 0: nothing is noisy."""
     return features(model, shifted(x_0, model.mask_id), torch.zeros(len(x_0), device=x_0.device), label).flatten(0, 1)
 
 
-def training_loss(
-    model: Denoiser, x_0: Tensor, u: Tensor, config: TrainConfig, generator: Generator, label: Tensor | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """-log p(x_0) per token in nats, no noise in it: `u`, `config` and `generator` do not matter.
+def training_loss(model: Model, batch: Batch, u: Tensor, objective: Objective, generator: Generator) -> Loss:
+    """Compute -log p(x_0) per token, in nats. There is no noise: `u`, `objective` and `generator` are ignored.
 
-    Args: x_0 (B, L); label (B,) or None. Returns: the scalar loss; its parts, detached: the CE summed over the "masked"
-    positions, which are all, and a squared error of zero.
+    All positions count as masked, and the squared error is zero.
     """
+    x_0, label, _ = batch
     ce, _ = token_losses(causal_features(model, x_0, label), model.head_matrix(), x_0.flatten())
-    parts = {"ce": ce.detach().sum(), "masked": torch.tensor(x_0.numel(), device=x_0.device), "mse": ce.new_zeros(())}
-    return ce.mean(), parts
+    count = torch.tensor(x_0.numel(), device=x_0.device)
+    return Loss(ce.mean(), ce.detach().sum(), count, ce.new_zeros(()))
 
 
 @torch.no_grad()
-def nelbo_parts(model: Denoiser, x_0: Tensor, *, steps: int | None = None, generator: Generator | None = None) -> Bound:
+def nelbo_parts(model: Model, x_0: Tensor, *, steps: int | None = None, generator: Generator | None = None) -> Bound:
     """-log p(x_0) itself, (B,) nats: the bound is exact, so `steps` and `generator` are ignored."""
     nats, _ = token_losses(causal_features(model, x_0), model.head_matrix(), x_0.flatten())
     discrete = nats.view_as(x_0).sum(-1)
@@ -55,7 +50,7 @@ def nelbo_parts(model: Denoiser, x_0: Tensor, *, steps: int | None = None, gener
 
 @torch.no_grad()
 def sample(
-    model: Denoiser, x: Tensor, how: Sampling, seed: Tensor, callback: Callable[[Step], None] | None = None
+    model: Model, x: Tensor, how: Sampling, seed: Tensor, callback: Callable[[Step], None] | None = None
 ) -> Tensor:
     """Draw x_0 (B, L) int64 from left to right: L forwards whatever `steps` says, each over all tokens so far.
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cadd_min.model import Denoiser
+from cadd_min.model import Model
 from cadd_min.reverse import draw, token_probs
 from cadd_min.sampler import Step
 
 
-def features(model: Denoiser, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+def features(model: Model, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
     """(B, L, F) of a model without a latent: x_t (B, L), t (B,), label (B,) or None."""
     return model.features(x_t, torch.zeros(*x_t.shape, 0, device=x_t.device), t.float(), label)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Generator, Tensor
@@ -23,13 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from cadd_min.baselines.common import draw_tokens, features, logits_of, seen
 from cadd_min.kernels import philox
 from cadd_min.loss import T_MIN, Bound, check_steps, chunk_rows, stratified_times
-from cadd_min.model import Denoiser
+from cadd_min.model import Model
+from cadd_min.objective import Batch, Loss, Objective
 from cadd_min.plan import Sampling, time_grid
 from cadd_min.sampler import Step
 from cadd_min.schedule import NoiseSchedule, per_token
-
-if TYPE_CHECKING:
-    from cadd_min.training.trainer import TrainConfig
 
 
 def masked_at(x_0: Tensor, t: Tensor, schedule: NoiseSchedule, generator: Generator | None) -> Tensor:
@@ -75,15 +72,13 @@ def kl_step(log_z: Tensor, f: Tensor, rho: Tensor) -> Tensor:
     return rho * (over - f) + stays
 
 
-def training_loss(
-    model: Denoiser, x_0: Tensor, u: Tensor, config: TrainConfig, generator: Generator, label: Tensor | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The score entropy integrated over [T_MIN, 1], one time a sequence, in nats per token: the bound on -log p(x_0).
+def training_loss(model: Model, batch: Batch, u: Tensor, objective: Objective, generator: Generator) -> Loss:
+    """Compute the score entropy integrated over [T_MIN, 1], at one time a sequence: the bound, in nats per token.
 
-    config.weighting does not matter: without its weights the score entropy is no bound.
-    Args: x_0 (B, L); u (B,) times on (0, 1]; label (B,) or None. Returns: the scalar loss; its parts, detached: the CE
-    of softmax(f) summed over masked positions and their number, and a squared error of zero.
+    `objective` is ignored: with other weights the score entropy is no bound. The CE among the parts is that of
+    softmax(f), and the squared error is zero. Args: u (B,) times on (0, 1].
     """
+    x_0, label, _ = batch
     t = T_MIN + (1 - T_MIN) * u
     masked = masked_at(x_0, t, model.schedule, generator)
     rows = masked.flatten().nonzero()[:, 0]
@@ -91,11 +86,11 @@ def training_loss(
     log_z, f = scores(h[rows], model.head_matrix(), x_0.flatten()[rows])
     weight = model.schedule.flip_rate(t)[rows // x_0.shape[1]].to(f)
     loss = (1 - T_MIN) * (weight * score_entropy(log_z, f)).sum() / x_0.numel()
-    return loss, {"ce": (log_z - f).detach().sum(), "masked": masked.sum(), "mse": torch.zeros_like(loss.detach())}
+    return Loss(loss, (log_z - f).detach().sum(), masked.sum(), torch.zeros_like(loss.detach()))
 
 
 @torch.no_grad()
-def nelbo_parts(model: Denoiser, x_0: Tensor, *, steps: int | None = None, generator: Generator | None = None) -> Bound:
+def nelbo_parts(model: Model, x_0: Tensor, *, steps: int | None = None, generator: Generator | None = None) -> Bound:
     """The bound on -log p(x_0) in (B,) nats, one time drawn for each sequence, stratified over the batch.
 
     Args: x_0 (B, L); steps: None for continuous time, the integral of the score entropy over [T_MIN, 1] and [0, T_MIN]
@@ -131,7 +126,7 @@ def nelbo_parts(model: Denoiser, x_0: Tensor, *, steps: int | None = None, gener
 
 @torch.no_grad()
 def sample(
-    model: Denoiser, x: Tensor, how: Sampling, seed: Tensor, callback: Callable[[Step], None] | None = None
+    model: Model, x: Tensor, how: Sampling, seed: Tensor, callback: Callable[[Step], None] | None = None
 ) -> Tensor:
     """Draw x_0 (B, L) int64 by the analytic (Tweedie) sampler of Lou et al. in `steps` equal steps from t = 1 to 0.
 

@@ -14,7 +14,7 @@ log(1 + c x) by log1p keeps its digits as alpha goes to 0, where costs go like c
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -23,14 +23,12 @@ from torch.utils.checkpoint import checkpoint
 from cadd_min.baselines.common import features, logits_of, seen
 from cadd_min.kernels import philox
 from cadd_min.loss import T_MIN, Bound, check_steps, chunk_rows, stratified_times
-from cadd_min.model import Denoiser
+from cadd_min.model import Model
+from cadd_min.objective import Batch, Loss, Objective
 from cadd_min.plan import Sampling, time_grid
 from cadd_min.reverse import draw, token_probs
 from cadd_min.sampler import Step
 from cadd_min.schedule import NoiseSchedule, per_token
-
-if TYPE_CHECKING:
-    from cadd_min.training.trainer import TrainConfig
 
 
 class Law(NamedTuple):
@@ -137,7 +135,7 @@ def laws(rows: Tensor, head: Tensor, x_t: Tensor, x_0: Tensor, c: Tensor) -> Law
 
 
 def costs(
-    model: Denoiser,
+    model: Model,
     x_0: Tensor,
     s: Tensor,
     t: Tensor,
@@ -156,15 +154,13 @@ def costs(
     return cost(law, (x_t == x_0).flatten(), each_s, each_t).view_as(x_0), -law.true.view_as(x_0)
 
 
-def training_loss(
-    model: Denoiser, x_0: Tensor, u: Tensor, config: TrainConfig, generator: Generator, label: Tensor | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The KL rate integrated over [T_MIN, 1], one time a sequence, in nats per token: the bound but for [0, T_MIN].
+def training_loss(model: Model, batch: Batch, u: Tensor, objective: Objective, generator: Generator) -> Loss:
+    """Compute the KL rate integrated over [T_MIN, 1], at one time a sequence, in nats per token.
 
-    config.weighting does not matter: the rate's weights are its own.
-    Args: x_0 (B, L); u (B,) times on (0, 1]; label (B,) or None. Returns: the scalar loss; its parts, detached: the CE
-    of x_theta summed over the "masked" positions, which are all, and a squared error of zero.
+    It is the bound without [0, T_MIN]. `objective` is ignored: the rate has weights of its own. The CE among the parts
+    is that of x_theta, all positions count as masked, and the squared error is zero. Args: u (B,) times on (0, 1].
     """
+    x_0, label, _ = batch
     t = T_MIN + (1 - T_MIN) * u
     schedule, vocab_size = model.schedule, model.mask_id
     rate, ce = costs(
@@ -172,11 +168,11 @@ def training_loss(
     )
     loss = (1 - T_MIN) * rate.mean().to(ce)
     count = torch.tensor(x_0.numel(), device=x_0.device)
-    return loss, {"ce": ce.detach().sum(), "masked": count, "mse": torch.zeros_like(loss.detach())}
+    return Loss(loss, ce.detach().sum(), count, torch.zeros_like(loss.detach()))
 
 
 @torch.no_grad()
-def nelbo_parts(model: Denoiser, x_0: Tensor, *, steps: int | None = None, generator: Generator | None = None) -> Bound:
+def nelbo_parts(model: Model, x_0: Tensor, *, steps: int | None = None, generator: Generator | None = None) -> Bound:
     """The bound on -log p(x_0) in (B,) nats, one time drawn for each sequence, stratified over the batch.
 
     Args: x_0 (B, L); steps: None for continuous time, the integral of the KL rate over [T_MIN, 1] and [0, T_MIN] as one
@@ -207,7 +203,7 @@ def nelbo_parts(model: Denoiser, x_0: Tensor, *, steps: int | None = None, gener
 
 @torch.no_grad()
 def sample(
-    model: Denoiser, x: Tensor, how: Sampling, seed: Tensor, callback: Callable[[Step], None] | None = None
+    model: Model, x: Tensor, how: Sampling, seed: Tensor, callback: Callable[[Step], None] | None = None
 ) -> Tensor:
     """Draw x_0 (B, L) int64 by the chain of `posterior` in `steps` equal steps from t = 1, where all is noise, to 0.
 

@@ -30,7 +30,7 @@ from cadd_min.codebench.scores import counted, extract, table
 from cadd_min.data.hf_tokenizer import prompt_ids
 from cadd_min.data.pixels import Pixels
 from cadd_min.data.tokenizer import Tokenizer
-from cadd_min.model import Denoiser
+from cadd_min.model import Model
 from cadd_min.plan import Sampling
 from cadd_min.sampling import generate
 from cadd_min.upgrade import folder as upgraded
@@ -101,7 +101,7 @@ def load(args: argparse.Namespace) -> list[Problem]:
     return problems.mbpp(args.problems, args.split, shots)
 
 
-def text_model(model: Denoiser, tokenizer: Tokenizer, encode: Encode, how: Sampling, dtype: str) -> Complete:
+def text_model(model: Model, tokenizer: Tokenizer, encode: Encode, how: Sampling, dtype: str) -> Complete:
     """A model of text: it fills all of its length after the prompt, and is read up to the first end of a text."""
 
     def answer(row: list[int], start: int) -> str:

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from cadd_min.data.tokenizer import Tokenizer
@@ -53,29 +51,6 @@ def read_pairs(path: Path) -> list[Pair]:
     if not pairs:
         raise InputError(f"{path} holds no pairs of prompt and response")
     return pairs
-
-
-class Pairs:
-    """Micro-batches of pairs, shuffled anew in each epoch: a pure function of (seed, index).
-
-    ids (N, L) int64: what `encode` makes; starts (N,): where the responses begin. Called, it gives x_0 (B, L) and free
-    (B, L), the tokens that are not given.
-    """
-
-    def __init__(self, ids: np.ndarray, starts: np.ndarray, batch_size: int, seed: int = 0):
-        self.ids, self.starts, self.batch_size, self.seed = ids, starts, batch_size, seed
-        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-
-    def _row(self, n: int) -> int:
-        epoch, place = divmod(n, len(self.ids))
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.ids)))
-        return int(self._epoch[1][place])
-
-    def __call__(self, index: int) -> tuple[Tensor, Tensor]:
-        rows = [self._row(n) for n in range(index * self.batch_size, (index + 1) * self.batch_size)]
-        start = torch.from_numpy(self.starts[rows])
-        return torch.from_numpy(self.ids[rows]), torch.arange(self.ids.shape[1]) >= start[:, None]
 
 
 def encode(

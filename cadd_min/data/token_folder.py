@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from cadd_min.data.corpus import Corpus
 from cadd_min.data.shards import INDEX, check_part, write_folder
@@ -209,40 +207,6 @@ def _alone(folder: Path) -> Iterator[None]:
             print(f"waiting for another process that fills {folder}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-class Batches:
-    """Sequences of `length` tokens, shuffled without replacement over each epoch: batches(index) is (B, L) int64.
-
-    A pure function of (seed, index). Each epoch cuts the stream at another place. Its order takes 4 bytes a sequence:
-    for 9 billion tokens at length 1,024 these are 35 MB.
-    """
-
-    def __init__(
-        self, tokens: np.ndarray | TokenView, length: int, batch_size: int, seed: int = 0, name: str = "the corpus"
-    ):
-        if len(tokens) < length:
-            raise InputError(f"{name} has {len(tokens)} tokens: fewer than one sequence of --length {length}")
-        self.tokens, self.length, self.batch_size, self.seed = tokens, length, batch_size, seed
-        self.per_epoch = max(1, len(tokens) // length - 1)
-        self._epoch: tuple[int, int, np.ndarray] = (-1, 0, np.empty(0, np.uint32))
-
-    def _order(self, epoch: int) -> tuple[int, np.ndarray]:
-        if self._epoch[0] != epoch:
-            rng = np.random.default_rng((self.seed, epoch))
-            slack = len(self.tokens) - self.per_epoch * self.length
-            shift, order = int(rng.integers(slack + 1)), np.arange(self.per_epoch, dtype=np.uint32)
-            rng.shuffle(order)
-            self._epoch = (epoch, shift, order)
-        return self._epoch[1:]
-
-    def __call__(self, index: int) -> Tensor:
-        rows = torch.empty(self.batch_size, self.length, dtype=torch.int64)  # first: there may be no room for them
-        for row, n in zip(rows.numpy(), range(index * self.batch_size, (index + 1) * self.batch_size)):
-            shift, order = self._order(n // self.per_epoch)
-            start = shift + int(order[n % self.per_epoch]) * self.length
-            row[:] = self.tokens[start : start + self.length]
-        return rows
 
 
 def main() -> None:

@@ -11,29 +11,29 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cadd_min.baselines.dispatch import bound
-from cadd_min.model import Denoiser
-from cadd_min.training.trainer import Batch, unpack
-from cadd_min.utils.device import DTYPES, seeded
+from cadd_min.model import Model
+from cadd_min.objective import Batch
+from cadd_min.utils.device import autocast, seeded
 
 
 def held_out_bound(
-    model: Denoiser, batches: Iterable[Batch], *, steps: int | None, repeat: int, seed: int, dtype: str
+    model: Model, batches: Iterable[Batch], *, steps: int | None, repeat: int, seed: int, dtype: str
 ) -> Tensor:
     """(N, 2) float64 nats of each held-out sequence, its discrete and continuous part, averaged over `repeat` draws.
 
     A sequence's draws are averaged first: they are not independent of each other, sequences are. steps: of the discrete
     chain, or None for continuous time.
     """
-    device, found = model.embedding.weight.device, []
+    nats = []
     for index, batch in enumerate(tqdm(list(batches), desc="bound", unit="batch", leave=False)):
-        (x_0, given), draws = unpack(batch, device), []
+        draws = []
         for n in range(repeat):
-            generator = seeded(seed, index * repeat + n, device)
-            with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
-                parts = bound(model, x_0, **given, steps=steps, generator=generator)
-            draws.append(torch.stack([*parts], -1).double())
-        found.append(torch.stack(draws).mean(0))
-    return torch.cat(found)
+            generator = seeded(seed, index * repeat + n, model.device)
+            with autocast(model.device, dtype):
+                parts = bound(model, batch.to(model.device), steps=steps, generator=generator)
+            draws.append(torch.stack([*parts], -1).double())  # (B, 2)
+        nats.append(torch.stack(draws).mean(0))
+    return torch.cat(nats)
 
 
 def summary(nats: Tensor, per: float) -> dict[str, float]:

@@ -16,10 +16,9 @@ from cadd_min.data.pixels import Pixels
 from cadd_min.evaluation import image_judge as judge
 from cadd_min.evaluation.bound import held_out_bound, report, summary
 from cadd_min.evaluation.fid import inception_metrics
-from cadd_min.guidance import Guided
-from cadd_min.model import Denoiser
+from cadd_min.model import Guided, Model
+from cadd_min.objective import Batch
 from cadd_min.sampling import generate
-from cadd_min.training.trainer import Batch
 from cadd_min.utils.errors import InputError
 
 NAMES = {
@@ -31,11 +30,11 @@ NAMES = {
 }
 
 
-def draw(model: Denoiser, pixels: Pixels, args: argparse.Namespace) -> np.ndarray:
+def draw(model: Model, pixels: Pixels, args: argparse.Namespace) -> np.ndarray:
     """(num, H, W, C) samples; of a model of classes as many of each."""
 
     def guided(first: int, count: int) -> Any:
-        label = (first + torch.arange(count, device=model.embedding.weight.device)) % model.config.classes
+        label = (first + torch.arange(count, device=model.device)) % model.config.classes
         return Guided(model, label, 1.0 if args.guidance is None else args.guidance)
 
     how, denoiser = generate.sampling(args), guided if model.config.classes else None
@@ -55,7 +54,7 @@ def frechet(samples: np.ndarray, data: images.Images, args: argparse.Namespace) 
     return rows
 
 
-def bound(model: Denoiser, pixels: Pixels, data: images.Images, args: argparse.Namespace) -> dict[str, Any]:
+def bound(model: Model, pixels: Pixels, data: images.Images, args: argparse.Namespace) -> dict[str, Any]:
     """Bits per dimension of held-out images."""
     held_out = data.held_out[: args.num]
 
@@ -63,9 +62,10 @@ def bound(model: Denoiser, pixels: Pixels, data: images.Images, args: argparse.N
         """Held-out images as tokens, with labels where the model knows classes."""
         for first in range(0, len(held_out), args.batch_size):
             rows = slice(first, first + args.batch_size)
-            x_0 = pixels.encode(held_out[rows])
-            known = model.config.classes and data.labels is not None
-            yield (x_0, torch.from_numpy(data.labels[1][: args.num][rows])) if known else x_0  # type: ignore[index]
+            label = None
+            if model.config.classes and data.labels is not None:
+                label = torch.from_numpy(data.labels[1][: args.num][rows])
+            yield Batch(pixels.encode(held_out[rows]), label)
 
     nats = held_out_bound(model, batches(), steps=args.T, repeat=args.repeat, seed=args.seed, dtype=args.dtype)
     found = summary(nats, math.log(2) * pixels.length)
@@ -73,12 +73,12 @@ def bound(model: Denoiser, pixels: Pixels, data: images.Images, args: argparse.N
     return {"images": len(held_out), "draws for each": args.repeat, **found}
 
 
-def assess(models: dict[Path, tuple[Denoiser, Any, dict[str, Any]]], args: argparse.Namespace) -> str:
+def assess(models: dict[Path, tuple[Model, Any, dict[str, Any]]], args: argparse.Namespace) -> str:
     """What is asked for, of each model."""
     return "\n\n".join(_one(path, *models[path], args) for path in models)
 
 
-def _one(path: Path, model: Denoiser, pixels: Pixels, content: dict[str, Any], args: argparse.Namespace) -> str:
+def _one(path: Path, model: Model, pixels: Pixels, content: dict[str, Any], args: argparse.Namespace) -> str:
     if args.guidance is not None and not model.config.classes:
         raise InputError(f"--guidance needs a model of classes, and --ckpt {path} was trained without labels")
     settings = content["settings"]
@@ -93,7 +93,7 @@ def _one(path: Path, model: Denoiser, pixels: Pixels, content: dict[str, Any], a
     else:
         samples, how = draw(model, pixels, args), f"{args.num} samples, {generate.settings(args, [model.config.model])}"
         if args.what == "fid":
-            rows = inception_metrics(samples, data.train, model.embedding.weight.device, args.inception_weights)
+            rows = inception_metrics(samples, data.train, model.device, args.inception_weights)
         else:
             rows = frechet(samples, data, args)
     return report(rows, f"model {model.config.model} at step {content['trainer']['step']} ({path}), {how}")

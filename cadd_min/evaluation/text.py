@@ -17,14 +17,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cadd_min.data import corpus
+from cadd_min.data.batches import TextBatches
 from cadd_min.data.pairs import holds_pairs
-from cadd_min.data.token_folder import Batches, TokenFolder, TokenView, is_folder, prepare
+from cadd_min.data.token_folder import TokenFolder, TokenView, is_folder, prepare
 from cadd_min.data.tokenizer import Tokenizer
 from cadd_min.evaluation import text_scores
 from cadd_min.evaluation.bound import held_out_bound, report, summary
 from cadd_min.evaluation.text_judge import SMOLLM2, LanguageJudge, characters, open_judge
 from cadd_min.evaluation.text_scores import MAUVE_LEAST, score
-from cadd_min.model import Denoiser
+from cadd_min.model import Model
+from cadd_min.objective import Batch
 from cadd_min.plan import Sampling
 from cadd_min.sampling import generate
 from cadd_min.utils.errors import InputError
@@ -47,13 +49,13 @@ def held_out_tokens(content: dict[str, Any], tokenizer: Tokenizer, dataset: str 
 
 def windows(tokens: np.ndarray | TokenView, count: int, length: int) -> Tensor:
     """(count, length) pieces of held-out text, no two of them overlapping, the same at every call."""
-    batches = Batches(tokens, length, count, name="the held-out text")
+    batches = TextBatches(tokens, length, count, name="the held-out text")
     if batches.per_epoch < count:
         raise InputError(
             f"--num: the held-out text has {batches.per_epoch} pieces of {length} tokens, and {count} are needed: real "
             "text is scored beside the samples"
         )
-    return batches(0)
+    return batches(0).x_0
 
 
 @dataclass
@@ -80,12 +82,17 @@ class Reader:
         return self.score(self.real[1::2])
 
 
-def bound_rows(model: Denoiser, tokenizer: Tokenizer, tokens: TokenView, args: argparse.Namespace) -> dict[str, Any]:
+def bound_rows(model: Model, tokenizer: Tokenizer, tokens: TokenView, args: argparse.Namespace) -> dict[str, Any]:
     """The bound of held-out text in the field's units. A perplexity of the bound; never of CADD's cross-entropy."""
     length = model.config.length
     held_out = windows(tokens, args.num, length)
     nats = held_out_bound(
-        model, held_out.split(args.batch_size), steps=args.T, repeat=args.repeat, seed=args.seed, dtype=args.dtype
+        model,
+        map(Batch, held_out.split(args.batch_size)),
+        steps=args.T,
+        repeat=args.repeat,
+        seed=args.seed,
+        dtype=args.dtype,
     )
     found = summary(nats, length)
     letters = sum(characters(tokenizer.decode(row)) for row in held_out.tolist()) / len(held_out)
@@ -189,7 +196,7 @@ def short_names(paths: Iterable[Path]) -> dict[Path, str]:
     return {path: name if names.count(name) == 1 else str(path) for path, name in short.items()}
 
 
-def assess(models: dict[Path, tuple[Denoiser, Tokenizer, dict[str, Any]]], args: argparse.Namespace) -> str:
+def assess(models: dict[Path, tuple[Model, Tokenizer, dict[str, Any]]], args: argparse.Namespace) -> str:
     """What is asked for, of each model, as Markdown or lines.
 
     A frontier's table is printed, so that it is there whatever becomes of the picture, which is drawn to args.out.
@@ -231,17 +238,17 @@ def assess(models: dict[Path, tuple[Denoiser, Tokenizer, dict[str, Any]]], args:
     return f"frontier in {args.out}"
 
 
-def kinds(models: dict[Path, tuple[Denoiser, Tokenizer, dict[str, Any]]]) -> set[str]:
+def kinds(models: dict[Path, tuple[Model, Tokenizer, dict[str, Any]]]) -> set[str]:
     """Which of cadd, mdlm, ... there are."""
     return {model.config.model for model, _, _ in models.values()}
 
 
-def drawn(model: Denoiser, how: Sampling, args: argparse.Namespace) -> Tensor:
+def drawn(model: Model, how: Sampling, args: argparse.Namespace) -> Tensor:
     """(num, L) samples of a model by these options."""
     return generate.many(model, how, args.num, seed=args.seed, dtype=args.dtype, batch_size=args.batch_size)
 
 
-def infilled(model: Denoiser, x_0: Tensor, share: float, how: Sampling, args: argparse.Namespace) -> Tensor:
+def infilled(model: Model, x_0: Tensor, share: float, how: Sampling, args: argparse.Namespace) -> Tensor:
     """(N,) which share of its masked tokens each held-out sequence gets back: `share` of x_0 (N, L) masked, at random.
 
     The masks are the same for every model of one length.
@@ -259,7 +266,7 @@ def infilled(model: Denoiser, x_0: Tensor, share: float, how: Sampling, args: ar
 
 
 def infill_table(
-    models: dict[Path, tuple[Denoiser, Tokenizer, dict[str, Any]]], x_0: Tensor, args: argparse.Namespace
+    models: dict[Path, tuple[Model, Tokenizer, dict[str, Any]]], x_0: Tensor, args: argparse.Namespace
 ) -> str:
     """Markdown: of each model, how many of the tokens masked in x_0 (N, L) it puts back."""
     lines = ["| model | " + " | ".join(f"{share:.0%} masked" for share in args.masked) + " |"]
@@ -276,7 +283,7 @@ def infill_table(
 
 
 def _bound_lines(
-    path: Path, model: Denoiser, tokenizer: Tokenizer, content: dict[str, Any], args: argparse.Namespace
+    path: Path, model: Model, tokenizer: Tokenizer, content: dict[str, Any], args: argparse.Namespace
 ) -> str:
     tokens = held_out_tokens(content, tokenizer, args.dataset, args.cache)
     rows = bound_rows(model, tokenizer, tokens, args)

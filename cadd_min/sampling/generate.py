@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from cadd_min import ops
 from cadd_min.baselines import dispatch as methods
-from cadd_min.model import Denoiser
+from cadd_min.model import Model
 from cadd_min.plan import HITTING, Sampling, cosine_temperature
 from cadd_min.sampler import Step
 from cadd_min.utils.cli import add_options, from_args
-from cadd_min.utils.device import DTYPES, seeded
+from cadd_min.utils.device import DTYPES, autocast, seeded
 from cadd_min.utils.errors import InputError, choose
 
 
@@ -61,7 +61,7 @@ def sampling(args: argparse.Namespace) -> Sampling:
 
 
 def samples(
-    model: Denoiser,
+    model: Model,
     how: Sampling,
     count: int,
     *,
@@ -73,8 +73,7 @@ def samples(
     callback: Callable[[Step], None] | None = None,
 ) -> Tensor:
     """(count, L) tokens; `index` is of the batch: another one has other noise."""
-    device = model.embedding.weight.device
-    with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
+    with autocast(model.device, dtype):
         return methods.draw(
             model,
             count,
@@ -88,7 +87,7 @@ def samples(
 
 
 def many(
-    model: Denoiser,
+    model: Model,
     how: Sampling,
     count: int,
     *,

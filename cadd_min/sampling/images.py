@@ -13,8 +13,7 @@ from torch import Tensor
 
 from cadd_min.data.images import read_image
 from cadd_min.data.pixels import Pixels
-from cadd_min.guidance import Guided
-from cadd_min.model import Denoiser
+from cadd_min.model import Guided, Model
 from cadd_min.sampler import Step
 from cadd_min.sampling.pictures import Film, frame, grid, save
 from cadd_min.sampling.watch import Watch
@@ -26,7 +25,7 @@ class ImageTask:
 
     zhat, num = "soft", 64  # hard loses variety in images: docs/images.md
 
-    def __init__(self, model: Denoiser, pixels: Pixels, args: argparse.Namespace):
+    def __init__(self, model: Model, pixels: Pixels, args: argparse.Namespace):
         self.model, self.pixels, self.args = model, pixels, args
         if args.prompt is not None:
             raise InputError(f"--prompt is for models of text, and --ckpt {args.ckpt} is one of images: use --inpaint")
@@ -68,7 +67,7 @@ class ImageTask:
         if not self.model.config.classes:
             return self.model
         chosen = torch.tensor(self.args.classes or range(self.model.config.classes))
-        label = chosen[torch.arange(count) % len(chosen)].to(self.model.embedding.weight.device)
+        label = chosen[torch.arange(count) % len(chosen)].to(self.model.device)
         return Guided(self.model, label, 1.0 if self.args.guidance is None else self.args.guidance)
 
     def prompt(self, count: int) -> Tensor | None:

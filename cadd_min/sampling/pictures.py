@@ -14,9 +14,8 @@ from cadd_min import ops
 from cadd_min.baselines.dispatch import draw
 from cadd_min.data.images import pillow
 from cadd_min.data.pixels import Pixels
-from cadd_min.guidance import Guided
 from cadd_min.latent import log_likelihood
-from cadd_min.model import Denoiser
+from cadd_min.model import Guided, Model
 from cadd_min.sampler import Step
 from cadd_min.utils.errors import InputError, reason
 from cadd_min.utils.files import atomic_write
@@ -96,7 +95,7 @@ def blocks(image: np.ndarray) -> str:
     return "\n".join(lines)
 
 
-def strip(model: Denoiser, x_0: Tensor, pixels: Pixels, times: int = 9, seed: int = 0) -> np.ndarray:
+def strip(model: Model, x_0: Tensor, pixels: Pixels, times: int = 9, seed: int = 0) -> np.ndarray:
     """The forward process on one image (1, L), from t = 0 to 1: above what is masked, below what the latents still say.
 
     Below, a masked value is E[value | z_t] under the table alone, which is all that the latent knows by itself.
@@ -115,7 +114,7 @@ def strip(model: Denoiser, x_0: Tensor, pixels: Pixels, times: int = 9, seed: in
     return grid(np.concatenate([upper, lower]), columns=times)
 
 
-def preview(model: Denoiser, pixels: Pixels, x_0: Tensor, out: Path | None, step: int) -> str:
+def preview(model: Model, pixels: Pixels, x_0: Tensor, out: Path | None, step: int) -> str:
     """Write a grid of samples of a model in training, and at first the forward process on the image x_0 (1, L).
 
     out: None draws them all the same, and writes nothing.

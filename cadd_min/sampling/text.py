@@ -11,7 +11,7 @@ from torch import Tensor
 from cadd_min.baselines.dispatch import draw
 from cadd_min.data.hf_tokenizer import prompt_ids
 from cadd_min.data.tokenizer import Tokenizer
-from cadd_min.model import Denoiser
+from cadd_min.model import Model
 from cadd_min.sampling.watch import Watch
 from cadd_min.utils.errors import InputError
 
@@ -51,13 +51,13 @@ class TextTask:
 
     zhat, num = "hard", 1
 
-    def __init__(self, model: Denoiser, tokenizer: Tokenizer, args: argparse.Namespace):
+    def __init__(self, model: Model, tokenizer: Tokenizer, args: argparse.Namespace):
         self.model, self.tokenizer, self.args = model, tokenizer, args
         for name in ("out", "gif", "classes", "guidance", "inpaint", "mask"):
             if getattr(args, name) is not None:
                 raise InputError(f"--{name} is for models of images, and --ckpt {args.ckpt} is one of text")
 
-    def denoiser(self, count: int) -> Denoiser:
+    def denoiser(self, count: int) -> Model:
         return self.model
 
     def prompt(self, count: int) -> Tensor | None:
@@ -86,7 +86,7 @@ class TextTask:
         return ""
 
 
-def preview(model: Denoiser, tokenizer: Tokenizer, steps: int = 64) -> str:
+def preview(model: Model, tokenizer: Tokenizer, steps: int = 64) -> str:
     """One short sample of a model in training."""
     x = draw(model, 1, steps=steps, generator=torch.Generator().manual_seed(0))
     return " ".join(tokenizer.decode(x[0].tolist()).split())

@@ -11,11 +11,12 @@ import torch
 
 from cadd_min import ops
 from cadd_min.checkpoints import file as checkpoint
-from cadd_min.model import Denoiser, ModelConfig
+from cadd_min.model import Model, ModelConfig
+from cadd_min.objective import Batch
 from cadd_min.training import log
 from cadd_min.training.distributed import World, world
 from cadd_min.training.loop import FitConfig, Run, fit
-from cadd_min.training.trainer import Batch, TrainConfig, Trainer
+from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.utils.cli import Parser, add_options, from_args, set_defaults
 from cadd_min.utils.errors import InputError
 from cadd_min.utils.files import remove_leftovers
@@ -76,7 +77,7 @@ def new_folder(args: argparse.Namespace) -> Path:
 def train(
     args: argparse.Namespace,
     resumed: dict[str, Any] | None,
-    make: Callable[[], Denoiser],
+    make: Callable[[], Model],
     data: Callable[[int], Batch],
     held_out: Sequence[Batch],
     codec: Any,

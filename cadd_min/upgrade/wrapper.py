@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from cadd_min.data.hf_tokenizer import HFTokenizer
 from cadd_min.latent import Latent, table_norm
-from cadd_min.model import Denoiser, ModelConfig
+from cadd_min.model import Denoiser, Model, ModelConfig
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.upgrade.families import AUTOREGRESSIVE, MASKED, Source, auto_class, check_depth
 from cadd_min.utils.cli import option
@@ -56,7 +56,7 @@ class UpgradeConfig:
     freeze_embedding: bool = option(False, "keep the token embedding as it is")
     anneal: int = option(0, "steps of training in which attention is opened to the right, by and by")
 
-    image, classes = None, 0  # as ModelConfig has them
+    image, classes = None, 0  # a model of text, without labels
 
     def __post_init__(self) -> None:
         choose("model", self.model, MODELS)
@@ -77,12 +77,15 @@ class UpgradeConfig:
         return NoiseSchedule(self.discrete, self.continuous)
 
 
-class Upgraded(nn.Module):
-    """(x_t (B, L), z_t (B, L, D), t (B,)) -> logits (B, L, V) by a pretrained network, as `model.Denoiser` has them.
+class Upgraded(Model):
+    """A pretrained network as the denoiser. Labels are ignored.
 
-    V counts the mask, whose logit is never looked at; D is the embedding's width, or 0 for a masked model. network: a
-    PreTrainedModel, which is changed: its head is taken out of it, so that it returns what goes into the head.
+    V counts the mask, whose logit is never read. D is the embedding's width, or 0 for a masked model. network: a
+    PreTrainedModel, which is changed: its head leaves it, so that the network returns the head's input.
     """
+
+    config: UpgradeConfig
+    backbone: Any  # the PreTrainedModel
 
     def __init__(self, config: UpgradeConfig, network: Any):
         super().__init__()
@@ -109,15 +112,13 @@ class Upgraded(nn.Module):
 
     @property
     def embedding(self) -> nn.Embedding:
-        """The token embedding, which is the network's."""
+        """The network's token embedding."""
         return self.backbone.get_input_embeddings()
 
     def table(self) -> Tensor:
-        """The latent table w (V, D)."""
         return self.latent.table(self.embedding.weight)
 
     def features(self, x_t: Tensor, z_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """(B, L, F) with logits = features @ head_matrix().T. A label there is none."""
         z_tilde = self.latent.fuse(self.embedding(x_t), z_t, x_t == self.mask_id, t, self.embedding.weight)
         h = self.backbone(inputs_embeds=z_tilde, attention_mask=self._window(x_t)).logits
         if self.config.shift:  # the first place has no logits of its own
@@ -125,24 +126,16 @@ class Upgraded(nn.Module):
         return h if self.head.bias is None else torch.cat([h, torch.ones_like(h[..., :1])], -1)
 
     def head_matrix(self) -> Tensor:
-        """(V, F). A bias is a column more, as in `model.Denoiser`."""
         weight, bias = self.head.weight, self.head.bias
         return weight if bias is None else torch.cat([weight, bias[:, None]], -1)
 
-    def _logits(self, features: Tensor) -> Tensor:
+    def logits(self, features: Tensor) -> Tensor:
         return F.linear(features[..., : self.head.weight.shape[1]], self.head.weight, self.head.bias)
 
-    def logits_at(self, x_t: Tensor, z_t: Tensor, t: Tensor, rows: Tensor, label: Tensor | None = None) -> Tensor:
-        """(N, V) logits at the flat positions `rows` (N,) only."""
-        return self._logits(self.features(x_t, z_t, t).flatten(0, 1)[rows])
-
-    def forward(self, x_t: Tensor, z_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        return self._logits(self.features(x_t, z_t, t))
-
     def at_step(self, step: int) -> None:
-        """Before each step of training: how far attention may look to the right, from 0 to all in config.anneal steps.
+        """Open the attention to the right: from no token to all tokens in config.anneal steps.
 
-        DiffuLLaMA (Gong et al. 2024) shows more of the future by and by, too; there, at random.
+        DiffuLLaMA (Gong et al. 2024) also shows the future step by step, but at random.
         """
         opening = step < self.config.anneal
         self.ahead = self.config.length * step // self.config.anneal if opening else None
@@ -155,7 +148,6 @@ class Upgraded(nn.Module):
         return (place <= place[:, None] + self.ahead)[None, None]
 
     def blocks(self) -> list[nn.Module]:
-        """The network's layers."""
         lists = [module for module in self.backbone.modules() if isinstance(module, nn.ModuleList)]
         longest: nn.ModuleList = max(lists, key=len)
         return list(longest)
@@ -211,10 +203,10 @@ def _tried(config: UpgradeConfig, network: Any, name: str) -> Upgraded:
     probe = network.get_input_embeddings()(torch.arange(min(4, config.length))[None])
     expected = network(inputs_embeds=probe).logits
     model = Upgraded(config, network)
-    if not torch.equal(model._logits(network(inputs_embeds=probe).logits), expected):
+    if not torch.equal(model.logits(network(inputs_embeds=probe).logits), expected):
         raise InputError(f"--from {name}: its logits are more than a linear map of its last layer")
     probe = torch.cat([probe[:, :-1], -probe[:, -1:]], 1)
-    if config.length > 1 and torch.equal(model._logits(network(inputs_embeds=probe).logits)[:, 0], expected[:, 0]):
+    if config.length > 1 and torch.equal(model.logits(network(inputs_embeds=probe).logits)[:, 0], expected[:, 0]):
         raise InputError(f"--from {name}: a {type(network).__name__} cannot be made to look to the right")
     if config.anneal:
         model.ahead = 0

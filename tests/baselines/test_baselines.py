@@ -10,9 +10,9 @@ from cadd_min import ops
 from cadd_min.baselines import ar, common, sedd, udm
 from cadd_min.loss import stratified_times
 from cadd_min.model import BASELINES, ModelConfig
+from cadd_min.objective import Batch, Objective
 from cadd_min.plan import Sampling, given
 from cadd_min.schedule import NoiseSchedule
-from cadd_min.training.trainer import TrainConfig
 from cadd_min.utils.errors import InputError
 from tests.conftest import ALPHA, NANO, nano, rng
 from tests.test_dit import first_attention
@@ -433,18 +433,19 @@ def test_starts_at_the_uniform_law_and_learns_a_batch(name):
     """Untrained the loss is about log V; overfitted on two sequences, by 150 steps, less than half of that."""
     net, x_0 = nano(name), torch.randint(11, (2, 12), generator=rng(0))
     optimizer, losses = torch.optim.Adam(net.parameters(), lr=1e-2), []
-    batch = x_0.repeat(16, 1)
+    batch = Batch(x_0.repeat(16, 1))
     for step in range(150):
-        u = stratified_times(len(batch), rng(step))
-        loss, parts = MODULES[name].training_loss(net, batch, u, TrainConfig(), rng(step))
+        u = stratified_times(len(batch.x_0), rng(step))
+        loss, *parts = MODULES[name].training_loss(net, batch, u, Objective(), rng(step))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert set(parts) == {"ce", "masked", "mse"} and not any(part.requires_grad for part in parts.values())
-    assert 0 < parts["masked"] <= batch.numel() and parts["mse"] == 0
+    _, masked, mse = parts
+    assert not any(part.requires_grad for part in parts)
+    assert 0 < masked <= batch.x_0.numel() and mse == 0
     assert losses[0] == pytest.approx(math.log(11), rel=0.3)
     assert sum(losses[-20:]) / 20 < math.log(11) / 2
-    bound = MODULES[name].nelbo_parts(net, batch, generator=rng(0))
+    bound = MODULES[name].nelbo_parts(net, batch.x_0, generator=rng(0))
     assert bound.discrete.shape == (32,) and (bound.continuous == 0).all()
     assert float(bound.discrete.mean()) / 12 < math.log(11) / 2

@@ -11,7 +11,7 @@ from torch import nn
 from cadd_min.checkpoints import mdlm as mdlm_weights
 from cadd_min.checkpoints.folder import from_pretrained
 from cadd_min.checkpoints.mdlm import from_mdlm, to_mdlm
-from cadd_min.training.trainer import TrainConfig, training_loss
+from cadd_min.objective import Batch, Objective, training_loss
 from cadd_min.utils.errors import InputError
 from tests.conftest import nano, rng, save_untrained
 
@@ -115,8 +115,8 @@ def test_theirs_here_gives_the_same_log_probabilities_at_every_position_and_time
 
 
 def test_the_bias_of_the_head_reaches_the_loss_and_its_gradient():
-    model, x, config = from_mdlm(public_state(), LENGTH), some_tokens(VOCAB - 1), TrainConfig(wrong_hints=0.0)
-    loss = lambda: training_loss(model, x, torch.linspace(0.1, 0.9, len(x)), config, rng(2))[0]
+    model, x, config = from_mdlm(public_state(), LENGTH), some_tokens(VOCAB - 1), Objective(wrong_hints=0.0)
+    loss = lambda: training_loss(model, Batch(x), torch.linspace(0.1, 0.9, len(x)), config, rng(2)).total
     loss().backward()
     way = torch.randn(VOCAB, generator=rng(3))
     model.head.bias.data += 0.01 * way

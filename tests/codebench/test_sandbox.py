@@ -249,7 +249,7 @@ def test_a_machine_that_cannot_contain_is_told_so(monkeypatch):
 def test_a_killed_evaluation_leaves_no_program_behind(run):
     """The process that started them dies by SIGKILL; what it started dies with it."""
     code = (
-        "from cadd_min import sandbox\n"
+        "from cadd_min.codebench import sandbox\n"
         f"sandbox.ENVIRONMENT['PATH'] = {MARK!r}\n"
         "with sandbox.opened(sandbox.Limits(seconds=60)) as run:\n"
         "    print('opened', flush=True)\n"

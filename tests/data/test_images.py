@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cadd_min.data import images
+from cadd_min.data.batches import ImageBatches
 from cadd_min.data.images import HELD_OUT, open_images, read_image
-from cadd_min.data.pixels import ImageBatches, Pixels
+from cadd_min.data.pixels import Pixels
 from cadd_min.utils.errors import InputError
 from cadd_min.utils.files import download
 
@@ -72,7 +73,8 @@ def test_batches_go_through_every_image_once_an_epoch_and_mirror_half():
     batches = ImageBatches(image, np.arange(12), pixels, 4, seed=1, flip=True)
     seen, mirrored = [], 0
     for index in range(30):
-        x, label = batches(index)
+        x, label, free = batches(index)
+        assert free is None
         views = x.view(4, 2, 3)
         assert torch.equal(views[:, :, 1], label[:, None].expand(4, 2))  # labels stay with their images
         mirrored += int((views[:, 0, 2] >= 100).sum())
@@ -82,7 +84,7 @@ def test_batches_go_through_every_image_once_an_epoch_and_mirror_half():
     again = ImageBatches(image, np.arange(12), pixels, 4, seed=1, flip=True)
     assert torch.equal(again(17)[0], batches(17)[0])  # a function of the index alone
     plain = ImageBatches(image, None, pixels, 4, seed=1)
-    assert (plain(3).view(4, 2, 3)[:, :, 0] >= 100).all()
+    assert (plain(3).x_0.view(4, 2, 3)[:, :, 0] >= 100).all()
 
 
 def write_idx(path, array):

@@ -11,12 +11,13 @@ import torch
 from scipy import stats
 
 from cadd_min.data import pairs
-from cadd_min.data.pairs import Pair, Pairs
+from cadd_min.data.batches import PairBatches
+from cadd_min.data.pairs import Pair
 from cadd_min.data.tokenizer import chars
 from cadd_min.loss import nelbo_parts
 from cadd_min.model import Denoiser, ModelConfig
+from cadd_min.objective import Batch, Objective, training_loss
 from cadd_min.schedule import NoiseSchedule
-from cadd_min.training.trainer import TrainConfig, training_loss
 from cadd_min.utils.errors import InputError
 from tests.conftest import ALPHA, NANO, rng
 
@@ -28,17 +29,18 @@ def test_a_sequence_is_prompt_response_and_ends() -> None:
     assert LETTERS.decode(ids[0][:5].tolist()) == "abcde" and set(ids[0][5:]) == {LETTERS.eot_id}
     assert LETTERS.decode(ids[1].tolist()) == "abcdefgh"  # cut: no end
     assert starts.tolist() == [2, 4]
-    x_0, free = Pairs(ids, starts, 2)(0)
+    x_0, label, free = PairBatches(ids, starts, 2)(0)
+    assert label is None
     for row, given in zip(x_0.numpy(), (~free).sum(1)):
         assert given == (2 if np.array_equal(row, ids[0]) else 4)
 
 
 def test_every_pair_is_met_once_an_epoch_in_another_order() -> None:
     ids, starts = np.arange(35)[:, None] * np.ones((1, 4), np.int64), np.ones(35, np.int64)
-    data = Pairs(ids, starts, 5, seed=3)
+    data = PairBatches(ids, starts, 5, seed=3)
     epochs = [[int(row[0]) for i in range(7 * e, 7 * e + 7) for row in data(i)[0]] for e in range(2)]
     assert all(sorted(epoch) == list(range(35)) for epoch in epochs) and epochs[0] != epochs[1]
-    assert torch.equal(data(3)[0], Pairs(ids, starts, 5, seed=3)(3)[0])
+    assert torch.equal(data(3)[0], PairBatches(ids, starts, 5, seed=3)(3)[0])
 
 
 def test_held_out_pairs_are_every_twentieth() -> None:
@@ -98,9 +100,9 @@ def test_what_is_given_is_never_masked_nor_scored(model: str) -> None:
     x_0, u = torch.randint(20, (64, 8), generator=rng(0)), torch.linspace(0.01, 1, 64, dtype=torch.float64)
     free = torch.arange(8) >= torch.randint(1, 8, (64, 1), generator=rng(1))
     for given in (free, None):  # without it, prompts are masked: the check can fail
-        _, parts = training_loss(denoiser, x_0, u, TrainConfig(), rng(2), free=given)
+        loss = training_loss(denoiser, Batch(x_0, free=given), u, Objective(), rng(2))
         masked = seen.pop() == denoiser.mask_id
-        assert parts["masked"] == masked.sum() > 0
+        assert loss.masked == masked.sum() > 0
         assert (masked & ~free).any() == (given is None)
 
 

@@ -15,7 +15,8 @@ import pytest
 
 from cadd_min.data import documents, shards
 from cadd_min.data import token_folder as data
-from cadd_min.data.token_folder import Batches, TokenFolder
+from cadd_min.data.batches import TextBatches
+from cadd_min.data.token_folder import TokenFolder
 from cadd_min.utils.errors import InputError
 from tests.conftest import ROOT
 from tests.data.test_token_folder import content, read, texts, words_of
@@ -80,7 +81,7 @@ def test_damage_is_found_and_named(tmp_path, monkeypatch, capsys):
     tokens = read(path, tmp_path)
     good = content(tokens)
     tokens.verify()
-    batches = Batches(tokens.split("train"), 8, 4)
+    batches = TextBatches(tokens.split("train"), 8, 4)
     batches(0)
     damaged = bytearray(good["00003.bin"])
     damaged[100] ^= 1

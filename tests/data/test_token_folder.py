@@ -9,11 +9,13 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 
 from cadd_min.data import corpus, documents, shards, tokenizer
 from cadd_min.data import token_folder as data
+from cadd_min.data.batches import TextBatches
 from cadd_min.data.corpus import open_corpus
-from cadd_min.data.token_folder import Batches, TokenFolder, TokenView, prepare
+from cadd_min.data.token_folder import TokenFolder, TokenView, prepare
 from cadd_min.utils.errors import InputError
 
 WORDS = tokenizer.gpt2(300)
@@ -143,14 +145,15 @@ def test_text8_is_read_from_its_archive_and_split_90_5_5(tmp_path):
 
 def test_batches_cover_the_epoch_once_and_are_a_function_of_the_index():
     tokens = np.arange(1000, dtype=np.uint16)
-    batches = Batches(tokens, 10, 9, seed=3)
+    batches = TextBatches(tokens, 10, 9, seed=3)
     assert batches.per_epoch == 99
-    seen = np.concatenate([batches(i).numpy() for i in range(11)])
+    seen = np.concatenate([batches(i).x_0.numpy() for i in range(11)])
     assert len(np.unique(seen[:, 0])) == 99 and (np.diff(seen, axis=1) == 1).all()  # an epoch, without replacement
-    assert np.array_equal(Batches(tokens, 10, 9, seed=3)(7), batches(7)) and not np.array_equal(batches(7), batches(8))
-    assert not np.array_equal(Batches(tokens, 10, 9, seed=4)(7), batches(7))
+    again, other = TextBatches(tokens, 10, 9, seed=3), TextBatches(tokens, 10, 9, seed=4)
+    assert torch.equal(again(7).x_0, batches(7).x_0) and not torch.equal(batches(7).x_0, batches(8).x_0)
+    assert not torch.equal(other(7).x_0, batches(7).x_0)
     with pytest.raises(InputError, match="fewer than one sequence"):
-        Batches(tokens[:9], 10, 1)
+        TextBatches(tokens[:9], 10, 1)
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,8 @@ def test_every_command_of_readme_works(call, text, photos, monkeypatch, tmp_path
     for script in ("sample.py", "train_text.py", "train_image.py", "evaluate.py", "finetune.py"):
         assert sum(script in c for c in commands) >= 2
     for command in commands:
-        command = re.sub(r"^-m cadd_min\.(\w+)", r"cadd_min/\1.py", command.removeprefix("python "))
+        command = command.removeprefix("python ")
+        command = re.sub(r"^-m (cadd_min\.[\w.]+)", lambda m: f"{m[1].replace('.', '/')}.py", command)
         if command.startswith("-m benchmarks.text"):  # run by test_cli_text.py
             assert re.search(r"--ablation (\w+)", command)[1] in ABLATIONS
             continue

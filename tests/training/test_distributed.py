@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cadd_min.checkpoints import file as checkpoint
+from cadd_min.objective import Loss
 from cadd_min.training.distributed import World, launched, whole, world
 from cadd_min.training.log import read_metrics
 from cadd_min.training.loop import Fit, FitConfig, Run
@@ -59,10 +60,10 @@ def shown(processes, accumulate: int = 2) -> list[tuple[torch.Tensor, ...]]:
     """What the loss of each micro-batch is given: tokens, times, the first of the noise."""
     fit, seen = made(processes, accumulate=accumulate), []
 
-    def loss(model, x_0, u, config, generator, label=None):
-        seen.append((x_0, u, torch.rand(3, generator=generator)))
+    def loss(model, batch, u, objective, generator):
+        seen.append((batch.x_0, u, torch.rand(3, generator=generator)))
         zero = sum(p.sum() for p in model.parameters()) * 0
-        return zero, dict.fromkeys(("ce", "masked", "mse"), zero.detach())
+        return Loss(zero, *[zero.detach()] * 3)
 
     fit.training_loss = loss
     fit.backward()
@@ -126,7 +127,7 @@ def test_a_run_goes_on_in_another_number_of_processes(shard, two, three_steps):
     straight.load_state_dict(three_steps.state_dict())
     middle = two[0]["resumed"][shard]
     other.load_state_dict(middle["state"])
-    assert (other.step, other.seen) == (6, 96) and other.optimizer.state_dict()["state"][0]["step"] == 6
+    assert (other.step, other.sequences) == (6, 96) and other.optimizer.state_dict()["state"][0]["step"] == 6
     assert other.evaluate([batch(100), batch(101)]) == pytest.approx(middle["held_out"], rel=1e-5)
     assert other.latent_norm() == pytest.approx(middle["norm"], rel=1e-5)
     for _ in range(6):
@@ -162,7 +163,7 @@ def torchrun(
 @pytest.mark.parametrize("rank, late", [({"RANK": "1"}, ""), ({}, "late")], ids=["torchrun's", "alone"])
 def test_a_process_of_torchruns_ends_before_the_interpreter_does(rank, late):
     """Where a thread of gloo's may abort it; what was said is said, and the exit code is the same."""
-    script = """import atexit; from cadd_min.utils.errors import InputError, run
+    script = """import atexit; from cadd_min.utils.errors import InputError; from cadd_min.utils.cli import run
 def main():
     atexit.register(print, "late", end="")
     print("said ", end="")

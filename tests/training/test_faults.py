@@ -175,7 +175,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted():
     before = trainer()
     before.load_state_dict(disturbed.state_dict())
     loss = disturbed.training_loss
-    disturbed.training_loss = lambda *args: (lambda found: (found[0] * math.nan, found[1]))(loss(*args))
+    disturbed.training_loss = lambda *args: (lambda found: found._replace(total=found.total * math.nan))(loss(*args))
     disturbed.train_step()
     for p, q in zip(disturbed.model.parameters(), before.model.parameters()):
         assert torch.equal(p, q)
@@ -193,8 +193,8 @@ def test_a_run_of_skipped_steps_stops_and_keeps_what_it_had(tmp_path):
     loss = fitted.training_loss
 
     def fails(*args):
-        found, parts = loss(*args)
-        return found * (math.inf if fitted.step >= bad_from else 1), parts
+        found = loss(*args)
+        return found._replace(total=found.total * (math.inf if fitted.step >= bad_from else 1))
 
     fitted.training_loss = fails
     with pytest.raises(InputError, match=r"not finite in \d+ steps in a row, to step \d+: lower --lr"):

@@ -16,8 +16,9 @@ import torch
 
 from cadd_min.checkpoints import file as checkpoint
 from cadd_min.loss import T_MIN, stratified_times, token_losses
+from cadd_min.objective import Batch, training_loss
 from cadd_min.training.log import MetricsLog, loss_curve, read_metrics
-from cadd_min.training.trainer import TrainConfig, Trainer, learning_rate, training_loss
+from cadd_min.training.trainer import TrainConfig, Trainer, learning_rate
 from cadd_min.utils.device import best_dtype, seeded
 from cadd_min.utils.errors import InputError
 from tests.conftest import nano, rng
@@ -25,8 +26,8 @@ from tests.conftest import nano, rng
 ROOT = Path(__file__).parents[2]
 
 
-def batch(index: int) -> torch.Tensor:
-    return torch.randint(11, (8, 12), generator=seeded(1, index))
+def batch(index: int) -> Batch:
+    return Batch(torch.randint(11, (8, 12), generator=seeded(1, index)))
 
 
 def trainer(model: str = "cadd", data=batch, options: dict | None = None, **config) -> Trainer:
@@ -91,27 +92,27 @@ def test_accumulation_equals_the_larger_batch():
     config = whole.config
     u = stratified_times(16, seeded(config.seed, 0, use=1)).view(2, 8)
     for index in range(2):
-        loss, _ = training_loss(model, batch(index), u[index], config, seeded(config.seed, index))
-        (loss / 2).backward()
+        loss = training_loss(model, batch(index), u[index], config, seeded(config.seed, index))
+        (loss.total / 2).backward()
     expected = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
     assert float(whole.train_step()["grad_norm"]) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_loss_is_the_cross_entropy_of_the_logits_at_masked_positions(monkeypatch):
     """The chunked loss against the plain one from model(...): the two paths to the logits agree."""
-    import cadd_min.training.trainer as module
+    import cadd_min.objective as module
 
     model, config, seen = nano(bayes_head=True), TrainConfig(batch_size=8), {}
     torch.nn.init.normal_(model.head.weight, generator=rng(5))
     forward = module.ops.forward_noising
     monkeypatch.setattr(module.ops, "forward_noising", lambda *a: seen.setdefault("x, z", forward(*a)))
-    x_0, u = batch(0), stratified_times(8, rng(1))
-    loss, parts = training_loss(model, x_0, u, config, rng(0))
+    x_0, u = batch(0).x_0, stratified_times(8, rng(1))
+    loss = training_loss(model, Batch(x_0), u, config, rng(0))
     (x_t, z_t), t = seen["x, z"], (T_MIN + (1 - T_MIN) * u).float()
     masked = x_t == model.mask_id
     ce = torch.nn.functional.cross_entropy(model(x_t, z_t, t)[masked], x_0[masked], reduction="sum")
-    assert float(loss.detach()) == pytest.approx(float(ce.detach()) / x_0.numel(), rel=1e-5)
-    assert int(parts["masked"]) == int(masked.sum())
+    assert float(loss.total.detach()) == pytest.approx(float(ce.detach()) / x_0.numel(), rel=1e-5)
+    assert int(loss.masked) == int(masked.sum())
 
 
 def test_logits_never_exist_at_once():

@@ -1,0 +1,103 @@
+"""Micro-batches of text, of prompts with responses, and of images: batches(index) is a pure function of (seed, index).
+
+All three take their items in an order that is shuffled anew in each epoch, without replacement.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from cadd_min.data.pixels import Pixels
+from cadd_min.data.token_folder import TokenView
+from cadd_min.objective import Batch
+from cadd_min.utils.errors import InputError
+
+
+class EpochShuffle:
+    """The order of `count` items, shuffled in each epoch by (seed, epoch). It takes 4 bytes an item.
+
+    slack: each epoch also draws a shift from 0 to slack, by which a stream of tokens is cut at another place.
+    """
+
+    def __init__(self, count: int, seed: int, slack: int = 0):
+        self.count, self.seed, self.slack = count, seed, slack
+        self._epoch, self._shift, self._order = -1, 0, np.empty(0, np.uint32)
+
+    def __call__(self, n: int) -> tuple[int, int]:
+        """Return the n-th item of the run, and its epoch's shift."""
+        epoch, place = divmod(n, self.count)
+        if epoch != self._epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            shift, order = int(rng.integers(self.slack + 1)), np.arange(self.count, dtype=np.uint32)
+            rng.shuffle(order)
+            self._epoch, self._shift, self._order = epoch, shift, order
+        return int(self._order[place]), self._shift
+
+
+class TextBatches:
+    """Sequences of `length` tokens (B, L) from a stream, which each epoch cuts at another place.
+
+    Raises InputError where the stream is shorter than one sequence.
+    """
+
+    def __init__(
+        self, tokens: np.ndarray | TokenView, length: int, batch_size: int, seed: int = 0, name: str = "the corpus"
+    ):
+        if len(tokens) < length:
+            raise InputError(f"{name} has {len(tokens)} tokens: fewer than one sequence of --length {length}")
+        self.tokens, self.length, self.batch_size = tokens, length, batch_size
+        self.per_epoch = max(1, len(tokens) // length - 1)
+        self._shuffle = EpochShuffle(self.per_epoch, seed, len(tokens) - self.per_epoch * length)
+
+    def __call__(self, index: int) -> Batch:
+        x_0 = torch.empty(self.batch_size, self.length, dtype=torch.int64)  # first: memory may not suffice for it
+        for row, n in zip(x_0.numpy(), range(index * self.batch_size, (index + 1) * self.batch_size)):
+            place, shift = self._shuffle(n)
+            start = shift + place * self.length
+            row[:] = self.tokens[start : start + self.length]
+        return Batch(x_0)
+
+
+class PairBatches:
+    """Prompts with responses: x_0 (B, L), and free (B, L), which is False for the prompt's tokens.
+
+    ids (N, L) int64 and starts (N,), where the responses begin: see `pairs.encode`.
+    """
+
+    def __init__(self, ids: np.ndarray, starts: np.ndarray, batch_size: int, seed: int = 0):
+        self.ids, self.starts, self.batch_size = ids, starts, batch_size
+        self._shuffle = EpochShuffle(len(ids), seed)
+
+    def __call__(self, index: int) -> Batch:
+        rows = [self._shuffle(n)[0] for n in range(index * self.batch_size, (index + 1) * self.batch_size)]
+        start = torch.from_numpy(self.starts[rows])
+        return Batch(torch.from_numpy(self.ids[rows]), free=torch.arange(self.ids.shape[1]) >= start[:, None])
+
+
+class ImageBatches:
+    """Images as tokens (B, L), with their labels (B,) where there are any. flip: mirror half of the images."""
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray | None,
+        pixels: Pixels,
+        batch_size: int,
+        seed: int = 0,
+        flip: bool = False,
+    ):
+        self.images, self.labels, self.pixels = images, labels, pixels
+        self.batch_size, self.seed, self.flip = batch_size, seed, flip
+        self._shuffle = EpochShuffle(len(images), seed)
+
+    def __call__(self, index: int) -> Batch:
+        rows = np.empty(self.batch_size, np.int64)  # first: memory may not suffice for it
+        for place in range(self.batch_size):
+            rows[place] = self._shuffle(index * self.batch_size + place)[0]
+        images = self.images[rows]
+        if self.flip:
+            mirrored = np.random.default_rng((self.seed, index, 1)).random(len(rows)) < 0.5
+            images[mirrored] = images[mirrored, :, ::-1]
+        label = None if self.labels is None else torch.from_numpy(self.labels[rows].astype(np.int64))
+        return Batch(self.pixels.encode(images), label)
