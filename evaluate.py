@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from cadd_min.baselines import dispatch as methods
-from cadd_min.checkpoints import file as checkpoint
+from cadd_min.checkpoints import load
 from cadd_min.codebench import evaluate as assess_code
 from cadd_min.data.pixels import Pixels
 from cadd_min.evaluation import images as assess_images
@@ -113,10 +113,10 @@ def main() -> None:
     args = build_parser().parse_args()
     check_values(args)
     device = torch_device(args.device)
-    found = {path: checkpoint.find(path) for path in args.ckpt}
+    found = {path: load.find(path) for path in args.ckpt}
     if len(set(found.values())) < len(args.ckpt):
         raise InputError(f"--ckpt must be different checkpoints, not {' '.join(map(str, args.ckpt))}")
-    models = {where: checkpoint.load_denoiser(path, device) for path, where in found.items()}
+    models = {where: load.load_denoiser(path, device) for path, where in found.items()}
     kinds = {isinstance(codec, Pixels) for _, codec, _ in models.values()}
     if len(kinds) > 1:
         raise InputError("--ckpt: models of text and of images cannot be measured together")

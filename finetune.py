@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from cadd_min.checkpoints import file as checkpoint
+from cadd_min.checkpoints import load
 from cadd_min.data import corpus, pairs
 from cadd_min.data.batches import PairBatches, TextBatches
 from cadd_min.data.hf_tokenizer import prompt_ids
@@ -30,6 +30,7 @@ from cadd_min.upgrade import folder as upgraded
 from cadd_min.upgrade.wrapper import UpgradeConfig, Upgraded, kept, source_of, upgrade, upgrade_own
 from cadd_min.utils.cli import options_of, run, set_defaults, whole
 from cadd_min.utils.errors import InputError
+from cadd_min.utils.huggingface import hub_folder
 
 Opened = tuple[Denoiser | Upgraded, Any]  # a model and its tokenizer
 HELD_OUT = 1024  # tokens in each of eight evaluation batches
@@ -73,8 +74,8 @@ def open_data(args: argparse.Namespace, words: Any) -> tuple[Any, list[Batch], s
 
 def open_own(name: str) -> Opened | None:
     """The model of this project at --from, here or at the hub; None where there is one of others."""
-    path = Path(name) if name == families.SMOLLM2 or Path(name).exists() else families.fetch(name)
-    return checkpoint.load_denoiser(path)[:2] if checkpoint.is_ours(path) else None
+    path = Path(name) if name == families.SMOLLM2 or Path(name).exists() else hub_folder(name, families.FILES)
+    return load.load_denoiser(path)[:2] if load.is_ours(path) else None
 
 
 def open_model(args: argparse.Namespace, own: Opened | None) -> Opened:
@@ -123,7 +124,7 @@ def check_unchanged(args: argparse.Namespace, config: Any, settings: dict[str, A
 def main() -> None:
     args, resumed, own = parse_args()
     if resumed:
-        model, words = checkpoint.denoiser_of(resumed, args.out)
+        model, words = load.denoiser_of(resumed, args.out)
         check_unchanged(args, model.config, resumed["settings"])
         if not isinstance(model, Upgraded):  # whose own configuration says it
             model.embedding.requires_grad_(not args.freeze_embedding)

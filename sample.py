@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cadd_min.checkpoints.load import open_model
 from cadd_min.data.pixels import Pixels
 from cadd_min.sampling import generate
-from cadd_min.sampling.generate import add_sampling_options
+from cadd_min.sampling.generate import add_sampling_options, add_source_options
 from cadd_min.sampling.images import ImageTask
 from cadd_min.sampling.text import TextTask
-from cadd_min.upgrade import folder as upgraded
 from cadd_min.utils.cli import Parser, run, whole
 from cadd_min.utils.device import torch_device
 from cadd_min.utils.errors import InputError
@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--watch", action="store_true", help="show the first sample's denoising in the terminal")
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", help='text with gaps, "The [8] of the union [16]"')
-    upgraded.add_source_options(text)
+    add_source_options(text)
     image = parser.add_argument_group("images")
     image.add_argument("--out", type=Path, help="the grid of samples (default: samples.png)")
     image.add_argument("--gif", type=Path, help="the path there: what is masked, and z0_hat decoded, side by side")
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = build_parser().parse_args()
     device = torch_device(args.device)
-    model, codec, content, where = upgraded.open_model(args, device)
+    model, codec, content, where = open_model(args.ckpt, device, args.source, args.length, args.mask_token)
     task = ImageTask(model, codec, args) if isinstance(codec, Pixels) else TextTask(model, codec, args)
     args.zhat, args.num = args.zhat or task.zhat, task.num if args.num is None else args.num
     args.dtype = generate.dtype_of(args.dtype, content)

@@ -30,6 +30,7 @@ import torch
 
 from benchmarks.specs import parse, read_rows, run_all, spread
 from cadd_min.checkpoints import file as checkpoint
+from cadd_min.checkpoints.load import find, load_denoiser
 from cadd_min.evaluation.bound import held_out_bound, summary
 from cadd_min.evaluation.text import COLUMNS, REAL, Reader, held_out_tokens, plot, windows
 from cadd_min.evaluation.text_judge import SMOLLM2, open_judge
@@ -109,7 +110,7 @@ def trained(job: dict[str, Any]) -> Path:
     Raises InputError if the folder has a model of other settings.
     """
     if "ckpt" in job:
-        return checkpoint.find(Path(job["ckpt"])).parent
+        return find(Path(job["ckpt"])).parent
     folder = Path(job["runs"]) / f"{job['spec']}-{job['seed']}"
     options = {name: job[name] for name in OF_TRAINING} | {"steps": job["steps"]} | job["options"]
     resume: list[str] = []
@@ -140,7 +141,7 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
     """One model, one seed: train it unless that was done, then draw and score by every setting."""
     torch.set_num_threads(1)
     folder = trained(job)
-    model, tokenizer, content = checkpoint.load_denoiser(folder, job["device"])
+    model, tokenizer, content = load_denoiser(folder, job["device"])
     tokens = held_out_tokens(content, tokenizer, None, Path(job["cache"]))
     judge = open_judge(job["judge"], job["device"], job["judge_dtype"])
     reader = Reader(tokenizer, judge, windows(tokens, 2 * job["num"], model.config.length))

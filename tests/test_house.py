@@ -82,7 +82,6 @@ def faults(package: Path) -> list[str]:
     return found
 
 
-@pytest.mark.xfail(reason="the rooms are there, the seams between them are not", strict=True)
 def test_imports_go_one_way():
     assert faults(PACKAGE) == []
 
@@ -92,6 +91,7 @@ def test_imports_go_one_way():
     [
         ("utils/errors.py", "from cadd_min.data import corpus", "utils.errors imports data.corpus"),
         ("forward.py", "from cadd_min import ops", "forward imports ops"),
+        ("schedule.py", "from cadd_min import sampler", "a circle"),
         ("sampling/text.py", "from cadd_min.training import trainer", "sampling.text imports training.trainer"),
         ("evaluation/fid.py", "def f():\n    from cadd_min.utils import cli", "inside a function"),
         ("evaluation/fid.py", "if TYPE_CHECKING:\n    from cadd_min.utils import cli", "or a condition"),

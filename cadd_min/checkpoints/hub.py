@@ -1,4 +1,4 @@
-"""The denoiser with the methods of the Hugging Face hub; what they read and write is said in pretrained.py.
+"""The denoiser with the methods of the Hugging Face hub. folder.py says what these read and write.
 
 from cadd_min.checkpoints.hub import Denoiser
 model = Denoiser.from_pretrained("owner/name")    # or a folder
@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from cadd_min import model
-from cadd_min.checkpoints import file as checkpoint
-from cadd_min.checkpoints import folder as pretrained
-from cadd_min.data.pixels import Pixels
-from cadd_min.data.tokenizer import Tokenizer
+from cadd_min.checkpoints import folder, load
+from cadd_min.data.codec import Codec
 from cadd_min.utils.errors import InputError
+from cadd_min.utils.files import new_folder
+from cadd_min.utils.huggingface import INSTALL
 
 try:
     from huggingface_hub import PyTorchModelHubMixin
 except ImportError:
-    raise InputError(f"the methods of the Hugging Face hub need its client: {pretrained.INSTALL}") from None
+    raise InputError(f"the methods of the Hugging Face hub need its client: {INSTALL}") from None
 
 
 class Denoiser(
@@ -30,9 +30,9 @@ class Denoiser(
     paper_url="https://arxiv.org/abs/2510.01329",
     tags=["discrete-diffusion"],
 ):
-    """A `cadd_min.model.Denoiser` that has its tokenizer, or what stands for it, with it."""
+    """A `cadd_min.model.Denoiser` together with its codec, a tokenizer or pixels."""
 
-    def __init__(self, config: model.ModelConfig, codec: Tokenizer | Pixels):
+    def __init__(self, config: model.ModelConfig, codec: Codec):
         super().__init__(config)
         self.codec = codec
 
@@ -40,20 +40,20 @@ class Denoiser(
     def from_pretrained(
         cls, pretrained_model_name_or_path: Path | str, *, revision: str | None = None, **download: Any
     ) -> Denoiser:
-        """From a folder or the hub; download: token, cache_dir and the like. Raises InputError.
+        """Open a folder, here or at the hub; download: token, cache_dir and the like. Raises InputError.
 
-        All of it, and not the mixin's hook alone: before that the mixin looks at the configuration by itself.
+        This replaces the mixin's method and not only its hook: the mixin reads the configuration before the hook runs.
         """
-        content = pretrained.read(pretrained_model_name_or_path, revision, **download)
-        plain, codec = checkpoint.denoiser_of(content, Path(pretrained_model_name_or_path))
+        content = folder.read(pretrained_model_name_or_path, revision, **download)
+        plain, codec = load.denoiser_of(content, Path(pretrained_model_name_or_path))
         own = cls(plain.config, codec)
         own.load_state_dict(plain.state_dict())
         return own.eval()
 
     def save_pretrained(self, save_directory: Path | str, **options: Any) -> str | None:
-        """To a new folder, with a model card; options: the mixin's. Raises InputError."""
-        pretrained.free(save_directory)  # the mixin would begin with deleting a config.json
+        """Write a new folder with a model card; options: the mixin's. Raises InputError."""
+        new_folder(save_directory)  # the mixin would first delete a config.json
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        pretrained.save_pretrained(self, self.codec, save_directory)
+        folder.save_pretrained(self, self.codec, save_directory)

@@ -1,8 +1,5 @@
 """Weights of the public MDLM (Sahoo et al. 2024) as ours, and ours as theirs.
 
-    python -m cadd_min.checkpoints.mdlm model.safetensors FOLDER             their release, as a folder
-    python -m cadd_min.checkpoints.mdlm --back --time 0.5 RUN FILE           our masked model, as a file of theirs
-
 Both networks are a DiT, and every difference is a matter of where a number is kept:
 - Their LayerNorm has weights w, ours has none: a scale of w (1 + scale) - 1 does the same.
 - Their embedding goes in as it is, ours times sqrt(width).
@@ -23,13 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cadd_min.checkpoints import file as checkpoint
-from cadd_min.checkpoints import folder as pretrained
+from cadd_min.checkpoints import folder
 from cadd_min.checkpoints.file import check_shapes
-from cadd_min.data import tokenizer
 from cadd_min.dit import DiT, Size
 from cadd_min.model import Denoiser, ModelConfig
-from cadd_min.utils.cli import Parser, run, whole
 from cadd_min.utils.errors import InputError
 
 PREFIX = "backbone."
@@ -195,9 +189,9 @@ def hide_bias(ours: dict[str, Tensor], block: str, c: Tensor) -> None:
 
 def read(path: Path) -> dict[str, Any]:
     """The tensors of a .safetensors file, of one in a folder, or of a file of torch. Nothing in it is executed."""
-    path = path / pretrained.WEIGHTS if path.is_dir() else path
+    path = path / folder.WEIGHTS if path.is_dir() else path
     if path.suffix == ".safetensors":
-        return pretrained.read_weights(path)
+        return folder.read_weights(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # a damaged archive fails in any way
@@ -206,29 +200,3 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise InputError(f"{path} holds no state dict")
     return state
-
-
-def main() -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("source", type=Path, help="their weights, or their folder; with --back, what --ckpt accepts")
-    parser.add_argument("target", type=Path, help="a new folder; with --back, a new .safetensors file")
-    parser.add_argument("--length", type=whole, default=1024, help="tokens in a sequence, which the weights do not say")
-    parser.add_argument("--back", action="store_true", help="from ours to theirs")
-    parser.add_argument("--time", type=float, help="t from 0 to 1 at which to take a model that looks at it")
-    args = parser.parse_args()
-    if args.back:
-        model, _, _ = checkpoint.load_denoiser(args.source)
-        pretrained.write_weights(to_mdlm(model, args.time), args.target)
-    else:
-        try:
-            model = from_mdlm(read(args.source), args.length)
-        except InputError as error:
-            raise InputError(f"{args.source} is not of MDLM's layout: {error}") from None
-        if model.config.vocab_size != tokenizer.GPT2_SIZE:
-            raise InputError(f"{args.source} has {model.config.vocab_size} tokens, expected GPT-2's 50257")
-        pretrained.save_pretrained(model, tokenizer.gpt2(), args.target)
-    print(f"written: {args.target}")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -22,18 +22,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from cadd_min.checkpoints.load import open_model
 from cadd_min.codebench import evalplus as plus
 from cadd_min.codebench import problems, sandbox
 from cadd_min.codebench.journal import Journal, Key, settle
 from cadd_min.codebench.problems import Problem
 from cadd_min.codebench.scores import counted, extract, table
 from cadd_min.data.hf_tokenizer import prompt_ids
-from cadd_min.data.pixels import Pixels
 from cadd_min.data.tokenizer import Tokenizer
 from cadd_min.model import Model
 from cadd_min.plan import Sampling
 from cadd_min.sampling import generate
-from cadd_min.upgrade import folder as upgraded
 from cadd_min.utils.cli import Parser, add_options, from_args, whole
 from cadd_min.utils.device import torch_device
 from cadd_min.utils.errors import InputError
@@ -68,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=whole, default=os.cpu_count() or 1, help="programs that run at a time")
     add_options(parser, sandbox.Limits)
     parser.add_argument("--ckpt", type=Path, default=Path("runs"), help="a model of text, as in sample.py")
-    upgraded.add_source_options(parser)
+    generate.add_source_options(parser)
     parser.add_argument("--batch-size", type=whole, default=32, help="prompts at a time")
     generate.add_sampling_options(parser)
     return parser
@@ -238,8 +237,9 @@ def main(arguments: list[str]) -> None:
     if args.reference:
         print(assess(asked, None, "reference solutions", args.out or Path(f"{args.benchmark}-reference"), args))
         return
-    model, codec, content, path = upgraded.open_model(args, torch_device(args.device))
-    if isinstance(codec, Pixels):
+    device = torch_device(args.device)
+    model, codec, content, path = open_model(args.ckpt, device, args.source, args.length, args.mask_token)
+    if not isinstance(codec, Tokenizer):
         raise InputError(f"code is for models of text, and --ckpt {args.ckpt} is one of images")
     encode = prompt_ids(codec, args.chat)
     args.dtype = generate.dtype_of(args.dtype, content)

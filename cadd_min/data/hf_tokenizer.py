@@ -68,6 +68,15 @@ class HFTokenizer(Tokenizer):
             "special": self.special,
         }
 
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> HFTokenizer:
+        """Rebuild a tokenizer from its `spec`. Raises InputError where it is damaged."""
+        types = {"json": str, "rows": int, "mask_id": int, "end_id": int, "chat_template": str, "special": dict}
+        for name, kind in types.items():
+            if type(spec.get(name)) is not kind:
+                raise InputError(f"a tokenizer of kind hf is damaged: its {name} is missing or malformed")
+        return cls(**{name: spec[name] for name in types})
+
     def encode_batch(self, texts: list[str], threads: int = 0) -> list[list[int]]:
         return self._encode(texts, special=False)
 
@@ -116,15 +125,6 @@ class HFTokenizer(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokens.decode(ids, skip_special_tokens=False)
-
-
-def from_spec(spec: dict[str, Any]) -> HFTokenizer:
-    """Rebuild a tokenizer from its `spec`. Raises InputError where it is none."""
-    types = {"json": str, "rows": int, "mask_id": int, "end_id": int, "chat_template": str, "special": dict}
-    for name, kind in types.items():
-        if type(spec.get(name)) is not kind:
-            raise InputError(f"a tokenizer of kind hf is damaged: its {name} is missing or malformed")
-    return HFTokenizer(**{name: spec[name] for name in types})
 
 
 def prompt_ids(tokenizer: Tokenizer, chat: bool) -> Callable[[str], list[int]]:

@@ -28,9 +28,10 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from cadd_min.data.codec import tokenizer_from_spec
 from cadd_min.data.corpus import Corpus, Part, read
 from cadd_min.data.documents import Piece
-from cadd_min.data.tokenizer import Tokenizer, from_spec
+from cadd_min.data.tokenizer import Tokenizer
 from cadd_min.utils.errors import InputError, Interrupted
 from cadd_min.utils.files import atomic_write, digest, remove_leftovers, write_json
 
@@ -205,7 +206,7 @@ def _in_pool(jobs: list[Job], spec: dict[str, Any], workers: int, done: Callable
 def _start_worker(spec: dict[str, Any], stop: Event) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sets `stop`
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker["tokenizer"], _worker["stop"] = from_spec(spec), stop
+    _worker["tokenizer"], _worker["stop"] = tokenizer_from_spec(spec), stop
 
 
 _worker: dict[str, Any] = {}  # of a worker process: its tokenizer and the event that stops it

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cadd_min.data.codec import tokenizer_from_spec
 from cadd_min.data.corpus import Corpus
 from cadd_min.data.shards import INDEX, check_part, write_folder
-from cadd_min.data.tokenizer import Tokenizer, from_spec
+from cadd_min.data.tokenizer import Tokenizer
 from cadd_min.utils.cli import Parser, run
 from cadd_min.utils.errors import InputError
 from cadd_min.utils.files import digest
@@ -87,7 +88,7 @@ class TokenFolder:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made it."""
-        return from_spec(self.header["tokenizer"])
+        return tokenizer_from_spec(self.header["tokenizer"])
 
     def split(self, name: str) -> TokenView:
         """Token ids of "train", "val" or (text8) "test"."""

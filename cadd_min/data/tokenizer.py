@@ -93,6 +93,20 @@ class BPETokenizer(Tokenizer):
     def spec(self) -> dict[str, Any]:
         return {"kind": self.kind, "tokens": self._packed}
 
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> BPETokenizer:
+        """Rebuild a tokenizer from its `spec`. Raises InputError where it is damaged.
+
+        tiktoken ends the process where a byte has no token, so that is checked first.
+        """
+        try:
+            tokens = [base64.b64decode(token, validate=True) for token in spec["tokens"].split()]
+        except (ValueError, KeyError, AttributeError):
+            tokens = []
+        if len(set(tokens)) < len(tokens) or not {bytes([b]) for b in range(256)} <= set(tokens):
+            raise InputError("a tokenizer of kind bpe is damaged: its tokens are not what they should be")
+        return cls(tokens)
+
     def encode_batch(self, texts: list[str], threads: int = 0) -> list[list[int]]:
         return self._encoding.encode_ordinary_batch(texts, num_threads=threads or os.cpu_count() or 1)
 
@@ -112,6 +126,14 @@ class CharTokenizer(Tokenizer):
     def spec(self) -> dict[str, Any]:
         return {"kind": self.kind, "alphabet": self.alphabet}
 
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> CharTokenizer:
+        """Rebuild a tokenizer from its `spec`. Raises InputError where it is damaged."""
+        alphabet = spec.get("alphabet")
+        if not isinstance(alphabet, str) or len(set(alphabet)) < len(alphabet):
+            raise InputError("a tokenizer of kind chars is damaged: its alphabet is not what it should be")
+        return cls(alphabet)
+
     def encode_batch(self, texts: list[str], threads: int = 0) -> list[list[int]]:
         try:
             return [[self._ids[c] for c in text] for text in texts]
@@ -122,30 +144,6 @@ class CharTokenizer(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return "".join(self.alphabet[i] for i in ids)
-
-
-def from_spec(spec: dict[str, Any]) -> Tokenizer:
-    """Rebuild a tokenizer from its `spec`. Raises InputError where it is none."""
-    if spec.get("kind") == "hf":
-        from cadd_min.data import hf_tokenizer  # which needs more packages
-
-        return hf_tokenizer.from_spec(spec)
-    kind, key = spec.get("kind"), {"bpe": "tokens", "chars": "alphabet"}
-    if kind not in ("bpe", "chars"):
-        raise InputError(f"tokenizer kind must be bpe, chars or hf, not {kind!r}")
-    listed = spec.get(key[kind])
-    try:
-        if kind == "chars":
-            whole = isinstance(listed, str) and len(set(listed)) == len(listed)
-            tokens: list[bytes] = []
-        else:  # tiktoken itself ends the process without a token for every byte
-            tokens = [base64.b64decode(token, validate=True) for token in listed.split()]  # type: ignore[union-attr]
-            whole = len(set(tokens)) == len(tokens) and {bytes([b]) for b in range(256)} <= set(tokens)
-    except (ValueError, AttributeError):
-        whole = False
-    if not whole:
-        raise InputError(f"a tokenizer of kind {kind} is damaged: its {key[kind]} are not what they should be")
-    return CharTokenizer(listed) if kind == "chars" else BPETokenizer(tokens)  # type: ignore[arg-type]
 
 
 def gpt2(vocab_size: int = GPT2_SIZE) -> BPETokenizer:

@@ -24,6 +24,7 @@ from cadd_min.data.tokenizer import EOT
 from cadd_min.upgrade import families
 from cadd_min.upgrade.families import SMOLLM2
 from cadd_min.utils.errors import InputError, first_line
+from cadd_min.utils.huggingface import quiet
 
 POSITIONS = 2048  # in one batch: their logits are 400 MB at 49,152 tokens
 
@@ -124,7 +125,7 @@ def open_judge(name: str, device: str | torch.device = "cpu", dtype: str = "floa
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise InputError(f"the judge {name} needs {', '.join(missing)}: {_how_to_get(name)}")
-    families.quietly()
+    quiet()
     try:
         judge = _smollm2(device) if name == SMOLLM2 else _pretrained(name, device)
         judge.model.to(getattr(torch, dtype))

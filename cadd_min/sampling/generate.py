@@ -16,7 +16,7 @@ from cadd_min.baselines import dispatch as methods
 from cadd_min.model import Model
 from cadd_min.plan import HITTING, Sampling, cosine_temperature
 from cadd_min.sampler import Step
-from cadd_min.utils.cli import add_options, from_args
+from cadd_min.utils.cli import add_options, from_args, whole
 from cadd_min.utils.device import DTYPES, autocast, seeded
 from cadd_min.utils.errors import InputError, choose
 
@@ -36,6 +36,18 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: as it was trained")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def add_source_options(parser: Any) -> None:
+    """Add the options of a model that is not a checkpoint, and of how its prompts are put."""
+    parser.add_argument(
+        "--from", dest="source", help="instead of --ckpt: a model of the Hugging Face hub, or its folder"
+    )
+    parser.add_argument(
+        "--length", type=whole, help="with --from: tokens in a sample (default: as it was tuned, or 256)"
+    )
+    parser.add_argument("--mask-token", help="with --from: the mask's text, if the model does not say it")
+    parser.add_argument("--chat", action="store_true", help="prompts go through the tokenizer's chat template")
 
 
 def dtype_of(asked: str, content: dict[str, Any]) -> str:

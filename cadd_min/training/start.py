@@ -11,6 +11,7 @@ import torch
 
 from cadd_min import ops
 from cadd_min.checkpoints import file as checkpoint
+from cadd_min.checkpoints.load import blaming
 from cadd_min.model import Model, ModelConfig
 from cadd_min.objective import Batch
 from cadd_min.training import log
@@ -102,7 +103,7 @@ def train(
         if processes.first and not resumed:
             out = new_folder(args)
         if resumed:
-            checkpoint.load_trainer(trainer, resumed, out)
+            restore(trainer, resumed, out)
         settings = {
             k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "resume")
         }
@@ -115,6 +116,14 @@ def train(
         fit(trainer, Run(out, list(held_out), show_sample, contents), fit_config)
         if processes.first:
             print(f"trained: {out / checkpoint.FILE}; now: python sample.py --ckpt {out}")
+
+
+def restore(trainer: Trainer, content: dict[str, Any], where: Path) -> None:
+    """Put a trainer where a checkpoint left it. Raises InputError."""
+    with blaming(where):
+        state = content["trainer"]
+        checkpoint.check_state(trainer.model, state["model"], where)
+        trainer.load_state_dict(state)
 
 
 def _announce(

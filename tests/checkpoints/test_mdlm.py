@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cadd_min.checkpoints import mdlm as mdlm_weights
-from cadd_min.checkpoints.folder import from_pretrained
+from cadd_min.checkpoints.load import from_pretrained
 from cadd_min.checkpoints.mdlm import from_mdlm, to_mdlm
 from cadd_min.objective import Batch, Objective, training_loss
 from cadd_min.utils.errors import InputError
@@ -203,22 +203,22 @@ def test_on_the_command_line_there_and_back(call, tmp_path, monkeypatch):
     """Of GPT-2's vocabulary, and a tiny network."""
     monkeypatch.setattr("tests.checkpoints.test_mdlm.VOCAB", 50257)
     save_file(public_state(), tmp_path / "theirs.safetensors")
-    code, out, err = call("cadd_min/checkpoints/mdlm.py theirs.safetensors ours --length 12")
+    code, out, err = call("export.py from-mdlm theirs.safetensors ours --length 12")
     assert code == 0 and "written: ours" in out, err
     model, words = from_pretrained(tmp_path / "ours")
     assert words.decode(words.encode("Hello there")) == "Hello there" and model.config.length == 12
     code, out, err = call("sample.py --ckpt ours --steps 2")
     assert code == 0 and "model mdlm at step unknown" in out, err
-    assert call("cadd_min/checkpoints/mdlm.py --back ours back.safetensors")[0] == 0
+    assert call("export.py to-mdlm ours back.safetensors")[0] == 0
     assert load_file(tmp_path / "back.safetensors").keys() == public_state().keys()
-    code, _, err = call("cadd_min/checkpoints/mdlm.py --back ours back.safetensors")
+    code, _, err = call("export.py to-mdlm ours back.safetensors")
     assert code == 2 and "back.safetensors exists" in err
 
 
 def test_other_vocabularies_have_no_tokenizer_here(call, tmp_path):
     save_file(public_state(), tmp_path / "small.safetensors")
-    code, _, err = call("cadd_min/checkpoints/mdlm.py small.safetensors ours")
+    code, _, err = call("export.py from-mdlm small.safetensors ours")
     assert code == 2 and "has 11 tokens, expected GPT-2's 50257" in err and not (tmp_path / "ours").exists()
     save_untrained(tmp_path / "cadd.pt", nano("cadd").config, {"kind": "chars", "alphabet": "abcdefghij"})
-    code, _, err = call("cadd_min/checkpoints/mdlm.py --back cadd.pt x.safetensors")
+    code, _, err = call("export.py to-mdlm cadd.pt x.safetensors")
     assert code == 2 and "this is cadd" in err

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cadd_min.data import tokenizer
+from cadd_min.data import codec, tokenizer
 from cadd_min.utils.errors import InputError
 
 FULL, SMALL = tokenizer.gpt2(), tokenizer.gpt2(300)
@@ -36,7 +36,7 @@ def test_a_smaller_vocabulary_is_a_prefix():
 
 @pytest.mark.parametrize("words", [SMALL, tokenizer.chars("hello wörld")])
 def test_specs_rebuild_the_tokenizer(words):
-    again = tokenizer.from_spec(json.loads(json.dumps(words.spec())))
+    again = codec.tokenizer_from_spec(json.loads(json.dumps(words.spec())))
     assert again.fingerprint() == words.fingerprint() and again.encode("hello") == words.encode("hello")
     assert again.fingerprint() != tokenizer.gpt2(301).fingerprint()
     assert again.decode([*again.encode("he"), again.mask_id, again.eot_id]) == "he[mask]<|endoftext|>"
@@ -49,4 +49,4 @@ def test_bad_input():
     with pytest.raises(InputError, match="'x', which is not in the alphabet"):
         tokenizer.chars("abc").encode("abx")
     with pytest.raises(InputError, match="kind"):
-        tokenizer.from_spec({"kind": "sentencepiece"})
+        codec.from_spec({"kind": "sentencepiece"})

@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from cadd_min.checkpoints import file as checkpoint
 from cadd_min.checkpoints import mdlm as mdlm_weights
 from cadd_min.checkpoints.folder import save_pretrained
+from cadd_min.checkpoints.load import load_denoiser
 from cadd_min.data import shards
 from cadd_min.data.corpus import open_corpus
 from cadd_min.data.images import open_images
@@ -67,11 +68,11 @@ BASE = {  # each script's arguments of a valid and quick call
     "train_image.py": f"{IMAGE} {RUN} --out new",
     "sample.py": "--ckpt text.pt --steps 2 --num 2",
     "evaluate.py": "bound --ckpt text.pt --dataset text.txt --cache cache --num 2 --repeat 1 --steps 2",
-    "cadd_min/checkpoints/folder.py": "text.pt new",
-    "cadd_min/checkpoints/mdlm.py": "mdlm.safetensors new",
+    "export.py folder": "text.pt new",
+    "export.py from-mdlm": "mdlm.safetensors new",
+    "export.py to-mdlm": "mdlm.pt new.safetensors --time 0.5",
     "cadd_min/data/token_folder.py": "tokens",
     "finetune.py": f"--from masked {TUNE} {RUN} --out new",
-    "cadd_min/upgrade/folder.py": "runs/tuned new",
     "evaluate.py code": "--benchmark humaneval --problems human.jsonl --reference --out new",
 }
 
@@ -236,9 +237,9 @@ def _write_models(folder: Path) -> None:
     data = open_images("images.npz", Path("cache"))
     image = ModelConfig(256, 16, UNET_PRESETS["nano"], image=(4, 4, 1), classes=3)
     save_untrained(folder / "image.pt", image, data.pixels().spec(), dtype="float32", dataset="images.npz")
-    model, codec, _ = checkpoint.load_denoiser(folder / "text.pt")
+    model, codec, _ = load_denoiser(folder / "text.pt")
     save_pretrained(model, codec, folder / "exported", settings=trained, step=1)
-    masked = checkpoint.load_denoiser(folder / "mdlm.pt")[0]
+    masked = load_denoiser(folder / "mdlm.pt")[0]
     state = mdlm_weights.to_mdlm(masked, 0.5)
     save_file(state, folder / "mdlm.safetensors")
     torch.save(state, folder / "theirs.pt")
@@ -350,7 +351,9 @@ def options(script: str) -> list[argparse.Action]:
     found: list[argparse.Action] = []
 
     def parse_args(parser: argparse.ArgumentParser, *_: object) -> None:
-        found.extend(parser._actions)
+        for action in parser._actions:
+            commands = isinstance(action, argparse._SubParsersAction) and first
+            found.extend(action.choices[first[0]]._actions if commands else [action])
         raise _Parsed
 
     script, *first = script.split()

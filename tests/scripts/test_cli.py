@@ -115,7 +115,7 @@ def few(command: str, text: Path) -> str:
     if script == "finetune.py":
         command = command.replace("my.txt", str(text)).replace("owner/name", "masked").replace("smollm2", "causal")
         return f"{command} --length 40 --batch-size 4 --steps 4 --eval-every 0 --sample-every 0"
-    return command if script.startswith("cadd_min/") else f"{command} --steps 4"
+    return command if script == "export.py" else f"{command} --steps 4"
 
 
 def test_every_command_of_readme_works(call, text, photos, monkeypatch, tmp_path):

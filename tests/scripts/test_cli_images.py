@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from cadd_min.checkpoints import file as checkpoint
+from cadd_min.checkpoints.load import load_denoiser
 from cadd_min.data.pixels import Pixels
 from cadd_min.data.tokenizer import gpt2
 from cadd_min.dit import PRESETS
@@ -157,7 +158,7 @@ def test_image_options_are_refused_for_text(call, tmp_path):
 
 def test_checkpoints_of_images_load_as_they_were_saved(tmp_path):
     for path in checkpoints(tmp_path).values():
-        model, pixels, _ = checkpoint.load_denoiser(path)
+        model, pixels, _ = load_denoiser(path)
         assert isinstance(pixels, Pixels) and isinstance(model.config.size, type(UNET_PRESETS["nano"]))
         assert torch.equal(model.embedding.weight, checkpoint.load(path)["trainer"]["ema"]["embedding.weight"])
 

@@ -125,12 +125,8 @@ STARTS = {
         "--benchmark humaneval --problems human.jsonl --ckpt runs/tuned --steps 2 --out new",
         "--benchmark mbpp --problems human.jsonl --ckpt text.pt --steps 2",
     ],
-    "cadd_min/checkpoints/folder.py": ["text.pt new", "image.pt new", "runs new"],
-    "cadd_min/checkpoints/mdlm.py": [
-        "mdlm.safetensors new",
-        "theirs.pt new",
-        "mdlm.pt new.safetensors --back --time 0.5",
-    ],
+    "export.py folder": ["text.pt new", "image.pt new", "runs new", "runs/tuned new"],
+    "export.py from-mdlm": ["mdlm.safetensors new", "theirs.pt new"],
 }
 
 
@@ -155,8 +151,8 @@ FOUND = {
                   f"--ckpt=image.pt --num={10**12}", "--ckpt=image.pt --guidance=1e308",
                   f"--ckpt=image.pt --out={LONG_NAME}.png"],
     "evaluate.py": ["--seed=-1", f"--T={10**30}", f"--dataset={LONG_NAME}", f"--cache={LONG_NAME}"],
-    "cadd_min/checkpoints/folder.py": [f"text.pt {LONG_NAME}", f"{LONG_NAME} new", "missing\x1e\x85 new"],
-    "cadd_min/checkpoints/mdlm.py": [f"mdlm.safetensors new --length {10**12}", f"{LONG_NAME} new"],
+    "export.py folder": [f"text.pt {LONG_NAME}", f"{LONG_NAME} new", "missing\x1e\x85 new"],
+    "export.py from-mdlm": [f"mdlm.safetensors new --length {10**12}", f"{LONG_NAME} new"],
     "cadd_min/data/token_folder.py": [LONG_NAME, "'\n'"],
 }  # fmt: skip
 

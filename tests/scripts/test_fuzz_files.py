@@ -32,9 +32,9 @@ TRAIN_TOKENS, TRAIN_LINES, TRAIN_TABLE = (
 TRAIN_IMAGES = f"train_image.py {BASE['train_image.py']}"
 BOUND = f"evaluate.py {BASE['evaluate.py']}"
 READERS = {  # of each file the commands that read it
-    "text.pt": ["sample.py --ckpt text.pt --steps 2", "cadd_min/checkpoints/folder.py text.pt new", BOUND],
+    "text.pt": ["sample.py --ckpt text.pt --steps 2", "export.py folder text.pt new", BOUND],
     "image.pt": ["sample.py --ckpt image.pt --steps 2 --num 2", "evaluate.py bound --ckpt image.pt --num 2 --repeat 1"],
-    "mdlm.pt": ["cadd_min/checkpoints/mdlm.py mdlm.pt new.safetensors --back --time 0.5"],
+    "mdlm.pt": ["export.py to-mdlm mdlm.pt new.safetensors --time 0.5"],
     "ar.pt": ["sample.py --ckpt ar.pt --steps 2"],
     "runs/text/checkpoint.pt": [RESUME_TEXT, "sample.py --ckpt runs/text --steps 2"],
     "runs/image/checkpoint.pt": [RESUME_IMAGE],
@@ -47,11 +47,11 @@ READERS = {  # of each file the commands that read it
     "cache/*/00000.json": [TRAIN],
     "cache/*/00000.bin": [TRAIN],
     "cache/judge*": ["evaluate.py frechet --ckpt image.pt --cache cache --num 10 --steps 2"],
-    "exported/config.json": ["sample.py --ckpt exported --steps 2", "cadd_min/checkpoints/folder.py exported new"],
+    "exported/config.json": ["sample.py --ckpt exported --steps 2", "export.py folder exported new"],
     "exported/codec.json": ["sample.py --ckpt exported --steps 2"],
     "exported/model.safetensors": ["sample.py --ckpt exported --steps 2"],
-    "mdlm.safetensors": ["cadd_min/checkpoints/mdlm.py mdlm.safetensors new"],
-    "theirs.pt": ["cadd_min/checkpoints/mdlm.py theirs.pt new"],
+    "mdlm.safetensors": ["export.py from-mdlm mdlm.safetensors new"],
+    "theirs.pt": ["export.py from-mdlm theirs.pt new"],
     "text.txt": [TRAIN, BOUND],
     "lines.jsonl": [TRAIN_LINES],
     "table.parquet": [TRAIN_TABLE],

@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from cadd_min.checkpoints import file as checkpoint
+from cadd_min.checkpoints.load import load_denoiser
 from cadd_min.loss import T_MIN, stratified_times, token_losses
 from cadd_min.objective import Batch, training_loss
 from cadd_min.training.log import MetricsLog, loss_curve, read_metrics
+from cadd_min.training.start import restore
 from cadd_min.training.trainer import TrainConfig, Trainer, learning_rate
 from cadd_min.utils.device import best_dtype, seeded
 from cadd_min.utils.errors import InputError
@@ -51,7 +53,7 @@ def test_resume_is_bit_for_bit(model, options, tmp_path):
     for _ in range(3):
         first.train_step()
     checkpoint.save(tmp_path / "c.pt", {"trainer": first.state_dict()})
-    checkpoint.load_trainer(second, checkpoint.load(tmp_path / "c.pt"), tmp_path)
+    restore(second, checkpoint.load(tmp_path / "c.pt"), tmp_path)
     assert second.step == 3
     for _ in range(3):
         second.train_step()
@@ -202,7 +204,7 @@ def test_damaged_checkpoints_are_refused_and_nothing_is_unpickled(tmp_path):
         checkpoint.load(tmp_path / "none.pt")
     with pytest.raises(InputError, match="not a whole checkpoint"):
         checkpoint.save(path, {"trainer": {}})
-        checkpoint.load_denoiser(path)
+        load_denoiser(path)
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):

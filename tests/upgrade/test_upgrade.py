@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from cadd_min.checkpoints import file as checkpoint
+from cadd_min.checkpoints.load import load_denoiser
 from cadd_min.data.hf_tokenizer import HFTokenizer
 from cadd_min.upgrade import families
 from cadd_min.upgrade.families import open_source
@@ -266,7 +267,7 @@ def test_saved_and_loaded_it_is_the_same(name: str, how: Any, tmp_path: Path) ->
         "trainer": state,
     }
     checkpoint.save(tmp_path / "run" / "checkpoint.pt", content)
-    again, tokenizer, _ = checkpoint.load_denoiser(tmp_path / "run")
+    again, tokenizer, _ = load_denoiser(tmp_path / "run")
     assert torch.equal(again(x, z, t), expected) and tokenizer.spec() == source.tokenizer.spec()
     save(model, source.tokenizer, tmp_path / "folder")
     again, tokenizer = open_upgraded(str(tmp_path / "folder"))
@@ -449,16 +450,16 @@ def test_an_upgraded_folder_is_tuned_again_as_it_was(tmp_path: Path, call: Any) 
     run = f"finetune.py --from {tmp_path / 'folder'} --dataset {tmp_path / 'a.txt'} --steps 2 --dtype float32"
     code, _, err = call(f"{run} --evidence 0.4 --cache {tmp_path} --out {tmp_path / 'run'}")
     assert code == 0, err
-    config = checkpoint.load_denoiser(tmp_path / "run")[0].config
+    config = load_denoiser(tmp_path / "run")[0].config
     assert (config.shift, config.continuous, config.evidence, config.length) == (False, "flow", 0.4, L)
-    assert config.lora == 0 and config.unit == checkpoint.load_denoiser(tmp_path / "folder")[0].config.unit
+    assert config.lora == 0 and config.unit == load_denoiser(tmp_path / "folder")[0].config.unit
     for option, sentence in (("--hint raw", "hint is linear"), ("--shift", "shift is False")):
         code, _, err = call(f"finetune.py --resume --out {tmp_path / 'run'} {option}")
         assert code == 2 and f"{sentence} in this run, and cannot become another" in err
     run = run.replace(str(tmp_path / "folder"), str(tmp_path / "run"))  # a run is, too
     code, _, err = call(f"{run} --hint raw --cache {tmp_path} --out {tmp_path / 'on'}")
     assert code == 0, err
-    again = checkpoint.load_denoiser(tmp_path / "on")[0].config
+    again = load_denoiser(tmp_path / "on")[0].config
     assert dataclasses.replace(again, base=config.base) == dataclasses.replace(config, hint="raw")
 
 
@@ -572,7 +573,7 @@ def test_finetune_on_pairs_leaves_the_prompt_alone(tmp_path: Path, call: Any) ->
     run = f"finetune.py --from {tmp_path / 'm'} --dataset {tmp_path / 'p.jsonl'} {TUNE} --chat --out {tmp_path / 'run'}"
     code, out, err = call(run)
     assert code == 0 and "61 pairs" in out, err  # three of 64 are held out
-    code, _, err = call(f"cadd_min/upgrade/folder.py {tmp_path / 'run'} {tmp_path / 'folder'}")
+    code, _, err = call(f"export.py folder {tmp_path / 'run'} {tmp_path / 'folder'}")
     code, out, err = call(f"sample.py --from {tmp_path / 'folder'} --steps 4 --prompt ab --chat --length 10")
     assert code == 0 and out.startswith("<s>ab</s><s>"), err
     code, again, err = call(f"sample.py --ckpt {tmp_path / 'folder'} --steps 4 --prompt ab --chat")
@@ -589,8 +590,8 @@ def test_a_model_of_this_project_is_upgraded_as_well(tmp_path: Path, call: Any) 
         f"finetune.py --from {tmp_path / 'mdlm'} {data} {TUNE} --freeze-embedding --out {tmp_path / 'cadd'}"
     )
     assert code == 0, err
-    old, _, _ = checkpoint.load_denoiser(tmp_path / "mdlm")
-    new, _, _ = checkpoint.load_denoiser(tmp_path / "cadd")
+    old, _, _ = load_denoiser(tmp_path / "mdlm")
+    new, _, _ = load_denoiser(tmp_path / "cadd")
     assert new.config.model == "cadd" and new.latent.dim == old.config.size.embed
     new.load_state_dict(old.state_dict())  # the same weights: with the latent off, the same model
     x = torch.randint(4, 30, (2, 16), generator=rng(0))
@@ -601,7 +602,7 @@ def test_a_model_of_this_project_is_upgraded_as_well(tmp_path: Path, call: Any) 
     assert code == 2 and "was trained by finetune.py" in err
     code, _, err = call(f"finetune.py --resume --out {tmp_path / 'cadd'} --steps 31")
     assert code == 0, err
-    assert torch.equal(checkpoint.load_denoiser(tmp_path / "cadd")[0].embedding.weight, old.embedding.weight)
+    assert torch.equal(load_denoiser(tmp_path / "cadd")[0].embedding.weight, old.embedding.weight)
     code, _, err = call(f"finetune.py --from {tmp_path / 'mdlm'} {data} --lora 2")
     assert code == 2 and "lora is for models of the Hugging Face library" in err
 
@@ -613,22 +614,22 @@ def test_a_cadd_model_of_this_project_keeps_its_latent_when_it_is_tuned(
     data, run = f"--dataset {tmp_path / 'a.txt'} --cache {tmp_path}", tmp_path / "run"
     how = "--discrete cosine --continuous linear --evidence 0.35 --hint posterior --fusion concat"
     assert call(f"train_text.py {data} {TINY} {how} --out {run}")[0] == 0
-    old = checkpoint.load_denoiser(run)[0].config
+    old = load_denoiser(run)[0].config
     tune = f"{data} --steps 2 --batch-size 4 --dtype float32"
     for n, (option, change) in enumerate(
         [("", {}), ("--evidence 0.2 --model mdlm", {"evidence": 0.2, "model": "mdlm"})]
     ):
         code, _, err = call(f"finetune.py --from {run} {tune} {option} --out {tmp_path / str(n)}")
         assert code == 0, err
-        assert checkpoint.load_denoiser(tmp_path / str(n))[0].config == dataclasses.replace(old, **change)
+        assert load_denoiser(tmp_path / str(n))[0].config == dataclasses.replace(old, **change)
     for option, sentence in (
         ("--shift", "--shift is for models of"),
         ("--mask-token x", "--mask-token is for a model that"),
     ):
         code, _, err = call(f"finetune.py --from {run} {tune} {option}")
         assert code == 2 and sentence in err
-    call(f"cadd_min/checkpoints/folder.py {run} {tmp_path / 'hub'}")
+    call(f"export.py folder {run} {tmp_path / 'hub'}")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: {"owner/name": tmp_path / "hub"}[name])
     code, _, err = call(f"finetune.py --from hf:owner/name {tune} --out {tmp_path / 'again'}")
     assert code == 0, err
-    assert checkpoint.load_denoiser(tmp_path / "again")[0].config == old
+    assert load_denoiser(tmp_path / "again")[0].config == old
