@@ -33,8 +33,8 @@ from cadd_min.data.pixels import Pixels
 from cadd_min.evaluation.image_judge import judged, measures, open_judge
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.objective import Batch
-from cadd_min.plan import cosine_temperature
-from cadd_min.sampler import sample
+from cadd_min.orders import Sampling, cosine_temperature
+from cadd_min.sampler import reverse_chain
 from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.unet import UNET_PRESETS
 from cadd_min.utils.cli import run
@@ -92,16 +92,15 @@ def draw(model: Denoiser, job: dict[str, Any], pixels: Pixels, steps: int, zhat:
     parts = []
     for first in range(0, job["samples"], 256):
         shape = (min(256, job["samples"] - first), model.config.length)
-        x = sample(
+        temperature = cosine_temperature(job["hot"]) if job["hot"] else job["temperature"]
+        settings = Sampling(steps, zhat, temperature=temperature, time_grid=job["time_grid"])
+        x = reverse_chain(
             model,
             shape,
             model.table(),
             model.schedule,
             model.mask_id,
-            steps=steps,
-            zhat=zhat,
-            temperature=cosine_temperature(job["hot"]) if job["hot"] else job["temperature"],
-            time_grid=job["time_grid"],
+            settings,
             generator=seeded(job["seed"], 10_000 * steps + first),
         )
         parts.append(pixels.decode(x))

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from cadd_min import ops
+from cadd_min.reverse import Decoding, step_coefficients
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.utils.cli import run
 from cadd_min.utils.errors import InputError
@@ -82,12 +83,12 @@ def reverse(shape: tuple[int, int, int, int], device: torch.device, repeats: int
     count, vocab, dim, latents = shape
     logits, table = 3 * torch.randn(latents, count, vocab, device=device), torch.randn(vocab + 1, dim, device=device)
     z_t, rows = torch.randn(latents, count, dim, device=device), torch.arange(count, device=device)
-    s, t = torch.tensor([0.45, 0.5], dtype=torch.float64, device=device)
+    fused = step_coefficients(*torch.tensor([0.45, 0.5], dtype=torch.float64, device=device), SCHEDULE)
     step, seed = torch.tensor([0.1, 0.1, 0.9, 0.2], device=device), torch.tensor([1, 2], device=device)
     compiled = torch.compile(eager_reverse)
     calls: dict[str, Callable[[], object]] = {
         f"fused {name}": lambda name=name, p=p: ops.reverse_step(
-            logits, rows, z_t, table, s, t, SCHEDULE, vocab, seed, zhat=name.split()[0], top_p=p
+            logits, rows, z_t, table, fused, vocab, seed, Decoding(name.split()[0], top_p=p)
         )
         for name, p in (("hard", 1.0), ("sample", 1.0), ("soft", 1.0), ("hard top-p", 0.9))
     }
@@ -105,10 +106,11 @@ def memory_of(shape: tuple[int, int, int, int]) -> dict[str, float]:
     count, vocab, dim, latents = shape
     logits, table = torch.zeros(latents, count, vocab), torch.zeros(vocab + 1, dim)
     z_t, rows, seed = torch.zeros(latents, count, dim), torch.arange(count), torch.tensor([1, 2])
-    s, t, step = *torch.tensor([0.45, 0.5], dtype=torch.float64), torch.tensor([0.1, 0.1, 0.9, 0.2])
+    fused = step_coefficients(*torch.tensor([0.45, 0.5], dtype=torch.float64), SCHEDULE)
+    step = torch.tensor([0.1, 0.1, 0.9, 0.2])
     grown = {}
     for name, call in (
-        ("fused hard", lambda: ops.reverse_step(logits, rows, z_t, table, s, t, SCHEDULE, vocab, seed)),
+        ("fused hard", lambda: ops.reverse_step(logits, rows, z_t, table, fused, vocab, seed)),
         ("eager", lambda: eager_reverse(logits, z_t, table, step)),
     ):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -32,7 +32,8 @@ from cadd_min.forward import q_sample
 from cadd_min.loss import log_probs
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.objective import Batch
-from cadd_min.sampler import sample
+from cadd_min.orders import Sampling
+from cadd_min.sampler import reverse_chain
 from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.utils.cli import run
 from cadd_min.utils.device import seeded
@@ -114,9 +115,8 @@ def draw(denoiser: Any, model: Denoiser, job: dict[str, Any], steps: int, **opti
     for first in range(0, job["samples"], 256):
         shape = (min(256, job["samples"] - first), model.config.length)
         gen = seeded(job["seed"], 10_000 * steps + first)
-        parts.append(
-            sample(denoiser, shape, model.table(), model.schedule, model.mask_id, steps=steps, generator=gen, **options)
-        )
+        chain = (denoiser, shape, model.table(), model.schedule, model.mask_id)
+        parts.append(reverse_chain(*chain, Sampling(steps, **options), generator=gen))
     return torch.cat(parts)
 
 

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from cadd_min import ops
 from cadd_min.dit import PRESETS
 from cadd_min.model import Denoiser, ModelConfig
+from cadd_min.orders import Sampling
 from cadd_min.reverse import ZHATS
-from cadd_min.sampler import sample
+from cadd_min.sampler import reverse_chain
 from cadd_min.utils.cli import run
 from cadd_min.utils.device import autocast, best_dtype, seeded, torch_device
 from cadd_min.utils.errors import InputError
@@ -63,16 +64,8 @@ def profile(model: Denoiser, shape: tuple[int, int], steps: int, plain: bool, **
     """Milliseconds of a step, and of the network in it."""
     timed = Timed(model)
     start = now(timed.device)
-    sample(
-        timed.plain if plain else timed,
-        shape,
-        model.table(),
-        model.schedule,
-        model.mask_id,
-        steps=steps,
-        generator=seeded(0, 0),
-        **options,
-    )
+    chain = (timed.plain if plain else timed, shape, model.table(), model.schedule, model.mask_id)
+    reverse_chain(*chain, Sampling(steps, **options), generator=seeded(0, 0))
     return 1e3 * (now(timed.device) - start) / steps, 1e3 * timed.seconds / steps
 
 

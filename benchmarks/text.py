@@ -34,7 +34,7 @@ from cadd_min.checkpoints.load import find, load_denoiser
 from cadd_min.evaluation.bound import held_out_bound, summary
 from cadd_min.evaluation.text import COLUMNS, REAL, Reader, held_out_tokens, plot, windows
 from cadd_min.evaluation.text_judge import SMOLLM2, open_judge
-from cadd_min.plan import Sampling
+from cadd_min.orders import Sampling
 from cadd_min.sampling import generate
 from cadd_min.training.log import read_metrics
 from cadd_min.utils.cli import TYPES, run

@@ -1,10 +1,10 @@
 """The door to the two hot loops, forward noising and the reverse step: which code runs them here, and why.
 
     python -m cadd_min.ops            what is active, and how to change it
-    CADD_BACKEND=torch|cpp|cuda       ask for one: an error, not a fallback, where it cannot be had
+    CADD_BACKEND=torch|cpp|cuda       ask for a backend: an error, not a fallback, where it is missing
 
-The fused kernels are in csrc/, the reference in forward.py and reverse.py. Both draw from Philox (philox.py) by (seed,
-offset, position), so a seed gives the same noise whichever runs, and the same tokens but where rounding decides.
+The fused kernels are in csrc/, the reference in forward.py and reverse.py. Both draw from Philox (kernels/philox.py) by
+(seed, offset, position). So a seed gives the same noise whichever runs, and the same tokens unless rounding decides.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from torch import Tensor
 from cadd_min.forward import noised
 from cadd_min.kernels import philox
 from cadd_min.kernels.register import INSTALL, Backend, Operators
-from cadd_min.posterior import posterior_coefficients
-from cadd_min.reverse import COLD, ZHATS, reverse_rows, token_probs
+from cadd_min.reverse import COLD, ZHATS, Decoding, reverse_rows, token_probs
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.utils.cli import Parser, run
 from cadd_min.utils.errors import choose
@@ -47,19 +46,17 @@ def _reverse_step(
     seed: Tensor,
     mask_id: int,
     zhat: int,
-    temperature: float,
-    top_p: float,
+    *decoding: float,
 ) -> tuple[Tensor, Tensor]:
     latents, positions, dim = z_t.shape
     each = rows + positions * torch.arange(latents, device=rows.device)[:, None]  # (K, N)
     u = (*philox.choices(seed, rows), philox.hat_choice(seed, each))
     eps = philox.normals(seed, each, dim).to(z_t.dtype)
-    p = token_probs(logits, mask_id, temperature, top_p)
+    p = token_probs(logits, mask_id, *decoding)
     return reverse_rows(p, z_t.index_select(1, rows), table, step, mask_id, ZHATS[zhat], u, eps)
 
 
 REFERENCE: dict[str, Callable[..., Any]] = {"forward_noising": _forward_noising, "reverse_step": _reverse_step}
-
 _operators = Operators(REFERENCE)
 compiled = _operators.compiled
 
@@ -76,7 +73,7 @@ def backend() -> Backend:
 
 
 def draw_seed(generator: torch.Generator | None, device: torch.device | str | None = None) -> Tensor:
-    """(2,) int64: a seed from this generator (or torch's own), and the offset 0."""
+    """Draw a seed (2,) int64 from a generator, or torch's own: a number, and the offset 0."""
     own = device if generator is None else generator.device
     seed = torch.randint(2**62, (2,), generator=generator, device=own)
     seed[1] = 0
@@ -88,12 +85,12 @@ def forward_noising(
 ) -> tuple[Tensor, Tensor]:
     """Draw (x_t, z_t) ~ q(x_t, z_t | x_0) with z_0 = table[ids], in one pass.    (Prop. 1)
 
-    Args: x_0 (B, L) int64 tokens; ids (B, L), the rows of table (V, D) that their latents are (x_0 itself, but for
-    wrong hints); t (B,); seed (2,) int64, a seed and an offset: the same pair draws the same noise on every backend.
+    Args: x_0 (B, L) int64 tokens; ids (B, L): the rows of table (V, D) that their latents are, x_0 itself unless hints
+    are wrong on purpose; t (B,); seed (2,) int64, a seed and an offset.
     Returns: x_t (B, L), z_t (B, L, D) of table's dtype, with a gradient to it.
     """
     backend()
-    clock = torch.stack([schedule.alpha(t), schedule.signal(t), schedule.noise(t)], -1).double()
+    clock = torch.stack([schedule.alpha(t), schedule.signal(t), schedule.noise(t)], -1).double()  # (B, 3)
     z_t, x_t = torch.ops.cadd_min.forward_noising(
         x_0.contiguous(), ids.contiguous(), table.contiguous(), clock, seed, mask_id
     )
@@ -105,47 +102,28 @@ def reverse_step(
     rows: Tensor,
     z_t: Tensor,
     table: Tensor,
-    s: Tensor,
-    t: Tensor,
-    schedule: NoiseSchedule,
+    step: Tensor,
     mask_id: int,
     seed: Tensor,
-    *,
-    zhat: str = "hard",
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    rho_flip: Tensor | None = None,
+    decoding: Decoding = Decoding(),  # noqa: B008
 ) -> tuple[Tensor, Tensor]:
-    """One reverse step of the N masked positions, from time t to s.    (Prop. 2, z0_hat for z_0)
+    """Make one reverse step of N masked positions, with z0_hat for z_0.    (Prop. 2)
 
-    s and t are scalars, or (N,), each position's own; so is rho_flip, which the schedule gives if it is not given, or
-    which says, (N,) bool, what flips. With one value for all, or scalars and bool, the kernel runs, else the reference.
+    The kernel runs where all positions share a step (4,). Where each has its own, (4, N), the reference runs.
     Args: logits (K, N, V) of the masked positions; rows (N,) int64, their places among the P = B L positions; z_t
-    (K, P, D); table (V, D); seed (2,) int64, as above, with another offset at every step.
+    (K, P, D); table (V, D); step: see `reverse.step_coefficients`; seed (2,) int64, with another offset at every step.
     Returns: x_s (N,), mask_id where a position stays masked; z_s (K, N, D).
     """
     backend()
-    if rho_flip is not None and rho_flip.dtype == torch.bool:  # two steps, of those that flip and of those that stay
-        how: dict[str, Any] = {"zhat": zhat, "temperature": temperature, "top_p": top_p}
-        x_s, z_s = torch.full_like(rows, mask_id), z_t[:, rows]
-        for rho in (1.0, 0.0) if z_t.shape[-1] else (1.0,):  # without a latent what stays does not change
-            some = (rho_flip == (rho == 1)).nonzero()[:, 0]
-            part = (logits[:, some], rows[some], z_t, table, s, t, schedule, mask_id, seed)
-            x_s[some], z_s[:, some] = reverse_step(*part, **how, rho_flip=torch.full_like(s, rho))
-        return x_s, z_s
-    pull, keep, variance = posterior_coefficients(s, t, schedule)
-    flip = schedule.rho_flip(s, t) if rho_flip is None else rho_flip
-    step = torch.stack(torch.broadcast_tensors(flip, pull, keep, variance.sqrt())).double()
-    precise = torch.autocast(logits.device.type, enabled=False)
-    arguments = (rows, z_t, table, step, seed, mask_id, ZHATS.index(choose("zhat", zhat, ZHATS)), temperature, top_p)
+    zhat = ZHATS.index(choose("zhat", decoding.zhat, ZHATS))
+    arguments = (rows, z_t, table, step, seed, mask_id, zhat, decoding.temperature, decoding.top_p)
+    # the kernels compute in float32, and divide by the temperature
     wide = torch.float64 in (logits.dtype, z_t.dtype, table.dtype)
-    if wide or temperature <= COLD or step.dim() > 1:  # the kernels compute in float32, and divide by the temperature
-        with precise:
+    with torch.autocast(logits.device.type, enabled=False):
+        if wide or decoding.temperature <= COLD or step.dim() > 1:
             return _reverse_step(logits, *arguments)
-    z, w = z_t.float().contiguous(), table.float().contiguous()
-    narrow = (logits.contiguous(), rows.contiguous(), z, w, *arguments[3:])
-    with precise:
-        x_s, z_s = torch.ops.cadd_min.reverse_step(*narrow)
+        z, w = z_t.float().contiguous(), table.float().contiguous()
+        x_s, z_s = torch.ops.cadd_min.reverse_step(logits.contiguous(), rows.contiguous(), z, w, *arguments[3:])
     return x_s, z_s.to(z_t.dtype)
 
 

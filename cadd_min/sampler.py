@@ -1,15 +1,15 @@
 """The reverse chain: from masks and noise to tokens, with any denoiser.
 
-Each step asks the denoiser for p(x_0 | x_t, z_t), flips every masked position with probability rho_flip, draws a token
-where it flipped, and elsewhere moves the latent towards an estimate z0_hat by Proposition 2. Flip first, then draw:
-one (V + 1)-way draw with the mask as an outcome loses the tail in float32 as the steps grow.
+Each step predicts p(x_0 | x_t, z_t), flips every masked position with probability rho_flip, draws a token where it
+flipped, and elsewhere moves the latent towards an estimate z0_hat by Proposition 2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -17,35 +17,24 @@ from torch import Generator, Tensor
 from cadd_min import ops
 from cadd_min.kernels import philox
 from cadd_min.loss import DenoiserFn
-from cadd_min.plan import Plan, Sampling, given
-from cadd_min.reverse import estimate_z_0, token_probs
+from cadd_min.orders import Sampling, Temperature, make_plan
+from cadd_min.reverse import Decoding, estimate_z_0, token_probs
 from cadd_min.schedule import NoiseSchedule
-from cadd_min.utils.errors import InputError
+from cadd_min.utils.errors import InputError, first_line
 
 
 class Step(NamedTuple):
-    """What the callback sees after each step, from time t to s."""
+    """What a callback sees after each step, from time t to s."""
 
     number: int  # from 0
-    t: float  # under first-hitting the mean over the sequences, as s is
+    t: float  # under first hitting the mean over the sequences, and so is s
     s: float
     x: Tensor  # (B, L) tokens, mask_id where still masked
     z: Tensor  # (K, B, L, D) latents
     fresh: Tensor  # (B, L) bool: unmasked in this step
-    belief: Callable[[], Tensor]  # -> (B, L) tokens, where masked at t those that z0_hat looks like, computed on demand
+    belief: Callable[[], Tensor]  # () -> (B, L): x, and what z0_hat looks like where x_t was masked
 
 
-def logits_at(denoiser: DenoiserFn, x_t: Tensor, z_t: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-    """(N, V) logits at the flat positions `rows` (N,), which are the masked ones.
-
-    A denoiser with a method logits_at(x_t, z_t, t, rows) is spared its head at the others; any other callable is not.
-    """
-    if hasattr(denoiser, "logits_at"):
-        return denoiser.logits_at(x_t, z_t, t, rows)
-    return denoiser(x_t, z_t, t).flatten(0, 1)[rows]
-
-
-@torch.no_grad()
 def sample(
     denoiser: DenoiserFn,
     shape: tuple[int, int],
@@ -53,94 +42,142 @@ def sample(
     schedule: NoiseSchedule,
     mask_id: int,
     *,
+    steps: int,
+    zhat: str = "hard",
+    num_latents: int = 1,
+    temperature: Temperature = 1.0,
     prompt: Tensor | None = None,
     generator: Generator | None = None,
     callback: Callable[[Step], None] | None = None,
-    **how: Any,
 ) -> Tensor:
-    """Draw x_0 (B, L) int64 by running the chain from t = 1 to t = 0.
+    """Draw x_0 (B, L) int64 by the exact chain in `steps` equal steps. `reverse_chain` has all settings.
 
-    Args: denoiser(x_t (B, L), z_t (B, L, D), t (B,)) -> logits (B, L, V), any callable; shape (B, L); table (V, D) of
-    latents (D = 0: a masked model); prompt (B, L), mask_id where free: the positions given never change; callback sees
-    a `Step` after each step; how: the fields of `Sampling`, as steps=64, zhat="soft".
+    Args: denoiser(x_t (B, L), z_t (B, L, D), t (B,)) -> logits (B, L, V), any callable; shape (B, L); table (V, D);
+    zhat: see `reverse.estimate_z_0`; num_latents: K; temperature: a number, or a function of t; prompt (B, L), mask_id
+    where free: positions that are given never change; callback: is called with a `Step` after each step.
     Raises: InputError for an argument out of range.
     """
-    options = Sampling(**how)
-    if table.dim() != 2:
-        raise InputError(f"table must be (V, D), not {tuple(table.shape)}")
-    device, (batch, length), count = table.device, shape, options.num_latents
-    seed = ops.draw_seed(generator, device)
-    x = given(shape, mask_id, prompt, device, len(table))
-    z = _noise(x, table, mask_id, count, seed)
-    first = batch * length * torch.arange(count, device=device)[:, None]  # position of each latent's sequences
-    plan = Plan(options, schedule, x == mask_id, seed)
+    settings = Sampling(steps, zhat, num_latents, temperature)
+    return reverse_chain(
+        denoiser, shape, table, schedule, mask_id, settings, prompt=prompt, generator=generator, callback=callback
+    )
 
-    for index, (t, s) in enumerate(zip(plan.times[:-1], plan.times[1:])):
+
+@torch.no_grad()
+def reverse_chain(
+    denoiser: DenoiserFn,
+    shape: tuple[int, int],
+    table: Tensor,
+    schedule: NoiseSchedule,
+    mask_id: int,
+    settings: Sampling,
+    *,
+    prompt: Tensor | None = None,
+    generator: Generator | None = None,
+    callback: Callable[[Step], None] | None = None,
+) -> Tensor:
+    """Draw x_0 (B, L) int64 from t = 1 to t = 0. Arguments as of `sample`; D = 0 is a masked model without latents."""
+    seed = ops.draw_seed(generator, table.device)
+    x = first_tokens(shape, mask_id, prompt, table)  # (B, L)
+    z = first_latents(x, table, mask_id, settings.num_latents, seed)  # (K, B L, D)
+    plan = make_plan(settings, schedule, x == mask_id, mask_id, table.shape[1], seed)
+    seeds, mean_times = philox.step_seeds(seed, len(plan.times)), plan.times.mean(1).tolist()
+
+    for n, (t, s) in enumerate(zip(plan.times[:-1], plan.times[1:])):  # s < t, (B,) each
         masked = x == mask_id
-        rows = masked.flatten().nonzero()[:, 0]
-        if len(rows) == 0 and not options.remask:
+        rows = masked.flatten().nonzero()[:, 0]  # (N,)
+        if len(rows) == 0 and not plan.remasks:
             break
-        seed[1] = index + 1
-        tau = options.heat(float(t.mean()))
-        seen = (x.repeat(count, 1), options.strength * z.flatten(0, 1), t.to(table.dtype).repeat(count))
-        each = rows + first  # (K, N)
-        logits = logits_at(denoiser, *seen, each.flatten()).unflatten(0, each.shape)
-        again = plan.again(x, mask_id, s, t)
-        at = plan.clock(s, t, rows)
-        try:
-            x_s, z_s = ops.reverse_step(
-                logits,
-                rows,
-                z.flatten(1, 2),
-                table,
-                *at,
-                schedule,
-                mask_id,
-                seed,
-                zhat=options.zhat,
-                temperature=tau,
-                top_p=options.top_p,
-                rho_flip=plan.flips(logits, rows, masked, again, *at, tau, mask_id),
-            )
-        except ValueError as error:  # a kernel's: its first line says what is wrong
-            raise InputError(f"step {index + 1}: {str(error).splitlines()[0]}") from None
-        x.view(-1)[rows], z.flatten(1, 2)[:, rows] = x_s, z_s
-        if options.remask:
-            _mask(x, z, again.flatten().nonzero()[:, 0], table, schedule, s[0], mask_id, seed)
+        decoding, seed = settings.decoding_at(mean_times[n]), seeds[n + 1]
+        logits = predict(denoiser, x, settings.strength * z, t, rows)  # (K, N, V)
+        remasked = plan.remasked(masked, s, t, seed)  # (B, L)
+        for some, step in plan.groups(logits, rows, masked, remasked, s, t, seed):
+            here = rows[some]
+            with naming_step(n + 1):  # flip, draw, and move z by Proposition 2
+                x_s, z_s = ops.reverse_step(logits[:, some], here, z, table, step, mask_id, seed, decoding)
+            x.view(-1)[here], z[:, here] = x_s, z_s
+        if plan.remasks:
+            mask_again(x, z, remasked.flatten().nonzero()[:, 0], table, schedule, s[0], mask_id, seed)
         if callback is not None:
-            u = philox.hat_choice(seed, each)
-            now = x.clone()
-            belief = partial(_belief, now, rows, logits, table, options.zhat, mask_id, tau, options.top_p, u)
-            callback(Step(index, float(t.mean()), float(s.mean()), now, z.clone(), masked & (x != mask_id), belief))
+            now, hat = x.clone(), philox.hat_choice(seed, places(rows, len(z), x))
+            belief = partial(believed, now, rows, logits, table, mask_id, decoding, hat)
+            latents = z.clone().unflatten(1, x.shape)
+            callback(Step(n, mean_times[n], mean_times[n + 1], now, latents, masked & (x != mask_id), belief))
     return x
 
 
-def _mask(
-    x: Tensor, z: Tensor, rows: Tensor, table: Tensor, schedule: NoiseSchedule, s: Tensor, mask_id: int, seed: Tensor
-) -> None:
-    """Mask the flat positions `rows` again, in place, with latents drawn from q(z_s | x_s = m, x_0 = x).  (Prop. 1)"""
-    count, dim, positions = len(z), z.shape[-1], x.numel()
-    each = rows + positions * torch.arange(count, device=rows.device)[:, None]
-    eps = philox.normals(seed, each, dim).to(z)
-    z.flatten(1, 2)[:, rows] = schedule.signal(s).to(z) * table[x.view(-1)[rows]] + schedule.noise(s).to(z) * eps
-    x.view(-1)[rows] = mask_id
+def predict(denoiser: DenoiserFn, x: Tensor, z: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+    """Compute logits (K, N, V) at the masked positions `rows` (N,), the K latents z (K, B L, D) folded into the batch.
+
+    A denoiser with a method logits_at(x_t, z_t, t, rows) spares its head the other positions.
+    """
+    count, (batch, length) = len(z), x.shape
+    x_t, z_t = x.repeat(count, 1), z.reshape(count * batch, length, -1)
+    each, t = places(rows, count, x), t.to(z.dtype).repeat(count)
+    if hasattr(denoiser, "logits_at"):
+        logits = denoiser.logits_at(x_t, z_t, t, each.flatten())
+    else:
+        logits = denoiser(x_t, z_t, t).flatten(0, 1)[each.flatten()]
+    return logits.unflatten(0, each.shape)
 
 
-def _noise(x: Tensor, table: Tensor, mask_id: int, count: int, seed: Tensor) -> Tensor:
-    """z_1 (K, B, L, D) ~ N(0, I), at the tokens that are given theirs."""
+def places(rows: Tensor, count: int, x: Tensor) -> Tensor:
+    """Return the places (K, N) of the positions `rows` (N,) of x (B, L) among the K B L of all latents."""
+    return rows + x.numel() * torch.arange(count, device=rows.device)[:, None]
+
+
+def first_tokens(shape: tuple[int, int], mask_id: int, prompt: Tensor | None, table: Tensor) -> Tensor:
+    """Return x_1 (B, L) int64: mask_id everywhere, but where the prompt (B, L) gives a token.
+
+    Raises: InputError for a prompt of another shape, numbers that are no tokens, and a table that is not (V, D).
+    """
+    if table.dim() != 2:
+        raise InputError(f"table must be (V, D), not {tuple(table.shape)}")
+    if prompt is None:
+        return torch.full(shape, mask_id, device=table.device)
+    if tuple(prompt.shape) != tuple(shape):
+        raise InputError(f"prompt must have the shape {tuple(shape)} of the samples, not {tuple(prompt.shape)}")
+    if not ((0 <= prompt) & (prompt < max(mask_id + 1, len(table)))).all():
+        raise InputError(f"prompt must hold token ids, or {mask_id} where free")
+    return prompt.to(table.device, torch.int64, copy=True)
+
+
+def first_latents(x: Tensor, table: Tensor, mask_id: int, count: int, seed: Tensor) -> Tensor:
+    """Draw z_1 (K, B L, D) ~ N(0, I). Given tokens have their own latent w[x]."""
     z = philox.normals(seed, torch.arange(count * x.numel(), device=x.device), table.shape[1]).to(table.dtype)
-    z, known = z.view(count, *x.shape, table.shape[1]), x != mask_id
-    z[:, known] = table[x[known]]
+    z, given = z.view(count, x.numel(), table.shape[1]), (x != mask_id).flatten()
+    z[:, given] = table[x.flatten()[given]]
     return z
 
 
-def _belief(
-    x: Tensor, rows: Tensor, logits: Tensor, table: Tensor, zhat: str, mask_id: int, tau: float, top_p: float, u: Tensor
+def mask_again(
+    x: Tensor, z: Tensor, rows: Tensor, table: Tensor, schedule: NoiseSchedule, s: Tensor, mask_id: int, seed: Tensor
+) -> None:
+    """Mask the flat positions `rows` again, in place, with latents drawn from q(z_s | x_s = m, x_0 = x).  (Prop. 1)"""
+    eps = philox.normals(seed, places(rows, len(z), x), z.shape[-1]).to(z)  # (K, N, D)
+    z[:, rows] = schedule.signal(s).to(z) * table[x.view(-1)[rows]] + schedule.noise(s).to(z) * eps
+    x.view(-1)[rows] = mask_id
+
+
+def believed(
+    x: Tensor, rows: Tensor, logits: Tensor, table: Tensor, mask_id: int, decoding: Decoding, u: Tensor
 ) -> Tensor:
-    """x (B, L) with the token at `rows` whose latent is nearest to z0_hat; without latents the most probable one."""
-    p = token_probs(logits, mask_id, tau, top_p)
+    """Return x (B, L) with the tokens at `rows` whose latents are nearest to z0_hat.
+
+    Without latents these are the most probable tokens.
+    """
+    p = token_probs(logits, mask_id, decoding.temperature, decoding.top_p)
     tokens = p.argmax(-1)
     if table.shape[1]:
-        z_hat = estimate_z_0(p.to(table.dtype), table, zhat, u)[0]
+        z_hat = estimate_z_0(p.to(table.dtype), table, decoding.zhat, u)[0]
         tokens = torch.cdist(z_hat, table[: p.shape[-1]]).argmin(-1)
     return x.flatten().index_copy(0, rows, tokens).view_as(x)
+
+
+@contextlib.contextmanager
+def naming_step(number: int) -> Iterator[None]:
+    """Name the step in which a kernel or the reference refuses the denoiser's logits."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"step {number}: {first_line(error)}") from None

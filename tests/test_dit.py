@@ -6,7 +6,7 @@ import torch
 from cadd_min.dit import PRESETS, Block, DiT, Rotary, Size
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.utils.errors import InputError
-from tests.conftest import rng
+from tests.toys import rng
 
 SIZE = Size(layers=2, width=128, heads=4)
 

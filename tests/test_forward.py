@@ -7,7 +7,7 @@ from scipy import stats
 from cadd_min.forward import q_sample, q_step
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.utils.errors import InputError
-from tests.conftest import ALPHA, rng
+from tests.toys import ALPHA, rng
 
 MASK, COUNT = 7, 20000
 

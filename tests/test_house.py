@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.toys import ROOT
 
 PACKAGE = ROOT / "cadd_min"
 PAPER = "the paper"  # the loose files of cadd_min/

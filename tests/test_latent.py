@@ -16,7 +16,7 @@ from cadd_min.schedule import NoiseSchedule
 from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.utils.device import seeded
 from cadd_min.utils.errors import InputError
-from tests.conftest import nano, rng
+from tests.toys import nano, rng
 
 
 @pytest.mark.parametrize("continuous", ["linear", "capped"])

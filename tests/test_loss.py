@@ -12,33 +12,9 @@ from cadd_min.loss import kl_continuous, kl_prior, nelbo, nelbo_parts, stratifie
 from cadd_min.posterior import q_posterior_z
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.utils.errors import InputError
-from tests.baselines.test_baselines import JOINT, pairs
-from tests.conftest import rng
+from tests.toys import JOINT, LAW, MASK, oracle, pairs, rng, told_by_latent, toy
 
-LAW = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
 ENTROPY = float(-(LAW * LAW.log()).sum())
-MASK = 3
-
-
-def told_by_latent(z_t, t, w, schedule: NoiseSchedule) -> torch.Tensor:
-    """log p(z_t | x_0 = v) of a masked token up to a constant, (B, L, V), for latents w (V, D)."""
-    signal, variance = schedule.signal(t.double())[:, None, None], schedule.noise(t.double())[:, None, None] ** 2
-    return -((z_t.double()[..., None, :] - signal[..., None] * w.double()) ** 2).sum(-1) / (2 * variance)
-
-
-def oracle(table: torch.Tensor, schedule: NoiseSchedule, law: torch.Tensor = LAW):
-    """The exact p(x_0 | x_t = m, z_t) of independent tokens with this law, by Bayes' rule; the mask's logit is huge."""
-
-    def denoise(x_t, z_t, t):
-        log_p = law.log() + told_by_latent(z_t, t, table[: len(law)], schedule)
-        return torch.cat([log_p, torch.full((*x_t.shape, 1), 1e4)], -1).to(table.dtype)
-
-    return denoise
-
-
-def toy(norm: float = 1.5, dim: int = 4) -> torch.Tensor:
-    rows = torch.randn(4, dim, generator=rng(0), dtype=torch.float64)
-    return norm * rows / rows.norm(dim=-1, keepdim=True) if dim else rows
 
 
 @pytest.mark.parametrize("continuous", ["linear", "cosine", "capped"])

@@ -11,7 +11,7 @@ from cadd_min.forward import q_sample
 from cadd_min.sampler import sample
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.utils.errors import InputError
-from tests.conftest import rng
+from tests.toys import rng
 
 
 @pytest.mark.parametrize("topics", [1, 3])

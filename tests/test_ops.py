@@ -9,11 +9,10 @@ import torch
 
 from cadd_min import ops
 from cadd_min.kernels import philox
-from cadd_min.posterior import posterior_coefficients
-from cadd_min.reverse import ZHATS, draw, token_probs
+from cadd_min.reverse import ZHATS, Decoding, draw, step_coefficients, token_probs
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.utils.errors import InputError
-from tests.conftest import ALPHA, ROOT, rng
+from tests.toys import ALPHA, ROOT, rng
 
 # On a machine with a GPU and CUDA kernels the whole of this file runs there (make gpu-check).
 DEVICE = "cuda" if ops.backend().name == "cuda" else "cpu"
@@ -80,16 +79,13 @@ def reverse_case(latents, count, vocab, dim, spread=3.0, dtype=torch.float32):
     z_t = torch.randn(latents, positions, dim, generator=rng(2))
     table = torch.randn(vocab + 1, dim, generator=rng(3))
     s, t = torch.tensor(0.5, dtype=torch.float64), torch.tensor(0.8, dtype=torch.float64)
-    return *(tensor.to(DEVICE) for tensor in (logits, rows, z_t, table, s, t)), NoiseSchedule()
+    step = step_coefficients(s, t, NoiseSchedule())
+    return tuple(tensor.to(DEVICE) for tensor in (logits, rows, z_t, table, step))
 
 
-def reference(logits, rows, z_t, table, s, t, schedule, mask_id, seed, zhat="hard", temperature=1.0, top_p=1.0):
-    pull, keep, variance = posterior_coefficients(s, t, schedule)
-    step = torch.stack([schedule.rho_flip(s, t), pull, keep, variance.sqrt()])
-    zhat = ZHATS.index(zhat)
-    return ops.REFERENCE["reverse_step"](
-        logits.float(), rows, z_t, table, step, seed, mask_id, zhat, temperature, top_p
-    )
+def reference(logits, rows, z_t, table, step, mask_id, seed, decoding=Decoding()):  # noqa: B008
+    zhat = ZHATS.index(decoding.zhat)
+    return ops.REFERENCE["reverse_step"](logits.float(), rows, z_t, table, step, seed, mask_id, zhat, *decoding[1:])
 
 
 @compiled
@@ -99,8 +95,8 @@ def reference(logits, rows, z_t, table, s, t, schedule, mask_id, seed, zhat="har
     (40, 999, 64, 0.9), (7, 256, 3, 0.5), (7, 257, 0, 0.9), (5, 50258, 768, 1.0), (5, 50258, 8, 0.9)])  # fmt: skip
 def test_reverse_step_matches_the_reference(latents, count, vocab, dim, top_p, zhat):
     case = (*reverse_case(latents, count, vocab, dim), vocab, SEED)
-    options = {"zhat": zhat, "temperature": 0.8, "top_p": top_p}
-    (x_s, z_s), (x_ref, z_ref) = ops.reverse_step(*case, **options), reference(*case, **options)
+    decoding = Decoding(zhat, 0.8, top_p)
+    (x_s, z_s), (x_ref, z_ref) = ops.reverse_step(*case, decoding), reference(*case, decoding)
     assert torch.equal(x_s, x_ref)
     edge = 2e-4 if top_p < 1 and zhat == "soft" else 1e-5  # the least of 50,000 tokens may be in the nucleus or out
     torch.testing.assert_close(z_s, z_ref, rtol=1e-4, atol=edge)
@@ -108,14 +104,20 @@ def test_reverse_step_matches_the_reference(latents, count, vocab, dim, top_p, z
 
 @pytest.mark.parametrize("dim", [0, 8])
 @pytest.mark.parametrize("zhat", ZHATS)
-def test_a_step_told_what_flips_matches_the_reference(zhat, dim):
-    """(N,) bool: two steps of whatever runs; (N,) float: the reference. What flips is what was told."""
-    case, flips = (*reverse_case(2, 40, 17, dim), 17, SEED), torch.arange(40) % 3 == 0
-    (x_s, z_s), (x_ref, z_ref) = (ops.reverse_step(*case, zhat=zhat, rho_flip=rho) for rho in (flips, flips.double()))
-    assert torch.equal(x_s, x_ref) and torch.equal(x_s != 17, flips)
-    torch.testing.assert_close(z_s, z_ref, rtol=1e-4, atol=1e-5)
-    x_none, _ = ops.reverse_step(*case, zhat=zhat, rho_flip=torch.zeros(40, dtype=torch.bool))
-    assert (x_none == 17).all()
+def test_groups_of_positions_make_the_step_of_all(zhat, dim):
+    """Two groups that share a step each, by the kernel if built: the step of all positions with their own, by the
+    reference. What flips is what was told."""
+    logits, rows, z_t, table, _ = reverse_case(2, 40, 17, dim)
+    flips = (torch.arange(40) % 3 == 0).to(DEVICE)
+    s, t, schedule = *torch.tensor([0.5, 0.8], dtype=torch.float64, device=DEVICE), NoiseSchedule()
+    own = step_coefficients(s.expand(40), t.expand(40), schedule, flips.double())  # (4, N)
+    x_ref, z_ref = ops.reverse_step(logits, rows, z_t, table, own, 17, SEED, Decoding(zhat))
+    assert torch.equal(x_ref != 17, flips)
+    for some, rho in ((flips, 1.0), (~flips, 0.0)):
+        step = step_coefficients(s, t, schedule, torch.full_like(s, rho))
+        x_s, z_s = ops.reverse_step(logits[:, some], rows[some], z_t, table, step, 17, SEED, Decoding(zhat))
+        assert torch.equal(x_s, x_ref[some])
+        torch.testing.assert_close(z_s, z_ref[:, some], rtol=1e-4, atol=1e-5)
 
 
 @compiled
@@ -126,7 +128,7 @@ def test_reverse_step_in_half_precision_and_with_the_mask_among_the_logits(mask_
     logits[..., mask_id] = 60.0  # by far the largest, and never drawn
     case = (logits, *rest, mask_id, SEED)
     for zhat in ZHATS:
-        (x_s, z_s), (x_ref, z_ref) = ops.reverse_step(*case, zhat=zhat), reference(*case, zhat=zhat)
+        (x_s, z_s), (x_ref, z_ref) = ops.reverse_step(*case, Decoding(zhat)), reference(*case, Decoding(zhat))
         assert torch.equal(x_s, x_ref) and (x_s != mask_id).any()
         torch.testing.assert_close(z_s, z_ref, rtol=1e-4, atol=1e-5)
 
@@ -136,8 +138,8 @@ def test_strided_inputs_give_the_same():
     mess = (logits.transpose(0, 2).contiguous().transpose(0, 2), rows.repeat_interleave(2)[::2],
             z_t.transpose(0, 2).contiguous().transpose(0, 2), torch.cat([table, table], 1)[:, :6])  # fmt: skip
     for zhat in ZHATS:
-        a = ops.reverse_step(logits, rows, z_t, table, *rest, 40, SEED, zhat=zhat)
-        b = ops.reverse_step(*mess, *rest, 40, SEED, zhat=zhat)
+        a = ops.reverse_step(logits, rows, z_t, table, *rest, 40, SEED, Decoding(zhat))
+        b = ops.reverse_step(*mess, *rest, 40, SEED, Decoding(zhat))
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
     x_0, ids, table, t = noising_case((4, 9), 40, 6)
     a = ops.forward_noising(x_0, ids, table, t, NoiseSchedule(), 40, SEED)
@@ -156,7 +158,9 @@ def test_threads_change_nothing():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append([*(t for z in ZHATS for t in ops.reverse_step(*case, zhat=z)), *ops.forward_noising(*noising)])
+            found.append(
+                [*(t for z in ZHATS for t in ops.reverse_step(*case, Decoding(z))), *ops.forward_noising(*noising)]
+            )
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
@@ -165,12 +169,12 @@ def test_threads_change_nothing():
 def drawn(logits: torch.Tensor, count: int, seed: int, **options) -> torch.Tensor:
     """Counts of the tokens that `count` rows with these logits (V,) turn into."""
     vocab, total, chunk = len(logits), torch.zeros(len(logits), dtype=torch.int64), 20_000
-    zero, one = torch.zeros((), dtype=torch.float64, device=DEVICE), torch.ones((), dtype=torch.float64, device=DEVICE)
+    last = step_coefficients(*torch.tensor([0, 1], dtype=torch.float64, device=DEVICE), NoiseSchedule())
     rows, nothing = torch.arange(chunk, device=DEVICE), torch.zeros(1, chunk, 0, device=DEVICE)
     logits = logits.to(DEVICE).expand(1, chunk, -1)
     for i in range(count // chunk):
-        x, _ = ops.reverse_step(logits, rows, nothing, nothing.new_zeros(vocab, 0), zero, one, NoiseSchedule(),
-                                vocab, torch.tensor([seed, i], device=DEVICE), **options)  # fmt: skip
+        x, _ = ops.reverse_step(logits, rows, nothing, nothing.new_zeros(vocab, 0), last, vocab,
+                                torch.tensor([seed, i], device=DEVICE), Decoding(**options))  # fmt: skip
         total += torch.bincount(x.cpu(), minlength=vocab)
     return total
 
@@ -220,7 +224,7 @@ def test_rows_without_a_law_are_refused(bad, zhat):
     logits, *rest = reverse_case(2, 5, 300, 4)
     logits[1, 3, :] = bad
     with pytest.raises(ValueError, match=r"NaN"):
-        ops.reverse_step(logits, *rest, 300, SEED, zhat=zhat)
+        ops.reverse_step(logits, *rest, 300, SEED, Decoding(zhat))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a device-side assertion there, which ends the process")
@@ -252,7 +256,7 @@ def test_gradient_to_the_table():
 
 def test_operators_pass_opcheck():
     torch.library.opcheck(torch.ops.cadd_min.forward_noising, noising_arguments(torch.float32))
-    logits, rows, z_t, table, *_ = reverse_case(2, 5, 30, 4)
+    logits, rows, z_t, table, _ = reverse_case(2, 5, 30, 4)
     step = torch.tensor([0.3, 0.2, 0.7, 0.4], dtype=torch.float64, device=DEVICE)
     for zhat in range(3):
         torch.library.opcheck(
@@ -270,10 +274,10 @@ def test_compile_sees_one_graph():
         torch.compile(noising, fullgraph=True)(x_0, table, t, SEED), noising(x_0, table, t, SEED)
     )
 
-    def step(logits, rows, z_t, table, s, t, seed):
-        return ops.reverse_step(logits + 0, rows, z_t, table, s, t, NoiseSchedule(), 30, seed, zhat="soft")[1] * 2
+    def step(logits, rows, z_t, table, step, seed):
+        return ops.reverse_step(logits + 0, rows, z_t, table, step, 30, seed, Decoding("soft"))[1] * 2
 
-    *case, _ = reverse_case(2, 5, 30, 4)
+    case = reverse_case(2, 5, 30, 4)
     torch.testing.assert_close(torch.compile(step, fullgraph=True)(*case, SEED), step(*case, SEED))
 
 
@@ -307,10 +311,9 @@ def test_the_door_says_what_is_active():
 
 
 def test_temperature_zero_takes_the_largest_logit_but_never_the_mask():
-    logits, rows, z_t, table, _, t, schedule = reverse_case(2, 30, 50, 4)
-    logits[..., 7] = 60.0
-    zero = torch.zeros_like(t)  # the last step: all flip
-    x_s, _ = ops.reverse_step(logits[:1], rows, z_t[:1], table, zero, t, schedule, 7, SEED, temperature=0)
+    logits, rows, z_t, table, step = reverse_case(2, 30, 50, 4)
+    logits[..., 7], step[0] = 60.0, 1.0  # the last step: all flip
+    x_s, _ = ops.reverse_step(logits[:1], rows, z_t[:1], table, step, 7, SEED, Decoding(temperature=0))
     assert torch.equal(x_s, logits[0].index_fill(-1, torch.tensor([7], device=DEVICE), -torch.inf).argmax(-1))
 
 
@@ -328,10 +331,10 @@ def test_a_backend_asked_for_is_never_replaced():
 def test_reference_and_kernel_draw_the_same_samples():
     """The whole chain, by the backend that is active and by the reference in another process."""
     code = (
-        "import torch\nfrom tests.conftest import nano, rng\nfrom cadd_min.sampler import sample\nnet = nano()\n"
+        "import torch\nfrom tests.toys import nano, rng\nfrom tests.toys import chain\nnet = nano()\n"
         "torch.nn.init.normal_(net.head.weight, generator=rng(5))\n"
         "for z in ('hard', 'soft', 'sample'):\n"
-        "    print(sample(net, (4, 12), net.table(), net.schedule, 11, steps=6, zhat=z, num_latents=2, top_p=.95, "
+        "    print(chain(net, (4, 12), net.table(), net.schedule, 11, steps=6, zhat=z, num_latents=2, top_p=.95, "
         "generator=rng(1)).tolist())"
     )
     found = {name: run_python(code, CADD_BACKEND=name) for name in ("auto", "torch")}
@@ -341,4 +344,4 @@ def test_reference_and_kernel_draw_the_same_samples():
 
 def test_errors_name_the_argument():
     with pytest.raises(InputError, match="zhat"):
-        ops.reverse_step(*reverse_case(1, 2, 5, 3), 5, SEED, zhat="mushy")
+        ops.reverse_step(*reverse_case(1, 2, 5, 3), 5, SEED, Decoding("mushy"))

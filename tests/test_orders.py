@@ -8,13 +8,10 @@ import torch
 from scipy import stats
 
 from cadd_min.baselines.dispatch import draw
-from cadd_min.orders import ORDERS, SCORES, foremost, hitting_times, remask_flip, remask_rate
-from cadd_min.plan import HITTING
-from cadd_min.sampler import sample
+from cadd_min.orders import HITTING, ORDERS, SCORES, Sampling, first_in_order, hitting_times, remask_flip, remask_rate
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.utils.errors import InputError
-from tests.conftest import ALPHA, nano, rng
-from tests.test_loss import LAW, MASK, oracle, toy
+from tests.toys import ALPHA, LAW, MASK, chain, nano, oracle, rng, toy
 
 MODES = [{"order": order} for order in ORDERS[1:]]
 MODES += [{"block": 4}, {"block": 5, "order": "entropy"}, {"remask": 0.3}, {"remask": 0.2, "order": "confidence"}]
@@ -29,7 +26,7 @@ def steps_of(options, model="cadd", **more):
     prompt[:, 3:6] = torch.tensor([4, 0, 9])
     prompt[1] = torch.arange(12) % 11  # nothing to draw
     steps, how = [], {"steps": 6, "generator": rng(0), "prompt": prompt} | options | more
-    x = sample(net, (3, 12), net.table().detach(), net.schedule, mask, callback=steps.append, **how)
+    x = chain(net, (3, 12), net.table().detach(), net.schedule, mask, callback=steps.append, **how)
     return x, steps, prompt, net
 
 
@@ -63,7 +60,7 @@ def test_the_surest_come_first(order, how):
         return seen[-1][1]
 
     steps = []
-    sample(denoise, (4, 12), net.table().detach(), net.schedule, 11, steps=5, order=order, generator=rng(0),
+    chain(denoise, (4, 12), net.table().detach(), net.schedule, 11, steps=5, order=order, generator=rng(0),
            callback=steps.append, **how)  # fmt: skip
     for (before, logits), step in zip(seen, steps):
         score = SCORES[order](logits.softmax(-1).flatten(0, 1)).view(4, 12)
@@ -92,14 +89,14 @@ def test_blocks_go_from_left_to_right(order):
         assert all(done[i] for i in range(2) if begun[i + 1])
 
 
-def test_foremost_against_sorting():
+def test_first_in_order_against_sorting():
     gen = rng(0)
     score, block = torch.rand(40, generator=gen), torch.randint(3, (40,), generator=gen)
     sequence, count = torch.arange(40) // 10, torch.tensor([0, 3, 10, 25])
     for row in range(4):
         mine = [i for i in range(40) if sequence[i] == row]
         best = sorted(mine, key=lambda i: (int(block[i]), -float(score[i])))[: int(count[row])]
-        found = foremost(score, sequence, block, count).nonzero()[:, 0].tolist()
+        found = first_in_order(score, sequence, block, count).nonzero()[:, 0].tolist()
         assert sorted(best) == [i for i in found if i in mine]
 
 
@@ -122,7 +119,7 @@ def test_remasking_keeps_the_masked_share(discrete):
 def law_of(**options):
     """Tokens that an oracle's chain draws with L = 1, in float64."""
     table, schedule = toy(), NoiseSchedule()
-    x = sample(oracle(table, schedule), (20_000, 1), table, schedule, MASK, zhat="sample", generator=rng(2), **options)
+    x = chain(oracle(table, schedule), (20_000, 1), table, schedule, MASK, zhat="sample", generator=rng(2), **options)
     return torch.bincount(x.flatten(), minlength=3).numpy()
 
 
@@ -139,7 +136,7 @@ def test_stale_latents_after_remasking_are_caught(monkeypatch):
     def stale(x, z, rows, table, schedule, s, mask_id, seed):
         x.view(-1)[rows] = mask_id
 
-    monkeypatch.setattr(module, "_mask", stale)
+    monkeypatch.setattr(module, "mask_again", stale)
     assert stats.chisquare(law_of(remask=0.3, steps=8), LAW.numpy() * 20_000).pvalue < 1e-6
 
 
@@ -182,14 +179,14 @@ def test_first_hitting_needs_a_model_that_unmasks_one_by_one():
 @pytest.mark.parametrize("model", ["ar", "udm", "sedd"])
 def test_baselines_in_steps_have_the_cosine_grid_and_nothing_else_of_these(model):
     net, steps = nano(model), []
-    how = {"steps": 3, "time_grid": "cosine", "generator": rng(0), "callback": steps.append}
+    settings, how = Sampling(steps=3, time_grid="cosine"), {"generator": rng(0), "callback": steps.append}
     if model == "ar":
         with pytest.raises(InputError, match="the time grid cosine is not for ar"):
-            draw(net, 2, **how)
+            draw(net, 2, settings, **how)
     else:
-        draw(net, 4, **how)
+        draw(net, 4, settings, **how)
         assert [step.t for step in steps] == pytest.approx([1, math.sin(math.pi / 3), 0.5])
     with pytest.raises(InputError, match=f"the time grid first-hitting is not for {model}"):
-        draw(net, 2, time_grid=HITTING)
+        draw(net, 2, Sampling(time_grid=HITTING))
     with pytest.raises(InputError, match=f"order is for cadd, mdlm and cdm, and this is {model}"):
-        draw(net, 2, order="entropy")
+        draw(net, 2, Sampling(order="entropy"))

@@ -5,7 +5,7 @@ import torch
 
 from cadd_min.posterior import q_posterior_sample, q_posterior_z
 from cadd_min.schedule import NoiseSchedule
-from tests.conftest import rng
+from tests.toys import rng
 
 MASK = 3
 

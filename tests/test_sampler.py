@@ -10,19 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cadd_min.plan import TIME_GRIDS, cosine_temperature
+from cadd_min.orders import TIME_GRIDS, cosine_temperature
 from cadd_min.reverse import ZHATS, draw, estimate_z_0, token_probs
 from cadd_min.sampler import sample
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.utils.errors import InputError
-from tests.conftest import ALPHA, nano, rng
-from tests.test_loss import LAW, MASK, oracle, toy
+from tests.toys import ALPHA, LAW, MASK, chain, nano, oracle, rng, toy
 
 
 def oracle_law(zhat: str, steps: int, count: int = 200_000, table=None, **options) -> torch.Tensor:
     """Frequencies of the tokens that the oracle's chain draws, L = 1. In float32, so that the kernel runs if built."""
     table, schedule = toy().float() if table is None else table, options.pop("schedule", NoiseSchedule())
-    x = sample(
+    x = chain(
         oracle(table, schedule), (count, 1), table, schedule, MASK, steps=steps, zhat=zhat, generator=rng(1), **options
     )
     return torch.bincount(x.flatten(), minlength=3)
@@ -208,7 +207,7 @@ def test_strength_zero_hides_the_latent():
         seen.append(float(z.abs().max()))
         return net(x, z, t)
 
-    sample(denoise, (1, 12), net.table().detach(), net.schedule, 11, steps=4, strength=0.0, generator=rng(0))
+    chain(denoise, (1, 12), net.table().detach(), net.schedule, 11, steps=4, strength=0.0, generator=rng(0))
     assert seen and max(seen) == 0
 
 
@@ -240,7 +239,7 @@ def test_temperature_decay_and_time_grids():
 def test_bad_arguments_are_named(options, message):
     net = nano()
     with pytest.raises(InputError, match=message):
-        sample(net, (2, 12), net.table().detach(), net.schedule, 11, **({"steps": 4} | options))
+        chain(net, (2, 12), net.table().detach(), net.schedule, 11, **({"steps": 4} | options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # by the kernel, if built, and by the reference

@@ -4,23 +4,17 @@ import pytest
 import torch
 
 from cadd_min.dit import PATCH_PRESETS, PatchSize
-from cadd_min.model import Denoiser, Guided, ModelConfig
+from cadd_min.model import Guided, ModelConfig
 from cadd_min.objective import Batch
 from cadd_min.sampler import sample
 from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.unet import UNET_PRESETS, UNetSize
 from cadd_min.utils.errors import InputError
-from tests.conftest import rng
+from tests.toys import images, rng
 
 NANO = UNET_PRESETS["nano"]
 PATCHES = PatchSize(layers=2, width=32, heads=2, embed=16, patch=2, cond=32)
 DEEP = UNetSize(embed=8, channels=16, mults=(1, 2, 2, 2), blocks=2, attention=(1, 3), heads=2, cond=32)
-
-
-def images(size, shape=(8, 8, 1), levels=17, classes=0, seed=0, **options):
-    torch.manual_seed(seed)
-    length = shape[0] * shape[1] * shape[2]
-    return Denoiser(ModelConfig(levels, length, size, shape, classes, latent_table="ordered", **options))
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 1), (7, 9, 3), (28, 28, 1), (5, 1, 3), (1, 1, 1), (32, 32, 3)])

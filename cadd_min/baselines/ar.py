@@ -15,7 +15,7 @@ from cadd_min.kernels import philox
 from cadd_min.loss import Bound, token_losses
 from cadd_min.model import Model
 from cadd_min.objective import Batch, Loss, Objective
-from cadd_min.plan import Sampling
+from cadd_min.orders import Sampling
 from cadd_min.sampler import Step
 
 
@@ -69,7 +69,7 @@ def sample(
         logits = logits_of(features(model, shifted(x[:, : i + 1], model.mask_id), zero)[:, -1], head)
         t, s = 1 - i / length, 1 - (i + 1) / length
         _, u = philox.choices(seed, position + i)
-        x[free, i] = draw_tokens(logits[free], model.mask_id, how.heat(t), how.top_p, u[free])
+        x[free, i] = draw_tokens(logits[free], model.mask_id, how.temperature_at(t), how.top_p, u[free])
         if callback is not None:
             fresh = torch.zeros_like(x, dtype=torch.bool)
             fresh[:, i] = free

@@ -18,8 +18,8 @@ from cadd_min.baselines import ar, sedd, udm
 from cadd_min.loss import Bound, nelbo_parts
 from cadd_min.model import Guided, Model
 from cadd_min.objective import Batch, Loss
-from cadd_min.plan import HITTING, Sampling, check_hitting, given
-from cadd_min.sampler import Step, sample
+from cadd_min.orders import HITTING, Sampling, check_hitting
+from cadd_min.sampler import Step, first_tokens, reverse_chain
 from cadd_min.utils.errors import InputError
 
 MODULES: dict[str, ModuleType] = {"ar": ar, "udm": udm, "sedd": sedd}  # each has training_loss, nelbo_parts, sample
@@ -50,7 +50,8 @@ def check(model: Model, settings: Sampling) -> None:
     """Raise InputError for a setting that this model's chain does not heed."""
     name, usual = model.config.model, Sampling()
     if name not in MODULES:
-        return check_hitting(settings, model.schedule)
+        check_hitting(settings, model.schedule)
+        return
     for field, value in vars(settings).items():
         if field in UNDERSTOOD or value == getattr(usual, field):
             continue
@@ -63,23 +64,22 @@ def check(model: Model, settings: Sampling) -> None:
 def draw(
     model: Model,
     count: int,
+    settings: Sampling,
     *,
     denoiser: Any = None,
     prompt: Tensor | None = None,
     generator: torch.Generator | None = None,
     callback: Callable[[Step], None] | None = None,
-    **how: Any,
 ) -> Tensor:
-    """(count, L) samples; how: the fields of `Sampling`. denoiser: the model under guidance, or None for itself.
+    """Draw samples (count, L) by the chain of the model.
 
+    denoiser: the model under guidance, or None for the model itself; prompt, generator, callback: see `sampler.sample`.
     Raises InputError as `check` does.
     """
-    name, shape = model.config.model, (count, model.config.length)
-    if name not in MODULES:
-        chain = (denoiser or model, shape, model.table(), model.schedule, model.mask_id)
-        return sample(*chain, prompt=prompt, generator=generator, callback=callback, **how)
-    options = Sampling(**how)
-    check(model, options)
-    device = model.device
-    x, seed = given(shape, model.mask_id, prompt, device), ops.draw_seed(generator, device)
-    return MODULES[name].sample(model, x, options, seed, callback)
+    check(model, settings)
+    name, shape, table = model.config.model, (count, model.config.length), model.table()
+    if name in MODULES:
+        x, seed = first_tokens(shape, model.mask_id, prompt, table), ops.draw_seed(generator, model.device)
+        return MODULES[name].sample(model, x, settings, seed, callback)
+    chain = (denoiser or model, shape, table, model.schedule, model.mask_id, settings)
+    return reverse_chain(*chain, prompt=prompt, generator=generator, callback=callback)

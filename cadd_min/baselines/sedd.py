@@ -24,7 +24,7 @@ from cadd_min.kernels import philox
 from cadd_min.loss import T_MIN, Bound, check_steps, chunk_rows, stratified_times
 from cadd_min.model import Model
 from cadd_min.objective import Batch, Loss, Objective
-from cadd_min.plan import Sampling, time_grid
+from cadd_min.orders import Sampling, time_grid
 from cadd_min.sampler import Step
 from cadd_min.schedule import NoiseSchedule, per_token
 
@@ -145,7 +145,7 @@ def sample(
         if len(rows) == 0:
             break
         seed[1] = index + 1
-        h, tau = features(model, x, t.expand(len(x))).flatten(0, 1), how.heat(float(t))
+        h, tau = features(model, x, t.expand(len(x))).flatten(0, 1), how.temperature_at(float(t))
         best = x.flatten().clone()
         for some in rows.split(chunk_rows(head)):
             logits, (u_flip, u_token) = logits_of(h[some], head), philox.choices(seed, some)

@@ -25,7 +25,7 @@ from cadd_min.kernels import philox
 from cadd_min.loss import T_MIN, Bound, check_steps, chunk_rows, stratified_times
 from cadd_min.model import Model
 from cadd_min.objective import Batch, Loss, Objective
-from cadd_min.plan import Sampling, time_grid
+from cadd_min.orders import Sampling, time_grid
 from cadd_min.reverse import draw, token_probs
 from cadd_min.sampler import Step
 from cadd_min.schedule import NoiseSchedule, per_token
@@ -220,7 +220,7 @@ def sample(
     for index, (t, s) in enumerate(zip(times[:-1], times[1:])):
         seed[1] = index + 1
         before, best = x.clone(), x.flatten().clone()
-        h, tau = features(model, before, t.expand(len(x))).flatten(0, 1), how.heat(float(t))
+        h, tau = features(model, before, t.expand(len(x))).flatten(0, 1), how.temperature_at(float(t))
         for some in rows.split(chunk_rows(head)):
             p = token_probs(logits_of(h[some], head)[None], mask_id, tau, how.top_p)
             best[some] = p.argmax(-1)

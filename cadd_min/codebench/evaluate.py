@@ -31,7 +31,7 @@ from cadd_min.codebench.scores import counted, extract, table
 from cadd_min.data.hf_tokenizer import prompt_ids
 from cadd_min.data.tokenizer import Tokenizer
 from cadd_min.model import Model
-from cadd_min.plan import Sampling
+from cadd_min.orders import Sampling
 from cadd_min.sampling import generate
 from cadd_min.utils.cli import Parser, add_options, from_args, whole
 from cadd_min.utils.device import torch_device

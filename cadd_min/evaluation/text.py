@@ -27,7 +27,7 @@ from cadd_min.evaluation.text_judge import SMOLLM2, LanguageJudge, characters, o
 from cadd_min.evaluation.text_scores import MAUVE_LEAST, score
 from cadd_min.model import Model
 from cadd_min.objective import Batch
-from cadd_min.plan import Sampling
+from cadd_min.orders import Sampling
 from cadd_min.sampling import generate
 from cadd_min.utils.errors import InputError
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from cadd_min import ops
 from cadd_min.baselines import dispatch as methods
 from cadd_min.model import Model
-from cadd_min.plan import HITTING, Sampling, cosine_temperature
+from cadd_min.orders import HITTING, Sampling, cosine_temperature
 from cadd_min.sampler import Step
 from cadd_min.utils.cli import add_options, from_args, whole
 from cadd_min.utils.device import DTYPES, autocast, seeded
@@ -68,7 +68,7 @@ def sampling(args: argparse.Namespace) -> Sampling:
         heat = cosine_temperature(args.cosine_temperature, args.temperature)
         options = dataclasses.replace(options, temperature=heat)
     for t in (0.0, 1.0):  # a cosine is between its ends
-        options.heat(t)
+        options.temperature_at(t)
     return options
 
 
@@ -89,12 +89,12 @@ def samples(
         return methods.draw(
             model,
             count,
+            how,
             denoiser=denoiser,
             prompt=prompt,
             # of the CPU: the same noise on every device
             generator=seeded(seed, index) if index else torch.Generator().manual_seed(seed),
             callback=callback,
-            **vars(how),
         )
 
 

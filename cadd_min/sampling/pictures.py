@@ -16,6 +16,7 @@ from cadd_min.data.images import pillow
 from cadd_min.data.pixels import Pixels
 from cadd_min.latent import log_likelihood
 from cadd_min.model import Guided, Model
+from cadd_min.orders import Sampling
 from cadd_min.sampler import Step
 from cadd_min.utils.errors import InputError, reason
 from cadd_min.utils.files import atomic_write
@@ -124,5 +125,5 @@ def preview(model: Model, pixels: Pixels, x_0: Tensor, out: Path | None, step: i
     count, classes = 36, model.config.classes
     label = torch.arange(count, device=x_0.device) % classes if classes else None
     denoiser = None if label is None else Guided(model, label)
-    x = draw(model, count, denoiser=denoiser, steps=64, zhat="soft", generator=torch.Generator().manual_seed(0))
+    x = draw(model, count, Sampling(64, "soft"), denoiser=denoiser, generator=torch.Generator().manual_seed(0))
     return "" if out is None else f"samples in {save(out / f'samples-{step:06d}.png', grid(pixels.decode(x)))}"

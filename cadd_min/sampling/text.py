@@ -12,6 +12,7 @@ from cadd_min.baselines.dispatch import draw
 from cadd_min.data.hf_tokenizer import prompt_ids
 from cadd_min.data.tokenizer import Tokenizer
 from cadd_min.model import Model
+from cadd_min.orders import Sampling
 from cadd_min.sampling.watch import Watch
 from cadd_min.utils.errors import InputError
 
@@ -88,5 +89,5 @@ class TextTask:
 
 def preview(model: Model, tokenizer: Tokenizer, steps: int = 64) -> str:
     """One short sample of a model in training."""
-    x = draw(model, 1, steps=steps, generator=torch.Generator().manual_seed(0))
+    x = draw(model, 1, Sampling(steps), generator=torch.Generator().manual_seed(0))
     return " ".join(tokenizer.decode(x[0].tolist()).split())

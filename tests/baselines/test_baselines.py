@@ -11,21 +11,21 @@ from cadd_min.baselines import ar, common, sedd, udm
 from cadd_min.loss import stratified_times
 from cadd_min.model import BASELINES, ModelConfig
 from cadd_min.objective import Batch, Objective
-from cadd_min.plan import Sampling, given
+from cadd_min.orders import Sampling
+from cadd_min.sampler import first_tokens
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.utils.errors import InputError
-from tests.conftest import ALPHA, NANO, nano, rng
 from tests.test_dit import first_attention
+from tests.toys import ALPHA, JOINT, NANO, nano, pairs, rng
 
 MODULES = {"ar": ar, "udm": udm, "sedd": sedd}
-JOINT = torch.tensor([[0.30, 0.02, 0.08], [0.05, 0.25, 0.02], [0.03, 0.05, 0.20]], dtype=torch.float64)
 SCHEDULES = [NoiseSchedule("linear"), NoiseSchedule("cosine")]
 f64 = torch.float64
 
 
 def drawn(module, model, shape, *, prompt=None, generator=None, callback=None, **how):
     """Samples by a baseline's chain, as methods.py asks for them."""
-    x = given(shape, model.mask_id, prompt, torch.device("cpu"))
+    x = first_tokens(shape, model.mask_id, prompt, torch.zeros(model.mask_id + 1, 0))
     return module.sample(model, x, Sampling(**how), ops.draw_seed(generator), callback)
 
 
@@ -81,11 +81,6 @@ def doubtful(law):
 
 
 EXACT = {"ar": left_to_right, "udm": leave_one_out, "sedd": given_unmasked}
-
-
-def pairs(count: int, seed: int = 0) -> torch.Tensor:
-    index = torch.multinomial(JOINT.flatten(), count, replacement=True, generator=rng(seed))
-    return torch.stack([index // 3, index % 3], 1)
 
 
 def p_value(x: torch.Tensor, joint: torch.Tensor = JOINT) -> float:

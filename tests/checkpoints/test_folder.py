@@ -21,7 +21,7 @@ from cadd_min.dit import PATCH_PRESETS
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.unet import UNET_PRESETS
 from cadd_min.utils.errors import InputError
-from tests.conftest import ROOT, TINY, nano, rng, save_untrained
+from tests.toys import ROOT, TINY, nano, rng, save_untrained
 
 LETTERS = chars("abcdefghij")  # 11 tokens, as a nano model has
 FILES = {"model.safetensors", "config.json", "codec.json"}

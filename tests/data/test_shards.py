@@ -18,8 +18,8 @@ from cadd_min.data import token_folder as data
 from cadd_min.data.batches import TextBatches
 from cadd_min.data.token_folder import TokenFolder
 from cadd_min.utils.errors import InputError
-from tests.conftest import ROOT
 from tests.data.test_token_folder import content, read, texts, words_of
+from tests.toys import ROOT
 
 
 def many_parts(folder: Path, kind: str, size: int) -> Path:

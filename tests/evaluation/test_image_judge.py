@@ -18,7 +18,7 @@ from cadd_min.evaluation.image_judge import (
     train_judge,
 )
 from cadd_min.utils.errors import InputError
-from tests.conftest import rng
+from tests.toys import rng
 
 
 def test_frechet_distance_is_that_of_two_gaussians():

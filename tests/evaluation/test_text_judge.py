@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from cadd_min.evaluation import text_judge
 from cadd_min.evaluation.text_judge import EOT, LanguageJudge, characters, open_judge, padded
 from cadd_min.utils.errors import InputError
-from tests.conftest import rng
+from tests.toys import rng
 
 ENGLISH = "The ship left the harbour in the early morning, and by noon the coast was out of sight behind it."
 

@@ -10,7 +10,7 @@ from cadd_min.evaluation import text_scores
 from cadd_min.evaluation.text_judge import Reading
 from cadd_min.evaluation.text_scores import distinct_n, mauve, ngram_entropy, ratio, repetition, score, unigram_entropy
 from cadd_min.utils.errors import InputError
-from tests.conftest import ALPHA, rng
+from tests.toys import ALPHA, rng
 
 
 def zipf(k: int) -> torch.Tensor:

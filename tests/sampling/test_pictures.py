@@ -9,8 +9,8 @@ from cadd_min.data.pixels import Pixels
 from cadd_min.sampler import sample
 from cadd_min.sampling.pictures import MASKED, Film, blocks, frame, grid, save, shown, strip
 from cadd_min.utils.errors import InputError
-from tests.conftest import rng
-from tests.test_unet import NANO, images
+from tests.test_unet import NANO
+from tests.toys import images, rng
 
 GREY, COLOURED = Pixels((8, 8, 1), 17), Pixels((4, 6, 3))
 

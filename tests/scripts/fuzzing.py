@@ -44,7 +44,7 @@ from cadd_min.training import log
 from cadd_min.unet import UNET_PRESETS
 from cadd_min.utils.errors import InputError
 from tests.codebench import test_codebench as test_code
-from tests.conftest import ROOT, save_untrained
+from tests.toys import ROOT, save_untrained
 from tests.upgrade.test_upgrade import write
 
 MORE = int(os.environ.get("FUZZ", 0))

@@ -19,7 +19,7 @@ from cadd_min.model import ModelConfig
 from cadd_min.sampling.text import frame, parse_prompt
 from tests.checkpoints.test_mdlm import public_state
 from tests.codebench import test_codebench as test_code
-from tests.conftest import ROOT, TINY, save_untrained
+from tests.toys import ROOT, TINY, save_untrained
 from tests.upgrade.test_upgrade import write
 
 

@@ -16,7 +16,7 @@ from cadd_min.data.tokenizer import gpt2
 from cadd_min.dit import PRESETS
 from cadd_min.model import ModelConfig
 from cadd_min.unet import UNET_PRESETS
-from tests.conftest import save_untrained
+from tests.toys import save_untrained
 
 NANO = "--preset nano --batch-size 8 --steps 4 --eval-every 2 --sample-every 4"
 

@@ -17,9 +17,9 @@ from cadd_min.dit import PRESETS
 from cadd_min.evaluation import text as assess_text
 from cadd_min.evaluation import text_judge
 from cadd_min.model import BASELINES, MODELS, Denoiser, ModelConfig
-from cadd_min.plan import Sampling
+from cadd_min.orders import Sampling
 from cadd_min.utils.errors import InputError
-from tests.conftest import ROOT, TINY, save_untrained
+from tests.toys import ROOT, TINY, save_untrained
 
 SMALL = "--num 6 --steps 3 --batch-size 4"
 
@@ -111,7 +111,7 @@ def test_a_cosine_temperature_is_what_a_frontier_draws_by():
     args = benchmark.varied(names)[0] | {"temperature": 1.0, "cosine_temperature": 2.5, "seed": 0}
     each = assess_text.sweep(argparse.Namespace(**args, temperatures=[1.0, 0.5], top_ps=None))
     found = [assess_text.generate.sampling(one) for one in each]
-    assert [(how.heat(1), how.heat(0)) for how in found] == [(2.5, 0.5), (2.5, 1.0)]
+    assert [(how.temperature_at(1), how.temperature_at(0)) for how in found] == [(2.5, 0.5), (2.5, 1.0)]
 
 
 def test_the_table_is_there_when_the_picture_fails(call, text, monkeypatch):

@@ -22,8 +22,7 @@ from cadd_min.training.loop import Fit, FitConfig, Run
 from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.utils.cli import leave
 from cadd_min.utils.errors import InputError
-from tests.conftest import TINY, nano
-from tests.training.test_trainer import batch
+from tests.toys import TINY, batch, nano
 from tests.upgrade.test_upgrade import write
 
 ROOT = Path(__file__).parents[2]

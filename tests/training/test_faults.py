@@ -19,7 +19,7 @@ from cadd_min.training import log
 from cadd_min.training.log import read_metrics
 from cadd_min.training.loop import LIMIT, FitConfig, Run, fit
 from cadd_min.utils.errors import InputError
-from tests.training.test_trainer import batch, same, trainer
+from tests.toys import batch, same, trainer
 
 ROOT = Path(__file__).parents[2]
 

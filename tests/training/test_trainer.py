@@ -23,25 +23,9 @@ from cadd_min.training.start import restore
 from cadd_min.training.trainer import TrainConfig, Trainer, learning_rate
 from cadd_min.utils.device import best_dtype, seeded
 from cadd_min.utils.errors import InputError
-from tests.conftest import nano, rng
+from tests.toys import batch, nano, rng, same, trainer
 
 ROOT = Path(__file__).parents[2]
-
-
-def batch(index: int) -> Batch:
-    return Batch(torch.randint(11, (8, 12), generator=seeded(1, index)))
-
-
-def trainer(model: str = "cadd", data=batch, options: dict | None = None, **config) -> Trainer:
-    return Trainer(
-        nano(model, **(options or {})), data, TrainConfig(**({"batch_size": 8, "dtype": "float32"} | config))
-    )
-
-
-def same(a: Trainer, b: Trainer) -> bool:
-    """Weights and averages, bit for bit."""
-    pairs = zip((*a.model.parameters(), *a.ema.parameters()), (*b.model.parameters(), *b.ema.parameters()))
-    return all(torch.equal(p, q) for p, q in pairs)
 
 
 @pytest.mark.parametrize("model", ["cadd", "mdlm", "cdm"])

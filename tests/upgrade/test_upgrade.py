@@ -22,7 +22,7 @@ from cadd_min.upgrade.families import open_source
 from cadd_min.upgrade.folder import open_upgraded, save
 from cadd_min.upgrade.wrapper import Upgraded, kept, source_of, upgrade
 from cadd_min.utils.errors import InputError
-from tests.conftest import ROOT, TINY, rng
+from tests.toys import ROOT, TINY, rng
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
