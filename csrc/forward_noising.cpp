@@ -9,7 +9,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu_blocks.h"
+#include "vector_blocks.h"
 #include "ops.h"
 
 namespace cadd {

@@ -7,7 +7,7 @@
 #include <cassert>
 #include <type_traits>
 
-#include "cuda.h"
+#include "launch.h"
 #include "forward_noising.h"
 
 namespace cadd {

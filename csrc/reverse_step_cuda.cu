@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cassert>
 
-#include "cuda.h"
+#include "launch.h"
 #include "reverse_step.h"
 
 namespace cadd {

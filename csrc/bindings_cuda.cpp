@@ -11,7 +11,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "cuda.h"
+#include "launch.h"
 #include "ops.h"
 
 namespace cadd {
