@@ -5,7 +5,8 @@
 
 namespace cadd {
 
-// The clock of one sequence at its time t: P(still unmasked), and the factors of z_0 and of the noise in z_t.
+// The clock of one sequence at its time t: P(still unmasked), and the factors of z_0 and of the
+// noise in z_t.
 struct Clock {
   double alpha, signal, noise;
 };
@@ -20,8 +21,8 @@ CADD_HD F mix(F z_0, F eps, F signal, F noise) {
   return signal * z_0 + noise * eps;
 }
 
-// Element e of a latent of dim elements takes its noise from word e / quarter of block e % quarter: neighbouring blocks
-// write neighbouring elements, which suits vector units and warps alike.
+// Element e of a latent of dim elements takes its noise from word e / quarter of block e % quarter:
+// neighbouring blocks write neighbouring elements, which suits vector units and warps alike.
 CADD_HD int64_t quarter_of(int64_t dim) { return (dim + 3) / 4; }
 
 CADD_HD void four_normals(Stream s, uint64_t position, uint32_t block, float (&eps)[4]) {

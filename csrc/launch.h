@@ -1,4 +1,5 @@
-// How the CUDA kernels are launched. No PyTorch here, so nvcc compiles them on any machine that has it.
+// How the CUDA kernels are launched. No PyTorch here, so nvcc compiles them on any machine that has
+// it.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -26,7 +27,8 @@ struct ReverseArgs {
   const float *z_t, *table;
   const double* step;
   const int64_t* seed;
-  int64_t mask_id, latents, count, vocab, positions, dim, stride;  // stride: from one latent's logits to the next's
+  int64_t mask_id, latents, count, vocab, positions, dim,
+      stride;  // stride: from one latent's logits to the next's
   int zhat;
   float inv_tau;
   double top_p;
@@ -38,6 +40,7 @@ struct ReverseArgs {
 
 cudaError_t launch_forward_noising(const NoisingArgs& args, Dtype dtype, cudaStream_t stream);
 cudaError_t launch_reverse_step(const ReverseArgs& args, Dtype dtype, cudaStream_t stream);
-cudaError_t launch_soft_move(const ReverseArgs& args, cudaStream_t stream);  // z_s towards z_hat where masked
+cudaError_t launch_soft_move(const ReverseArgs& args,
+                             cudaStream_t stream);  // z_s towards z_hat where masked
 
 }  // namespace cadd

@@ -1,8 +1,10 @@
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), for host and device.
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), for host
+// and device.
 //
-// A counter-based generator has no state: a draw is a function of its key and its counter. Here the key is the seed,
-// and the counter says which draw of which token of which step it is. So the same seed gives the same bits whatever
-// the thread count, the grid or the backend, and nothing has to be stored for the backward pass.
+// A counter-based generator has no state: a draw is a function of its key and its counter. Here the
+// key is the seed, and the counter says which draw of which token of which step it is. So the same
+// seed gives the same bits whatever the thread count, the grid or the backend, and nothing has to
+// be stored for the backward pass.
 #pragma once
 
 #include <cstdint>
@@ -31,17 +33,20 @@ CADD_HD Words philox(uint64_t key, Words c) {
   return c;
 }
 
-// Who draws: seed and offset are the caller's (a run, a step); position is a token's place in (K, B, L).
+// Who draws: seed and offset are the caller's (a run, a step); position is a token's place in (K,
+// B, L).
 struct Stream {
   uint64_t seed;
   uint32_t offset;
 };
 
-// Blocks of four words for one position: 0, 1, ... are the noise of elements 0-3, 4-7, ...; the last two are uniforms.
+// Blocks of four words for one position: 0, 1, ... are the noise of elements 0-3, 4-7, ...; the
+// last two are uniforms.
 constexpr uint32_t kTokenBlock = 0xFFFFFFFFu, kHatBlock = 0xFFFFFFFEu;
 
 CADD_HD Words draw_words(Stream s, uint64_t position, uint32_t block) {
-  return philox(s.seed, {block, static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), s.offset});
+  return philox(s.seed, {block, static_cast<uint32_t>(position),
+                         static_cast<uint32_t>(position >> 32), s.offset});
 }
 
 // 53 bits of two words, in [0, 1).

@@ -1,9 +1,9 @@
-// The CPU kernel of the reverse step. A row of V logits is read once; what a draw needs of it later are the sums of its
-// blocks of 256 tokens, and one block again. No second (N, V) tensor exists but for "soft", which multiplies by it.
+// The CPU kernel of the reverse step. A row of V logits is read once; what a draw needs of it later
+// are the sums of its blocks of 256 tokens, and one block again. No second (N, V) tensor exists but
+// for "soft", which multiplies by it.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
-
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
@@ -18,9 +18,10 @@ namespace {
 
 // One call: its tensors, contiguous and checked, and what every row shares.
 struct Call {
-  const at::Tensor &logits, &rows, &z_t, &table;  // (K, N, V), (N), (K, P, D) and (V or more, D), P positions
-  int64_t* x_s;                                   // (N)
-  float* z_s;                                     // (K, N, D)
+  const at::Tensor &logits, &rows, &z_t,
+      &table;    // (K, N, V), (N), (K, P, D) and (V or more, D), P positions
+  int64_t* x_s;  // (N)
+  float* z_s;    // (K, N, D)
   Step step;
   Stream stream;
   int64_t mask_id;
@@ -42,15 +43,19 @@ void move(const Call& call, int64_t n, int64_t flipped, float* eps, Target targe
       continue;
     }
     if (call.step.std > 0) fill_normals(call.stream, k * positions + position, dim, eps);
-    const float *z_t = call.z_t.const_data_ptr<float>() + (k * positions + position) * dim, *z_hat = target(k);
+    const float *z_t = call.z_t.const_data_ptr<float>() + (k * positions + position) * dim,
+                *z_hat = target(k);
     for (int64_t e = 0; e < dim; ++e) z_s[e] = posterior(z_hat[e], z_t[e], eps[e], call.step);
   }
 }
 
-// Rows [begin, end): tokens, and for "hard" and "sample" latents too; for "soft" the probabilities, to multiply by.
+// Rows [begin, end): tokens, and for "hard" and "sample" latents too; for "soft" the probabilities,
+// to multiply by.
 template <typename L>
-void tokens(const Call& call, int64_t begin, int64_t end, float* probabilities, std::atomic<bool>& good) {
-  const int64_t latents = call.logits.size(0), vocab = call.logits.size(2), stride = call.logits.stride(0);
+void tokens(const Call& call, int64_t begin, int64_t end, float* probabilities,
+            std::atomic<bool>& good) {
+  const int64_t latents = call.logits.size(0), vocab = call.logits.size(2),
+                stride = call.logits.stride(0);
   const int64_t positions = call.z_t.size(1), dim = call.table.size(1);
   const float* table = call.table.const_data_ptr<float>();
   Row<L> row(latents, vocab, call.mask_id, call.inv_tau, call.top_p);
@@ -63,7 +68,8 @@ void tokens(const Call& call, int64_t begin, int64_t end, float* probabilities, 
       call.x_s[n] = call.mask_id;
       continue;
     }
-    if (!row.read(call.logits.const_data_ptr<L>() + n * vocab, stride, flip || call.zhat != ZHat::hard)) {
+    if (!row.read(call.logits.const_data_ptr<L>() + n * vocab, stride,
+                  flip || call.zhat != ZHat::hard)) {
       good = false;
       return;
     }
@@ -75,7 +81,8 @@ void tokens(const Call& call, int64_t begin, int64_t end, float* probabilities, 
     }
     const int64_t mode = call.zhat == ZHat::hard && !flip ? row.argmax() : -1;
     move(call, n, token, eps.data(), [&](int64_t k) {
-      return table + dim * (mode >= 0 ? mode : row.draw(hat_choice(call.stream, k * positions + position)));
+      return table +
+             dim * (mode >= 0 ? mode : row.draw(hat_choice(call.stream, k * positions + position)));
     });
   }
 }
@@ -89,7 +96,8 @@ bool run(const Call& call) {
   std::atomic<bool> good{true};
   for (int64_t first = 0; first < count && good; first += chunk) {
     const int64_t last = std::min(count, first + chunk);
-    const at::Tensor p = soft ? at::empty({last - first, vocab}, call.table.options()) : at::Tensor();
+    const at::Tensor p =
+        soft ? at::empty({last - first, vocab}, call.table.options()) : at::Tensor();
     float* probabilities = soft ? p.data_ptr<float>() : nullptr;
     at::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
       tokens<L>(call, begin, end, soft ? probabilities + (begin - first) * vocab : nullptr, good);
@@ -100,7 +108,8 @@ bool run(const Call& call) {
       std::vector<float> eps(4 * quarter_of(dim), 0.0f);
       for (int64_t n = begin; n < end; ++n)
         if (call.x_s[n] == call.mask_id)
-          move(call, n, -1, eps.data(), [&](int64_t) { return z_hat.const_data_ptr<float>() + (n - first) * dim; });
+          move(call, n, -1, eps.data(),
+               [&](int64_t) { return z_hat.const_data_ptr<float>() + (n - first) * dim; });
     });
   }
   return good;
@@ -108,27 +117,46 @@ bool run(const Call& call) {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> reverse_step_cpu(const at::Tensor& logits, const at::Tensor& rows, const at::Tensor& z_t,
-                                                    const at::Tensor& table, const at::Tensor& step, const at::Tensor& seed,
-                                                    int64_t mask_id, int64_t zhat, double temperature, double top_p) {
+std::tuple<at::Tensor, at::Tensor> reverse_step_cpu(const at::Tensor& logits,
+                                                    const at::Tensor& rows, const at::Tensor& z_t,
+                                                    const at::Tensor& table, const at::Tensor& step,
+                                                    const at::Tensor& seed, int64_t mask_id,
+                                                    int64_t zhat, double temperature,
+                                                    double top_p) {
   check_reverse_step(logits, rows, z_t, table, step, seed, zhat, temperature, top_p);
   const int64_t* position = rows.const_data_ptr<int64_t>();
-  TORCH_CHECK_INDEX(std::all_of(position, position + rows.size(0), [&](int64_t p) { return 0 <= p && p < z_t.size(1); }),
-                    "reverse_step: rows must be from 0 to ", z_t.size(1) - 1, ", the positions of z_t");
-  const c10::impl::ExcludeDispatchKeyGuard precise(c10::autocast_dispatch_keyset);  // the product for "soft" too
+  TORCH_CHECK_INDEX(std::all_of(position, position + rows.size(0),
+                                [&](int64_t p) { return 0 <= p && p < z_t.size(1); }),
+                    "reverse_step: rows must be from 0 to ", z_t.size(1) - 1,
+                    ", the positions of z_t");
+  const c10::impl::ExcludeDispatchKeyGuard precise(
+      c10::autocast_dispatch_keyset);  // the product for "soft" too
   at::Tensor x_s = at::empty({rows.size(0)}, rows.options());
   at::Tensor z_s = at::empty({logits.size(0), rows.size(0), table.size(1)}, table.options());
   const double* s = step.const_data_ptr<double>();
   const int64_t* key = seed.const_data_ptr<int64_t>();
-  const Call call{logits, rows, z_t, table, x_s.data_ptr<int64_t>(), z_s.data_ptr<float>(),
-                  Step{s[0], static_cast<float>(s[1]), static_cast<float>(s[2]), static_cast<float>(s[3])},
-                  Stream{static_cast<uint64_t>(key[0]), static_cast<uint32_t>(key[1])},
-                  mask_id, static_cast<ZHat>(zhat), static_cast<float>(1.0 / temperature), top_p};
+  const Call call{
+      logits,
+      rows,
+      z_t,
+      table,
+      x_s.data_ptr<int64_t>(),
+      z_s.data_ptr<float>(),
+      Step{s[0], static_cast<float>(s[1]), static_cast<float>(s[2]), static_cast<float>(s[3])},
+      Stream{static_cast<uint64_t>(key[0]), static_cast<uint32_t>(key[1])},
+      mask_id,
+      static_cast<ZHat>(zhat),
+      static_cast<float>(1.0 / temperature),
+      top_p};
   bool good = true;
-  if (logits.scalar_type() == at::kFloat) good = run<float>(call);
-  else if (logits.scalar_type() == at::kBFloat16) good = run<c10::BFloat16>(call);
-  else good = run<c10::Half>(call);
-  TORCH_CHECK_VALUE(good, "reverse_step: a row of logits is NaN, plus infinity, or all minus infinity");
+  if (logits.scalar_type() == at::kFloat)
+    good = run<float>(call);
+  else if (logits.scalar_type() == at::kBFloat16)
+    good = run<c10::BFloat16>(call);
+  else
+    good = run<c10::Half>(call);
+  TORCH_CHECK_VALUE(good,
+                    "reverse_step: a row of logits is NaN, plus infinity, or all minus infinity");
   return {x_s, z_s};
 }
 

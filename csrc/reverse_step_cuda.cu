@@ -1,6 +1,7 @@
-// The CUDA kernel of the reverse step: one block of threads a row. The row is read once for the normalisers; only rows
-// that draw read it again, in contiguous chunks of one warp each, so that the cumulative sum runs in token order as on
-// the CPU. Sums have a fixed order: the same call gives the same bits.
+// The CUDA kernel of the reverse step: one block of threads a row. The row is read once for the
+// normalisers; only rows that draw read it again, in contiguous chunks of one warp each, so that
+// the cumulative sum runs in token order as on the CPU. Sums have a fixed order: the same call
+// gives the same bits.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -19,7 +20,8 @@ constexpr float kLowest = -INFINITY;
 // Reduce over the block; every thread gets the result. `scratch` has room for one value a warp.
 template <typename T, typename Op>
 __device__ T block_reduce(T value, T* scratch, Op op) {
-  for (int offset = 16; offset; offset /= 2) value = op(value, __shfl_xor_sync(0xFFFFFFFFu, value, offset));
+  for (int offset = 16; offset; offset /= 2)
+    value = op(value, __shfl_xor_sync(0xFFFFFFFFu, value, offset));
   __syncthreads();
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
   __syncthreads();
@@ -40,9 +42,11 @@ __device__ Best better(Best a, Best b) {
 __device__ Best block_best(Best best, float* values, int64_t* tokens) {
   for (int offset = 16; offset; offset /= 2)
     best = better(best, {__shfl_xor_sync(0xFFFFFFFFu, best.value, offset),
-                         static_cast<int64_t>(__shfl_xor_sync(0xFFFFFFFFu, static_cast<long long>(best.token), offset))});
+                         static_cast<int64_t>(__shfl_xor_sync(
+                             0xFFFFFFFFu, static_cast<long long>(best.token), offset))});
   __syncthreads();
-  if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = best.value, tokens[threadIdx.x / 32] = best.token;
+  if (threadIdx.x % 32 == 0)
+    values[threadIdx.x / 32] = best.value, tokens[threadIdx.x / 32] = best.token;
   __syncthreads();
   best = {values[0], tokens[0]};
   for (int w = 1; w < kWarps; ++w) best = better(best, {values[w], tokens[w]});
@@ -62,7 +66,8 @@ struct Row {
   }
   __device__ float p(int64_t v) const {
     float sum = 0;
-    for (int64_t k = 0; k < a.latents; ++k) sum += factor[k] * exp_nonpositive(logit(k, v) - top[k]);
+    for (int64_t k = 0; k < a.latents; ++k)
+      sum += factor[k] * exp_nonpositive(logit(k, v) - top[k]);
     return sum >= least ? sum : 0.0f;
   }
 };
@@ -74,8 +79,10 @@ __global__ void reverse_step_kernel(ReverseArgs a) {
   __shared__ float values[kWarps];
   __shared__ int64_t tokens[kWarps], found;
   const Stream stream{static_cast<uint64_t>(a.seed[0]), static_cast<uint32_t>(a.seed[1])};
-  const Step step{a.step[0], static_cast<float>(a.step[1]), static_cast<float>(a.step[2]), static_cast<float>(a.step[3])};
-  const bool hard = a.zhat == static_cast<int>(ZHat::hard), soft = a.zhat == static_cast<int>(ZHat::soft);
+  const Step step{a.step[0], static_cast<float>(a.step[1]), static_cast<float>(a.step[2]),
+                  static_cast<float>(a.step[3])};
+  const bool hard = a.zhat == static_cast<int>(ZHat::hard),
+             soft = a.zhat == static_cast<int>(ZHat::soft);
   const auto larger = [](float x, float y) { return y > x ? y : x; };
   const auto add = [](double x, double y) { return x + y; };
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -94,7 +101,8 @@ __global__ void reverse_step_kernel(ReverseArgs a) {
 
     Best mode{kLowest, a.vocab};
     bool law = true;
-    for (int64_t k = 0; k < a.latents; ++k) {  // one read: the largest logit and the sum relative to it, online
+    for (int64_t k = 0; k < a.latents;
+         ++k) {  // one read: the largest logit and the sum relative to it, online
       Best best{kLowest, a.vocab};
       float sum = 0;
       bool good = true;
@@ -109,10 +117,12 @@ __global__ void reverse_step_kernel(ReverseArgs a) {
         }
       }
       mode = block_best(best, values, tokens);
-      const double scaled = best.value > kLowest ? double{sum} * exp_nonpositive(best.value - mode.value) : 0.0;
+      const double scaled =
+          best.value > kLowest ? double{sum} * exp_nonpositive(best.value - mode.value) : 0.0;
       const double total = block_reduce(scaled, sums, add);
       law &= __syncthreads_and(good) && mode.value > kLowest;
-      if (threadIdx.x == 0) row.top[k] = mode.value, row.factor[k] = static_cast<float>(1.0 / (total * a.latents));
+      if (threadIdx.x == 0)
+        row.top[k] = mode.value, row.factor[k] = static_cast<float>(1.0 / (total * a.latents));
     }
     __syncthreads();
     if (!law) {
@@ -125,7 +135,8 @@ __global__ void reverse_step_kernel(ReverseArgs a) {
       mode = block_best(mode, values, tokens);
     }
 
-    if (a.top_p < 1 && (flip || !hard)) {  // the largest threshold that leaves top_p of the mass, bit by bit
+    if (a.top_p < 1 &&
+        (flip || !hard)) {  // the largest threshold that leaves top_p of the mass, bit by bit
       uint32_t code = 0;
       for (int bit = 29; bit >= 0; --bit) {  // probabilities are at most 1: bit 30 is never set
         row.least = bits_to_float(code | 1u << bit);
@@ -212,9 +223,11 @@ __global__ void reverse_step_kernel(ReverseArgs a) {
 
 __global__ void soft_move_kernel(ReverseArgs a) {
   const Stream stream{static_cast<uint64_t>(a.seed[0]), static_cast<uint32_t>(a.seed[1])};
-  const Step step{a.step[0], static_cast<float>(a.step[1]), static_cast<float>(a.step[2]), static_cast<float>(a.step[3])};
+  const Step step{a.step[0], static_cast<float>(a.step[1]), static_cast<float>(a.step[2]),
+                  static_cast<float>(a.step[3])};
   const int64_t quarter = quarter_of(a.dim), total = a.latents * a.count * quarter;
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < total; i += int64_t{gridDim.x} * blockDim.x) {
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < total;
+       i += int64_t{gridDim.x} * blockDim.x) {
     const int64_t block = i % quarter, n = i / quarter % a.count, k = i / quarter / a.count;
     if (a.x_s[n] != a.mask_id) continue;
     const int64_t at = k * a.positions + a.rows[n];
@@ -223,7 +236,8 @@ __global__ void soft_move_kernel(ReverseArgs a) {
     for (int q = 0; q < 4; ++q) {
       const int64_t e = q * quarter + block;
       if (e < a.dim)
-        a.z_s[(k * a.count + n) * a.dim + e] = posterior(a.z_hat[n * a.dim + e], a.z_t[at * a.dim + e], eps[q], step);
+        a.z_s[(k * a.count + n) * a.dim + e] =
+            posterior(a.z_hat[n * a.dim + e], a.z_t[at * a.dim + e], eps[q], step);
     }
   }
 }
@@ -236,7 +250,9 @@ cudaError_t launch_reverse_step(const ReverseArgs& a, Dtype dtype, cudaStream_t 
   const size_t shared = 2 * a.latents * sizeof(float);
   switch (dtype) {
     case Dtype::f16: reverse_step_kernel<__half><<<grid, kThreads, shared, stream>>>(a); break;
-    case Dtype::bf16: reverse_step_kernel<__nv_bfloat16><<<grid, kThreads, shared, stream>>>(a); break;
+    case Dtype::bf16:
+      reverse_step_kernel<__nv_bfloat16><<<grid, kThreads, shared, stream>>>(a);
+      break;
     default: reverse_step_kernel<float><<<grid, kThreads, shared, stream>>>(a);
   }
   return cudaGetLastError();
@@ -245,7 +261,8 @@ cudaError_t launch_reverse_step(const ReverseArgs& a, Dtype dtype, cudaStream_t 
 cudaError_t launch_soft_move(const ReverseArgs& a, cudaStream_t stream) {
   const int64_t total = a.latents * a.count * quarter_of(a.dim);
   if (total == 0) return cudaSuccess;
-  soft_move_kernel<<<static_cast<unsigned>(std::min<int64_t>((total + 255) / 256, 1 << 20)), 256, 0, stream>>>(a);
+  soft_move_kernel<<<static_cast<unsigned>(std::min<int64_t>((total + 255) / 256, 1 << 20)), 256, 0,
+                     stream>>>(a);
   return cudaGetLastError();
 }
 

@@ -9,18 +9,25 @@
 
 namespace cadd {
 
-// The probabilities of one row: softmax of each of K latents' logits, averaged; cut to top_p of their mass if asked.
-// One object serves one thread, row after row.
+// The probabilities of one row: softmax of each of K latents' logits, averaged; cut to top_p of
+// their mass if asked. One object serves one thread, row after row.
 template <typename L>
 class Row {
  public:
   Row(int64_t latents, int64_t vocab, int64_t mask_id, float inv_tau, double top_p)
-      : latents_(latents), vocab_(vocab), mask_id_(mask_id), inv_tau_(inv_tau), top_p_(top_p),
-        blocks_((vocab + kBlock - 1) / kBlock), top_(latents * blocks_), weight_(latents * blocks_), mass_(blocks_),
+      : latents_(latents),
+        vocab_(vocab),
+        mask_id_(mask_id),
+        inv_tau_(inv_tau),
+        top_p_(top_p),
+        blocks_((vocab + kBlock - 1) / kBlock),
+        top_(latents * blocks_),
+        weight_(latents * blocks_),
+        mass_(blocks_),
         kept_(top_p < 1 ? blocks_ * kBlock : 0) {}
 
-  // Read the row's logits, latent k at logits + k * stride; the masses only where a draw will follow. False if a
-  // logit is NaN or plus infinity, or all are minus infinity.
+  // Read the row's logits, latent k at logits + k * stride; the masses only where a draw will
+  // follow. False if a logit is NaN or plus infinity, or all are minus infinity.
   bool read(const L* logits, int64_t stride, bool masses) {
     logits_ = logits, stride_ = stride, cut_ = false;
     masses = masses || latents_ > 1;
@@ -110,8 +117,10 @@ class Row {
     if (!good || highest == -kInfinity) return false;
     if (!masses) return true;
     double norm = 0;
-    for (int64_t b = 0; b < blocks_; ++b) norm += double{weight[b]} * exp_nonpositive(top[b] - highest);
-    for (int64_t b = 0; b < blocks_; ++b) {  // from here on, weight[b] is what exp(v - top[b]) is multiplied with
+    for (int64_t b = 0; b < blocks_; ++b)
+      norm += double{weight[b]} * exp_nonpositive(top[b] - highest);
+    for (int64_t b = 0; b < blocks_;
+         ++b) {  // from here on, weight[b] is what exp(v - top[b]) is multiplied with
       const double scale = exp_nonpositive(top[b] - highest) / (norm * latents_);
       mass_[b] += weight[b] * scale;
       weight[b] = static_cast<float>(scale);
@@ -134,7 +143,8 @@ class Row {
     }
   }
 
-  // Zero all but the nucleus: the tokens at least as probable as the last of those that hold top_p of the mass.
+  // Zero all but the nucleus: the tokens at least as probable as the last of those that hold top_p
+  // of the mass.
   void keep_top() {
     for (int64_t b = 0; b < blocks_; ++b) block(b, kept_.data() + b * kBlock);
     cut_ = true;
@@ -150,8 +160,8 @@ class Row {
     }
   }
 
-  // The largest probability such that tokens from it on hold `rest` of the mass. Positive floats are ordered like their
-  // bits: three histograms of 11, 11 and 10 bits find it.
+  // The largest probability such that tokens from it on hold `rest` of the mass. Positive floats
+  // are ordered like their bits: three histograms of 11, 11 and 10 bits find it.
   float threshold(double rest) {
     uint32_t prefix = 0, known = 0;
     for (const int bits : {11, 11, 10}) {
@@ -159,7 +169,8 @@ class Row {
       histogram_.assign(size_t{1} << bits, 0.0);
       for (const float p : kept_) {
         const uint32_t code = float_to_bits(p);
-        if (known == 0 || code >> (32 - known) == prefix) histogram_[(code >> shift) & ((1u << bits) - 1)] += p;
+        if (known == 0 || code >> (32 - known) == prefix)
+          histogram_[(code >> shift) & ((1u << bits) - 1)] += p;
       }
       uint32_t bin = (1u << bits) - 1, last = bin;
       for (;; --bin) {
@@ -178,9 +189,10 @@ class Row {
   const float inv_tau_;
   const double top_p_;
   const int64_t blocks_;
-  std::vector<float> top_, weight_;  // (K, blocks): largest logit, and the factor of its exponentials
-  std::vector<double> mass_;         // (blocks): sum of probabilities
-  std::vector<float> kept_;          // (V): the probabilities after top-p
+  std::vector<float> top_,
+      weight_;                // (K, blocks): largest logit, and the factor of its exponentials
+  std::vector<double> mass_;  // (blocks): sum of probabilities
+  std::vector<float> kept_;   // (V): the probabilities after top-p
   std::vector<double> histogram_;
   const L* logits_ = nullptr;
   int64_t stride_ = 0;
