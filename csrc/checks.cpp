@@ -1,4 +1,4 @@
-// The argument checks of the two operators, once for every backend.
+// The checks of the arguments of the two operators, shared by every backend.
 #include <c10/util/Exception.h>
 
 #include "ops.h"
