@@ -42,6 +42,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*
 
 # A copy of the sources in build/, so that the installed kernels stay as they are.
 COPY = rm -rf build/$@ && mkdir -p build/$@ && cp -r cadd_min csrc tests benchmarks setup.py pyproject.toml README.md \

@@ -1,5 +1,10 @@
-// The CUDA kernel of the forward noising. A group of lanes shares a token; each lane makes four normals at a time, and
-// neighbouring lanes write neighbouring elements.
+// The CUDA kernel of the forward noising: a group of lanes shares a token.
+//
+// The ladder to this kernel. Its rungs have no figures: nothing was measured on a GPU yet.
+//   a thread a token     neighbouring threads write D elements apart
+//   a thread an element  neighbouring threads write neighbours, but each uses one word of four
+//   a thread a quad      a thread uses all four words, but neighbouring threads write 4 apart
+//   this kernel          a thread writes its four elements D / 4 apart, so lanes write neighbours
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -7,37 +12,39 @@
 #include <cassert>
 #include <type_traits>
 
-#include "cuda.h"
 #include "forward_noising.h"
+#include "launch.h"
 
 namespace cadd {
 namespace {
 
+// Noise all tokens. Each token has `lanes` threads, a power of two up to 32.
 template <typename T>
-__global__ void forward_noising_kernel(NoisingArgs a, int lanes) {
+__global__ void forward_noising_kernel(NoisingArgs args, int lanes) {
   using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  const T* table = static_cast<const T*>(a.table);
-  T* z_t = static_cast<T*>(a.z_t);
-  const Stream stream{static_cast<uint64_t>(a.seed[0]), static_cast<uint32_t>(a.seed[1])};
-  const int64_t quarter = quarter_of(a.dim), thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const RandomStream random = random_stream(args.seed);
+  const int64_t quarter = quarter_of(args.dim);
+  const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   const int64_t groups = int64_t{gridDim.x} * blockDim.x / lanes;
   const int lane = threadIdx.x % lanes;
-  for (int64_t i = thread / lanes; i < a.count; i += groups) {
-    const double* clock = a.clock + i / a.length * 3;
-    const bool hidden = masked(stream, i, clock[0]);  // every lane for itself: cheaper than telling each other
-    const int64_t id = a.ids[i];
-    assert(0 <= id && id < a.vocab);
-    if (lane == 0) a.x_t[i] = hidden ? a.mask_id : a.x_0[i];
-    const T* row = table + id * a.dim;
-    T* out = z_t + i * a.dim;
+  for (int64_t i = thread / lanes; i < args.count; i += groups) {
+    const double* clock = args.clock + i / args.length * 3;
+    // Every lane draws the mask: that is cheaper than an exchange between lanes.
+    const bool masked = is_masked(random, i, clock[0]);
+    const int64_t id = args.ids[i];
+    assert(0 <= id && id < args.vocab);
+    if (lane == 0) args.x_t[i] = masked ? args.mask_id : args.x_0[i];
+    const T* z_0 = static_cast<const T*>(args.table) + id * args.dim;
+    T* z_t = static_cast<T*>(args.z_t) + i * args.dim;
     const Wide signal = static_cast<Wide>(clock[1]), noise = static_cast<Wide>(clock[2]);
-    for (int64_t block = lane; block < quarter; block += lanes) {
+    for (int64_t quad = lane; quad < quarter; quad += lanes) {
       float eps[4] = {};
-      if (hidden) four_normals(stream, i, static_cast<uint32_t>(block), eps);
+      if (masked) four_normals(random, i, static_cast<uint32_t>(quad), eps);
       for (int q = 0; q < 4; ++q) {
-        const int64_t e = q * quarter + block;
-        if (e >= a.dim) continue;
-        out[e] = hidden ? static_cast<T>(mix(static_cast<Wide>(row[e]), static_cast<Wide>(eps[q]), signal, noise)) : row[e];
+        const int64_t e = q * quarter + quad;
+        if (e >= args.dim) continue;
+        const Wide wide_z_0 = static_cast<Wide>(z_0[e]), wide_eps = static_cast<Wide>(eps[q]);
+        z_t[e] = masked ? static_cast<T>(mix(wide_z_0, wide_eps, signal, noise)) : z_0[e];
       }
     }
   }
@@ -45,18 +52,26 @@ __global__ void forward_noising_kernel(NoisingArgs a, int lanes) {
 
 }  // namespace
 
-cudaError_t launch_forward_noising(const NoisingArgs& a, Dtype dtype, cudaStream_t stream) {
-  if (a.count == 0) return cudaSuccess;
+cudaError_t launch_forward_noising(const NoisingArgs& args, Dtype dtype, cudaStream_t stream) {
+  if (args.count == 0) return cudaSuccess;
   constexpr int kThreads = 256;
   int lanes = 1;
-  while (lanes < 32 && lanes < quarter_of(a.dim)) lanes *= 2;
-  const int64_t blocks = std::min<int64_t>((a.count * lanes + kThreads - 1) / kThreads, 1 << 20);
-  const dim3 grid(static_cast<unsigned>(blocks));
+  while (lanes < 32 && lanes < quarter_of(args.dim)) lanes *= 2;
+  const int64_t blocks = (args.count * lanes + kThreads - 1) / kThreads;
+  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, 1 << 20)));
   switch (dtype) {
-    case Dtype::f32: forward_noising_kernel<float><<<grid, kThreads, 0, stream>>>(a, lanes); break;
-    case Dtype::f64: forward_noising_kernel<double><<<grid, kThreads, 0, stream>>>(a, lanes); break;
-    case Dtype::f16: forward_noising_kernel<__half><<<grid, kThreads, 0, stream>>>(a, lanes); break;
-    case Dtype::bf16: forward_noising_kernel<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(a, lanes); break;
+    case Dtype::f32:
+      forward_noising_kernel<float><<<grid, kThreads, 0, stream>>>(args, lanes);
+      break;
+    case Dtype::f64:
+      forward_noising_kernel<double><<<grid, kThreads, 0, stream>>>(args, lanes);
+      break;
+    case Dtype::f16:
+      forward_noising_kernel<__half><<<grid, kThreads, 0, stream>>>(args, lanes);
+      break;
+    case Dtype::bf16:
+      forward_noising_kernel<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(args, lanes);
+      break;
   }
   return cudaGetLastError();
 }

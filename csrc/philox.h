@@ -1,8 +1,10 @@
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), for host and device.
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), for host
+// and device.
 //
-// A counter-based generator has no state: a draw is a function of its key and its counter. Here the key is the seed,
-// and the counter says which draw of which token of which step it is. So the same seed gives the same bits whatever
-// the thread count, the grid or the backend, and nothing has to be stored for the backward pass.
+// A counter-based generator has no state: a draw is a function of its key and its counter. The key
+// is the seed. The counter names the step, the position of a token, and the draw at this position.
+// The same seed gives the same bits on every backend, for every thread count and every grid. The
+// backward pass needs no stored noise.
 #pragma once
 
 #include <cstdint>
@@ -15,36 +17,50 @@
 
 namespace cadd {
 
+// A quad of 32-bit words: Philox turns a counter of four words into four random words.
 struct Words {
   uint32_t x, y, z, w;
 };
 
-CADD_HD Words philox(uint64_t key, Words c) {
-  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+// Turn a counter into four random words by ten rounds.
+CADD_HD Words philox(uint64_t key, Words counter) {
+  uint32_t key_low = static_cast<uint32_t>(key), key_high = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {
-    const uint64_t a = uint64_t{0xD2511F53u} * c.x, b = uint64_t{0xCD9E8D57u} * c.z;
-    c = {static_cast<uint32_t>(b >> 32) ^ c.y ^ k0, static_cast<uint32_t>(b),
-         static_cast<uint32_t>(a >> 32) ^ c.w ^ k1, static_cast<uint32_t>(a)};
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    const uint64_t product_x = uint64_t{0xD2511F53u} * counter.x;
+    const uint64_t product_z = uint64_t{0xCD9E8D57u} * counter.z;
+    counter = {static_cast<uint32_t>(product_z >> 32) ^ counter.y ^ key_low,
+               static_cast<uint32_t>(product_z),
+               static_cast<uint32_t>(product_x >> 32) ^ counter.w ^ key_high,
+               static_cast<uint32_t>(product_x)};
+    key_low += 0x9E3779B9u;
+    key_high += 0xBB67AE85u;
   }
-  return c;
+  return counter;
 }
 
-// Who draws: seed and offset are the caller's (a run, a step); position is a token's place in (K, B, L).
-struct Stream {
-  uint64_t seed;
-  uint32_t offset;
+// The random numbers of one step of one run.
+struct RandomStream {
+  uint64_t seed;    // of the run
+  uint32_t offset;  // of the step
 };
 
-// Blocks of four words for one position: 0, 1, ... are the noise of elements 0-3, 4-7, ...; the last two are uniforms.
-constexpr uint32_t kTokenBlock = 0xFFFFFFFFu, kHatBlock = 0xFFFFFFFEu;
-
-CADD_HD Words draw_words(Stream s, uint64_t position, uint32_t block) {
-  return philox(s.seed, {block, static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), s.offset});
+// Read the stream from the (2,) seed tensor: seed, offset.
+CADD_HD RandomStream random_stream(const int64_t* seed) {
+  return {static_cast<uint64_t>(seed[0]), static_cast<uint32_t>(seed[1])};
 }
 
-// 53 bits of two words, in [0, 1).
+// Every position has 2^32 quads of words. Quads 0, 1, ... are the noise of its latent, and the last
+// two quads are its uniforms: for the token, and for z0_hat.
+constexpr uint32_t kTokenQuad = 0xFFFFFFFFu, kHatQuad = 0xFFFFFFFEu;
+
+// Draw one quad of words. `position` is the place of a token in (K, B, L).
+CADD_HD Words draw_words(RandomStream random, uint64_t position, uint32_t quad) {
+  const uint32_t low = static_cast<uint32_t>(position),
+                 high = static_cast<uint32_t>(position >> 32);
+  return philox(random.seed, {quad, low, high, random.offset});
+}
+
+// Turn two words into a number in [0, 1) of 53 random bits.
 CADD_HD double uniform(uint32_t high, uint32_t low) {
   return static_cast<double>((uint64_t{high} << 32 | low) >> 11) * 0x1p-53;
 }

@@ -1,251 +1,376 @@
-// The CUDA kernel of the reverse step: one block of threads a row. The row is read once for the normalisers; only rows
-// that draw read it again, in contiguous chunks of one warp each, so that the cumulative sum runs in token order as on
-// the CPU. Sums have a fixed order: the same call gives the same bits.
+// The CUDA kernel of the reverse step: one block of threads a row. Sums have a fixed order, so the
+// same call gives the same bits.
+//
+// The ladder to this kernel. Its rungs have no figures: nothing was measured on a GPU yet.
+//   a thread a row   neighbouring threads read V logits apart, softmax writes (N, V)
+//   a block a row    neighbouring threads read neighbours; a pass for the maximum, then for the sum
+//   one pass         maximum and sum together (online softmax), (N, V) for "soft" only
+//   this kernel      a draw reads the row again: each warp sums a chunk, a warp searches a chunk
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
 #include <cassert>
 
-#include "cuda.h"
+#include "launch.h"
 #include "reverse_step.h"
 
 namespace cadd {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr float kLowest = -INFINITY;
 
-// Reduce over the block; every thread gets the result. `scratch` has room for one value a warp.
-template <typename T, typename Op>
-__device__ T block_reduce(T value, T* scratch, Op op) {
-  for (int offset = 16; offset; offset /= 2) value = op(value, __shfl_xor_sync(0xFFFFFFFFu, value, offset));
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = scratch[0];
-  for (int w = 1; w < kWarps; ++w) value = op(value, scratch[w]);
-  return value;
-}
-
+// A token and its value: a logit or a probability.
 struct Best {
   float value;
   int64_t token;
 };
 
+// The shared memory of one thread block.
+struct Scratch {
+  double sums[kWarps];     // of block_sum
+  float values[kWarps];    // of block_best
+  int64_t tokens[kWarps];  // of block_best
+  double chunks[kWarps];   // mass of the chunk of each warp
+  int64_t drawn;           // the token of a draw
+};
+
+__device__ int lane_index() { return threadIdx.x % 32; }
+__device__ int warp_index() { return threadIdx.x / 32; }
+
+// Sum over a warp. Every lane gets the result.
+__device__ double warp_sum(double value) {
+  for (int offset = 16; offset; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
+  return value;
+}
+
+// Sum over the lanes up to this lane.
+__device__ double warp_prefix_sum(double value) {
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const double left = __shfl_up_sync(kAllLanes, value, offset);
+    if (lane_index() >= offset) value += left;
+  }
+  return value;
+}
+
+// Sum over the thread block. Every thread gets the result.
+__device__ double block_sum(double value, Scratch& scratch) {
+  value = warp_sum(value);
+  __syncthreads();
+  if (lane_index() == 0) scratch.sums[warp_index()] = value;
+  __syncthreads();
+  value = scratch.sums[0];
+  for (int warp = 1; warp < kWarps; ++warp) value += scratch.sums[warp];
+  return value;
+}
+
+// Choose the larger value, the first token of equals.
 __device__ Best better(Best a, Best b) {
   return b.value > a.value || (b.value == a.value && b.token < a.token) ? b : a;
 }
 
-__device__ Best block_best(Best best, float* values, int64_t* tokens) {
-  for (int offset = 16; offset; offset /= 2)
-    best = better(best, {__shfl_xor_sync(0xFFFFFFFFu, best.value, offset),
-                         static_cast<int64_t>(__shfl_xor_sync(0xFFFFFFFFu, static_cast<long long>(best.token), offset))});
+// Choose the best over the thread block. Every thread gets the result.
+__device__ Best block_best(Best best, Scratch& scratch) {
+  for (int offset = 16; offset; offset /= 2) {
+    const float value = __shfl_xor_sync(kAllLanes, best.value, offset);
+    const long long token = __shfl_xor_sync(kAllLanes, static_cast<long long>(best.token), offset);
+    best = better(best, {value, static_cast<int64_t>(token)});
+  }
   __syncthreads();
-  if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = best.value, tokens[threadIdx.x / 32] = best.token;
+  if (lane_index() == 0) {
+    scratch.values[warp_index()] = best.value;
+    scratch.tokens[warp_index()] = best.token;
+  }
   __syncthreads();
-  best = {values[0], tokens[0]};
-  for (int w = 1; w < kWarps; ++w) best = better(best, {values[w], tokens[w]});
+  best = {scratch.values[0], scratch.tokens[0]};
+  for (int warp = 1; warp < kWarps; ++warp)
+    best = better(best, {scratch.values[warp], scratch.tokens[warp]});
   return best;
 }
 
-// One row as seen by its block of threads.
-template <typename L>
+// One row as its thread block reads it.
+template <typename Logit>
 struct Row {
-  const ReverseArgs& a;
-  const L* logits;
-  float *top, *factor;  // (K) each, shared: largest logit, and 1 / (K sum of exponentials)
-  float least;          // top-p: probabilities below it count as zero
+  const ReverseArgs& args;
+  const Logit* logits;  // (V,) of the first latent
+  float* largest;       // (K,) shared: largest logit
+  float* factor;        // (K,) shared: 1 / (K sum of exponentials)
+  float threshold;      // top-p: smaller probabilities count as zero
 
-  __device__ float logit(int64_t k, int64_t v) const {
-    return v == a.mask_id ? kLowest : static_cast<float>(logits[k * a.stride + v]) * a.inv_tau;
+  // Read a logit over the temperature, minus infinity for the mask.
+  __device__ float logit(int64_t k, int64_t token) const {
+    if (token == args.mask_id) return kLowest;
+    return static_cast<float>(logits[k * args.stride + token]) * args.inv_temperature;
   }
-  __device__ float p(int64_t v) const {
+
+  // Compute the probability of a token, averaged over the latents.
+  __device__ float probability(int64_t token) const {
     float sum = 0;
-    for (int64_t k = 0; k < a.latents; ++k) sum += factor[k] * exp_nonpositive(logit(k, v) - top[k]);
-    return sum >= least ? sum : 0.0f;
+    for (int64_t k = 0; k < args.latents; ++k)
+      sum += factor[k] * exp_nonpositive(logit(k, token) - largest[k]);
+    return sum >= threshold ? sum : 0.0f;
   }
+
+  // Bound the chunk of tokens that one warp sums: from chunk_begin(warp) to chunk_end(warp).
+  __device__ int64_t chunk_begin(int warp) const {
+    return warp * ((args.vocab + kWarps - 1) / kWarps);
+  }
+  __device__ int64_t chunk_end(int warp) const { return min(args.vocab, chunk_begin(warp + 1)); }
 };
 
-template <typename L>
-__global__ void reverse_step_kernel(ReverseArgs a) {
-  extern __shared__ float shared[];  // top (K), factor (K)
-  __shared__ double sums[kWarps], chunks[kWarps];
-  __shared__ float values[kWarps];
-  __shared__ int64_t tokens[kWarps], found;
-  const Stream stream{static_cast<uint64_t>(a.seed[0]), static_cast<uint32_t>(a.seed[1])};
-  const Step step{a.step[0], static_cast<float>(a.step[1]), static_cast<float>(a.step[2]), static_cast<float>(a.step[3])};
-  const bool hard = a.zhat == static_cast<int>(ZHat::hard), soft = a.zhat == static_cast<int>(ZHat::soft);
-  const auto larger = [](float x, float y) { return y > x ? y : x; };
-  const auto add = [](double x, double y) { return x + y; };
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t chunk = (a.vocab + kWarps - 1) / kWarps;
+// Read the logits of latent k once: find the first largest logit, and write the normalisers to
+// shared memory. Return false if the logits give no probabilities.
+template <typename Logit>
+__device__ bool read_latent(const Row<Logit>& row, int64_t k, Best& mode, Scratch& scratch) {
+  Best best{kLowest, row.args.vocab};
+  float sum = 0;  // of exponentials relative to the largest logit so far
+  bool valid = true;
+  for (int64_t token = threadIdx.x; token < row.args.vocab; token += kThreads) {
+    const float logit = row.logit(k, token);
+    valid &= logit < INFINITY;  // false for NaN too
+    if (logit > best.value) {
+      sum = sum * exp_nonpositive(best.value - logit) + 1.0f;
+      best = {logit, token};
+    } else if (logit > kLowest) {
+      sum += exp_nonpositive(logit - best.value);
+    }
+  }
+  mode = block_best(best, scratch);
+  const double scaled =
+      best.value > kLowest ? double{sum} * exp_nonpositive(best.value - mode.value) : 0.0;
+  const double total = block_sum(scaled, scratch);
+  valid = __syncthreads_and(valid) && mode.value > kLowest;
+  if (threadIdx.x == 0) {
+    row.largest[k] = mode.value;
+    row.factor[k] = static_cast<float>(1.0 / (total * row.args.latents));
+  }
+  return valid;
+}
 
-  for (int64_t n = blockIdx.x; n < a.count; n += gridDim.x) {
-    const int64_t position = a.rows[n];
-    assert(0 <= position && position < a.positions);
-    const Choices choice = choices(stream, position);
-    const bool flip = choice.flip < step.rho_flip;
-    if (!flip && a.dim == 0) {
-      if (threadIdx.x == 0) a.x_s[n] = a.mask_id;
-      continue;
-    }
-    Row<L> row{a, static_cast<const L*>(a.logits) + n * a.vocab, shared, shared + a.latents, 0.0f};
+// Read the logits of all latents: find the largest logit of the last latent, and write the
+// normalisers to shared memory. Return false if the logits give no probabilities.
+template <typename Logit>
+__device__ bool read_row(const Row<Logit>& row, Best& mode, Scratch& scratch) {
+  bool valid = true;
+  for (int64_t k = 0; k < row.args.latents; ++k) valid &= read_latent(row, k, mode, scratch);
+  __syncthreads();
+  return valid;
+}
 
-    Best mode{kLowest, a.vocab};
-    bool law = true;
-    for (int64_t k = 0; k < a.latents; ++k) {  // one read: the largest logit and the sum relative to it, online
-      Best best{kLowest, a.vocab};
-      float sum = 0;
-      bool good = true;
-      for (int64_t v = threadIdx.x; v < a.vocab; v += kThreads) {
-        const float l = row.logit(k, v);
-        good &= l < INFINITY;  // false for NaN too
-        if (l > best.value) {
-          sum = sum * exp_nonpositive(best.value - l) + 1.0f;
-          best = {l, v};
-        } else if (l > kLowest) {
-          sum += exp_nonpositive(l - best.value);
-        }
-      }
-      mode = block_best(best, values, tokens);
-      const double scaled = best.value > kLowest ? double{sum} * exp_nonpositive(best.value - mode.value) : 0.0;
-      const double total = block_reduce(scaled, sums, add);
-      law &= __syncthreads_and(good) && mode.value > kLowest;
-      if (threadIdx.x == 0) row.top[k] = mode.value, row.factor[k] = static_cast<float>(1.0 / (total * a.latents));
-    }
-    __syncthreads();
-    if (!law) {
-      if (threadIdx.x == 0) *a.bad = 1;
-      continue;
-    }
-    if (a.latents > 1 && hard && !flip) {
-      mode = {kLowest, a.vocab};
-      for (int64_t v = threadIdx.x; v < a.vocab; v += kThreads) mode = better(mode, {row.p(v), v});
-      mode = block_best(mode, values, tokens);
-    }
+// Find the most probable token of the mean over the latents.
+template <typename Logit>
+__device__ Best mode_of_mean(const Row<Logit>& row, Scratch& scratch) {
+  Best mode{kLowest, row.args.vocab};
+  for (int64_t token = threadIdx.x; token < row.args.vocab; token += kThreads)
+    mode = better(mode, {row.probability(token), token});
+  return block_best(mode, scratch);
+}
 
-    if (a.top_p < 1 && (flip || !hard)) {  // the largest threshold that leaves top_p of the mass, bit by bit
-      uint32_t code = 0;
-      for (int bit = 29; bit >= 0; --bit) {  // probabilities are at most 1: bit 30 is never set
-        row.least = bits_to_float(code | 1u << bit);
-        double mass = 0;
-        for (int64_t v = threadIdx.x; v < a.vocab; v += kThreads) mass += row.p(v);
-        if (block_reduce(mass, sums, add) >= a.top_p) code |= 1u << bit;
-      }
-      row.least = bits_to_float(code);
-    }
+// Find the largest threshold that leaves top_p of the mass, bit by bit: positive floats are ordered
+// like their bits.
+//
+// This bisects with sums in a fixed order; the histogram of the CPU kernel would need atomic adds
+// of floats, whose order varies.
+template <typename Logit>
+__device__ float nucleus_threshold(Row<Logit> row, Scratch& scratch) {
+  uint32_t code = 0;
+  for (int bit = 29; bit >= 0; --bit) {  // probabilities are at most 1: bit 30 is never set
+    row.threshold = bits_to_float(code | 1u << bit);
+    double mass = 0;
+    for (int64_t token = threadIdx.x; token < row.args.vocab; token += kThreads)
+      mass += row.probability(token);
+    if (block_sum(mass, scratch) >= row.args.top_p) code |= 1u << bit;
+  }
+  return bits_to_float(code);
+}
 
-    double total = 0;
-    const auto weigh = [&] {  // the mass of each warp's chunk
-      double mass = 0;
-      const int64_t end = min(a.vocab, (warp + 1) * chunk);
-      for (int64_t v = warp * chunk + lane; v < end; v += 32) mass += row.p(v);
-      for (int offset = 16; offset; offset /= 2) mass += __shfl_xor_sync(0xFFFFFFFFu, mass, offset);
-      __syncthreads();
-      if (lane == 0) chunks[warp] = mass;
-      __syncthreads();
-      total = 0;
-      for (int w = 0; w < kWarps; ++w) total += chunks[w];
-    };
-    const auto draw = [&](double u) {  // the token at which the cumulative probability passes u
-      if (warp == 0) {
-        double before = 0, rest = u * total;
-        int w = 0, last = 0;
-        for (; w < kWarps; ++w) {
-          if (chunks[w] > 0) last = w;
-          if (before + chunks[w] > rest) break;
-          before += chunks[w];
-        }
-        if (w == kWarps) w = last, before = 0, rest = INFINITY;  // rounding stepped beyond the end
-        int64_t token = -1;
-        const int64_t end = min(a.vocab, (w + 1) * chunk);
-        for (int64_t first = w * chunk; first < end; first += 32) {
-          const float p = first + lane < end ? row.p(first + lane) : 0.0f;
-          double cdf = p;
-          for (int offset = 1; offset < 32; offset *= 2) {
-            const double left = __shfl_up_sync(0xFFFFFFFFu, cdf, offset);
-            if (lane >= offset) cdf += left;
-          }
-          const unsigned some = __ballot_sync(0xFFFFFFFFu, p > 0);
-          const unsigned past = __ballot_sync(0xFFFFFFFFu, p > 0 && before + cdf > rest);
-          if (some) token = first + 31 - __clz(some);
-          if (past) {
-            token = first + __ffs(past) - 1;
-            break;
-          }
-          before += __shfl_sync(0xFFFFFFFFu, cdf, 31);
-        }
-        if (lane == 0) found = token;
-      }
-      __syncthreads();
-      const int64_t token = found;
-      __syncthreads();
-      return token;
-    };
-    if (flip || !hard) weigh();
-    const int64_t token = flip ? draw(choice.token) : a.mask_id;
-    if (threadIdx.x == 0) a.x_s[n] = token;
-    if (soft && !flip) {
-      for (int64_t v = threadIdx.x; v < a.vocab; v += kThreads)
-        a.probabilities[n * a.vocab + v] = static_cast<float>(row.p(v) / total);
-      continue;
+// Sum the mass of the chunk of each warp, in shared memory. Return the mass of the row.
+template <typename Logit>
+__device__ double sum_chunks(const Row<Logit>& row, Scratch& scratch) {
+  const int64_t end = row.chunk_end(warp_index());
+  double mass = 0;
+  for (int64_t token = row.chunk_begin(warp_index()) + lane_index(); token < end; token += 32)
+    mass += row.probability(token);
+  mass = warp_sum(mass);
+  __syncthreads();
+  if (lane_index() == 0) scratch.chunks[warp_index()] = mass;
+  __syncthreads();
+  double total = 0;
+  for (int warp = 0; warp < kWarps; ++warp) total += scratch.chunks[warp];
+  return total;
+}
+
+// Find the token of a chunk at which the cumulative mass passes `target`, or the last token that
+// has a probability. `before` is the mass of the chunks before it. One warp calls this.
+template <typename Logit>
+__device__ int64_t find_in_chunk(const Row<Logit>& row, int chunk, double before, double target) {
+  const int64_t end = row.chunk_end(chunk);
+  int64_t found = -1;
+  for (int64_t first = row.chunk_begin(chunk); first < end; first += 32) {
+    const int64_t token = first + lane_index();
+    const float probability = token < end ? row.probability(token) : 0.0f;
+    const double cumulative = warp_prefix_sum(probability);
+    const unsigned possible = __ballot_sync(kAllLanes, probability > 0);
+    const unsigned past = __ballot_sync(kAllLanes, probability > 0 && before + cumulative > target);
+    if (past) return first + __ffs(past) - 1;
+    if (possible) found = first + 31 - __clz(possible);
+    before += __shfl_sync(kAllLanes, cumulative, 31);
+  }
+  return found;
+}
+
+// Draw the token at which the cumulative mass passes `target`. Every thread gets the result.
+template <typename Logit>
+__device__ int64_t draw(const Row<Logit>& row, double target, Scratch& scratch) {
+  if (warp_index() == 0) {
+    double before = 0;
+    int chunk = 0, last = 0;
+    for (; chunk < kWarps; ++chunk) {
+      if (scratch.chunks[chunk] > 0) last = chunk;
+      if (before + scratch.chunks[chunk] > target) break;
+      before += scratch.chunks[chunk];
     }
-    const int64_t quarter = quarter_of(a.dim);
-    for (int64_t k = 0; k < a.latents; ++k) {
-      const int64_t at = k * a.positions + position;
-      const int64_t source = flip ? token : hard ? mode.token : draw(hat_choice(stream, at));
-      const float *w = a.table + source * a.dim, *z_t = a.z_t + at * a.dim;
-      float* z_s = a.z_s + (k * a.count + n) * a.dim;
-      for (int64_t block = threadIdx.x; block < quarter; block += kThreads) {
-        float eps[4] = {};
-        if (!flip && step.std > 0) four_normals(stream, at, static_cast<uint32_t>(block), eps);
-        for (int q = 0; q < 4; ++q) {
-          const int64_t e = q * quarter + block;
-          if (e < a.dim) z_s[e] = flip ? w[e] : posterior(w[e], z_t[e], eps[q], step);
-        }
-      }
+    if (chunk == kWarps) {  // rounding passed the end: take the last token with a probability
+      chunk = last;
+      before = 0;
+      target = INFINITY;
     }
-    __syncthreads();
+    const int64_t token = find_in_chunk(row, chunk, before, target);
+    if (lane_index() == 0) scratch.drawn = token;
+  }
+  __syncthreads();
+  const int64_t token = scratch.drawn;
+  __syncthreads();
+  return token;
+}
+
+// Write the normalised probabilities of row n.
+template <typename Logit>
+__device__ void write_probabilities(const Row<Logit>& row, int64_t n, double total) {
+  float* out = row.args.probabilities + n * row.args.vocab;
+  for (int64_t token = threadIdx.x; token < row.args.vocab; token += kThreads)
+    out[token] = static_cast<float>(row.probability(token) / total);
+}
+
+// Move the four elements of one quad of z_s towards z_hat.
+__device__ void move_quad(float* z_s, const float* z_hat, const float* z_t, const float (&eps)[4],
+                          int64_t quad, int64_t dim, ReverseCoefficients coefficients) {
+  for (int q = 0; q < 4; ++q) {
+    const int64_t e = q * quarter_of(dim) + quad;
+    if (e < dim) z_s[e] = posterior(z_hat[e], z_t[e], eps[q], coefficients);
   }
 }
 
-__global__ void soft_move_kernel(ReverseArgs a) {
-  const Stream stream{static_cast<uint64_t>(a.seed[0]), static_cast<uint32_t>(a.seed[1])};
-  const Step step{a.step[0], static_cast<float>(a.step[1]), static_cast<float>(a.step[2]), static_cast<float>(a.step[3])};
-  const int64_t quarter = quarter_of(a.dim), total = a.latents * a.count * quarter;
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < total; i += int64_t{gridDim.x} * blockDim.x) {
-    const int64_t block = i % quarter, n = i / quarter % a.count, k = i / quarter / a.count;
-    if (a.x_s[n] != a.mask_id) continue;
-    const int64_t at = k * a.positions + a.rows[n];
+// Move latent k of row n towards z_hat, or set it to z_hat if the token flips.
+__device__ void step_latent(const ReverseArgs& args, int64_t k, int64_t n, const float* z_hat,
+                            bool flip, ReverseCoefficients coefficients, RandomStream random) {
+  const int64_t position = k * args.positions + args.rows[n];
+  const float* z_t = args.z_t + position * args.dim;
+  float* z_s = args.z_s + (k * args.count + n) * args.dim;
+  if (flip) {
+    for (int64_t e = threadIdx.x; e < args.dim; e += kThreads) z_s[e] = z_hat[e];
+    return;
+  }
+  for (int64_t quad = threadIdx.x; quad < quarter_of(args.dim); quad += kThreads) {
     float eps[4] = {};
-    if (step.std > 0) four_normals(stream, at, static_cast<uint32_t>(block), eps);
-    for (int q = 0; q < 4; ++q) {
-      const int64_t e = q * quarter + block;
-      if (e < a.dim)
-        a.z_s[(k * a.count + n) * a.dim + e] = posterior(a.z_hat[n * a.dim + e], a.z_t[at * a.dim + e], eps[q], step);
-    }
+    if (coefficients.std > 0) four_normals(random, position, static_cast<uint32_t>(quad), eps);
+    move_quad(z_s, z_hat, z_t, eps, quad, args.dim, coefficients);
+  }
+}
+
+// Step row n: its token and its latents, or its probabilities for "soft" if it stays masked.
+template <typename Logit>
+__device__ void step_row(Row<Logit> row, int64_t n, Scratch& scratch) {
+  const ReverseArgs& args = row.args;
+  const ReverseCoefficients coefficients = reverse_coefficients(args.step);
+  const RandomStream random = random_stream(args.seed);
+  const int64_t position = args.rows[n];
+  assert(0 <= position && position < args.positions);
+  const Choices choice = choices(random, position);
+  const bool flip = choice.flip < coefficients.rho_flip;
+  const bool hard = args.zhat == static_cast<int>(ZHat::hard);
+  if (!flip && threadIdx.x == 0) args.x_s[n] = args.mask_id;
+  if (!flip && args.dim == 0) return;  // without a latent nothing else changes
+
+  Best mode{kLowest, args.vocab};
+  if (!read_row(row, mode, scratch)) {
+    if (threadIdx.x == 0) *args.invalid = 1;
+    return;
+  }
+  double total = 0;
+  if (flip || !hard) {
+    if (args.top_p < 1) row.threshold = nucleus_threshold(row, scratch);
+    total = sum_chunks(row, scratch);
+  } else if (args.latents > 1) {
+    mode = mode_of_mean(row, scratch);
+  }
+
+  if (flip) mode.token = draw(row, choice.token * total, scratch);
+  if (flip && threadIdx.x == 0) args.x_s[n] = mode.token;
+  if (!flip && args.zhat == static_cast<int>(ZHat::soft)) {
+    write_probabilities(row, n, total);
+    return;
+  }
+  for (int64_t k = 0; k < args.latents; ++k) {
+    int64_t token = mode.token;
+    if (!flip && !hard)
+      token = draw(row, hat_choice(random, k * args.positions + position) * total, scratch);
+    step_latent(args, k, n, args.table + token * args.dim, flip, coefficients, random);
+  }
+}
+
+// Step all rows, one thread block for each row.
+template <typename Logit>
+__global__ void reverse_step_kernel(ReverseArgs args) {
+  extern __shared__ float shared[];  // (2, K) largest logit, factor
+  __shared__ Scratch scratch;
+  for (int64_t n = blockIdx.x; n < args.count; n += gridDim.x) {
+    const Logit* logits = static_cast<const Logit*>(args.logits) + n * args.vocab;
+    step_row(Row<Logit>{args, logits, shared, shared + args.latents, 0.0f}, n, scratch);
+    __syncthreads();  // the next row overwrites the shared memory
+  }
+}
+
+// Move the latents of the rows that stay masked towards z_hat, one thread for each quad.
+__global__ void soft_move_kernel(ReverseArgs args) {
+  const RandomStream random = random_stream(args.seed);
+  const ReverseCoefficients coefficients = reverse_coefficients(args.step);
+  const int64_t quarter = quarter_of(args.dim), total = args.latents * args.count * quarter;
+  const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  for (int64_t i = thread; i < total; i += int64_t{gridDim.x} * blockDim.x) {
+    const int64_t quad = i % quarter, n = i / quarter % args.count, k = i / quarter / args.count;
+    if (args.x_s[n] != args.mask_id) continue;
+    const int64_t position = k * args.positions + args.rows[n];
+    float eps[4] = {};
+    if (coefficients.std > 0) four_normals(random, position, static_cast<uint32_t>(quad), eps);
+    move_quad(args.z_s + (k * args.count + n) * args.dim, args.z_hat + n * args.dim,
+              args.z_t + position * args.dim, eps, quad, args.dim, coefficients);
   }
 }
 
 }  // namespace
 
-cudaError_t launch_reverse_step(const ReverseArgs& a, Dtype dtype, cudaStream_t stream) {
-  if (a.count == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(a.count, 1 << 20)));
-  const size_t shared = 2 * a.latents * sizeof(float);
+cudaError_t launch_reverse_step(const ReverseArgs& args, Dtype dtype, cudaStream_t stream) {
+  if (args.count == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(args.count, 1 << 20)));
+  const size_t shared = 2 * args.latents * sizeof(float);
   switch (dtype) {
-    case Dtype::f16: reverse_step_kernel<__half><<<grid, kThreads, shared, stream>>>(a); break;
-    case Dtype::bf16: reverse_step_kernel<__nv_bfloat16><<<grid, kThreads, shared, stream>>>(a); break;
-    default: reverse_step_kernel<float><<<grid, kThreads, shared, stream>>>(a);
+    case Dtype::f16: reverse_step_kernel<__half><<<grid, kThreads, shared, stream>>>(args); break;
+    case Dtype::bf16:
+      reverse_step_kernel<__nv_bfloat16><<<grid, kThreads, shared, stream>>>(args);
+      break;
+    default: reverse_step_kernel<float><<<grid, kThreads, shared, stream>>>(args);
   }
   return cudaGetLastError();
 }
 
-cudaError_t launch_soft_move(const ReverseArgs& a, cudaStream_t stream) {
-  const int64_t total = a.latents * a.count * quarter_of(a.dim);
+cudaError_t launch_soft_move(const ReverseArgs& args, cudaStream_t stream) {
+  const int64_t total = args.latents * args.count * quarter_of(args.dim);
   if (total == 0) return cudaSuccess;
-  soft_move_kernel<<<static_cast<unsigned>(std::min<int64_t>((total + 255) / 256, 1 << 20)), 256, 0, stream>>>(a);
+  const dim3 grid(static_cast<unsigned>(std::min<int64_t>((total + 255) / 256, 1 << 20)));
+  soft_move_kernel<<<grid, 256, 0, stream>>>(args);
   return cudaGetLastError();
 }
 
