@@ -18,7 +18,7 @@ from pathlib import Path
 from cadd_min.checkpoints.load import open_model
 from cadd_min.data.pixels import Pixels
 from cadd_min.sampling import generate
-from cadd_min.sampling.generate import add_sampling_options, add_source_options
+from cadd_min.sampling.generate import CKPT, add_run_options, add_sampling_options, add_source_options
 from cadd_min.sampling.images import ImageTask
 from cadd_min.sampling.text import TextTask
 from cadd_min.utils.cli import Parser, run, whole
@@ -28,13 +28,9 @@ from cadd_min.utils.errors import InputError
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--ckpt",
-        type=Path,
-        default=Path("runs"),
-        help="a checkpoint, its folder, a folder of runs, a folder for others, or hf:owner/name of the hub",
-    )
+    parser.add_argument("--ckpt", type=Path, default=Path("runs"), help=CKPT)
     add_sampling_options(parser)
+    add_run_options(parser)
     parser.add_argument("--num", type=whole, help="samples (default: 1, images: 64)")
     parser.add_argument("--watch", action="store_true", help="show the first sample's denoising in the terminal")
     text = parser.add_argument_group("text")

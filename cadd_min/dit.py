@@ -73,12 +73,10 @@ PRESETS = {
     "nano": Size(layers=2, width=64, heads=2, cond=64),  # tests and benchmarks/markov.py
     "tiny": Size(layers=3, width=128, heads=4),
     "small": Size(layers=12, width=768, heads=12),
-    "medium": Size(layers=24, width=1024, heads=16),
 }
 PATCH_PRESETS = {
     "tiny": PatchSize(layers=4, width=128, heads=4, embed=32, patch=1),  # 8x8 digits
     "cifar10": PatchSize(layers=12, width=512, heads=8, embed=64, patch=2, cond=256),
-    "imagenet32": PatchSize(layers=12, width=768, heads=12, embed=64, patch=2, cond=256),
 }
 
 

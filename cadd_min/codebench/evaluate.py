@@ -33,7 +33,7 @@ from cadd_min.data.tokenizer import Tokenizer
 from cadd_min.model import Model
 from cadd_min.orders import Sampling
 from cadd_min.sampling import generate
-from cadd_min.utils.cli import Parser, add_options, from_args, whole
+from cadd_min.utils.cli import add_options, from_args, whole
 from cadd_min.utils.device import torch_device
 from cadd_min.utils.errors import InputError
 
@@ -46,10 +46,8 @@ EXECUTES = (
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The options of `evaluate.py code`."""
-    parser = Parser(__doc__)
-    parser.prog = "evaluate.py code"
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `evaluate.py code`."""
     parser.add_argument("--benchmark", choices=["humaneval", "mbpp"], required=True)
     parser.add_argument("--problems", type=Path, help="the file of MBPP; of HumanEval, one instead of its package's")
     parser.add_argument(
@@ -65,12 +63,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--reference", action="store_true", help="the reference solutions instead of a model's")
     parser.add_argument("--execute", action="store_true", help=EXECUTES)
     parser.add_argument("--workers", type=whole, default=os.cpu_count() or 1, help="programs that run at a time")
-    add_options(parser, sandbox.Limits)
-    parser.add_argument("--ckpt", type=Path, default=Path("runs"), help="a model of text, as in sample.py")
+    add_options(parser, sandbox.Limits, "limits of a program")
+    parser.add_argument("--ckpt", type=Path, default=Path("runs"), help=generate.CKPT)
     generate.add_source_options(parser)
     parser.add_argument("--batch-size", type=whole, default=32, help="prompts at a time")
     generate.add_sampling_options(parser)
-    return parser
+    generate.add_run_options(parser)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -229,9 +227,8 @@ def assess(asked: list[Problem], complete: Complete | None, model: str, folder: 
     return "\n\n".join(["\n".join(lines[:1]), "\n".join(lines[1:]), f"{model}; {limits}; in {folder}"])
 
 
-def main(arguments: list[str]) -> None:
-    """`evaluate.py code` with these arguments. Raises InputError."""
-    args = build_parser().parse_args(arguments)
+def main(args: argparse.Namespace) -> None:
+    """Run `evaluate.py code` with these arguments. Raises InputError."""
     check(args)
     asked = load(args)
     if args.reference:

@@ -1,10 +1,10 @@
-"""What evaluate.py measures of a model of images: its samples against real ones, and the bound of held-out ones."""
+"""What evaluate.py measures of models of images: the bound, and samples against real images."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from cadd_min.data import images
+from cadd_min.data.images import Images
 from cadd_min.data.pixels import Pixels
 from cadd_min.evaluation import image_judge as judge
 from cadd_min.evaluation.bound import held_out_bound, report, summary
@@ -21,6 +22,8 @@ from cadd_min.objective import Batch
 from cadd_min.sampling import generate
 from cadd_min.utils.errors import InputError
 
+Models = dict[Path, tuple[Model, Any, dict[str, Any]]]  # by the checkpoint: model, codec, all else in the checkpoint
+Rows = dict[str, Any]
 NAMES = {
     "FD": "Fréchet distance (classifier's features, not FID)",
     "variety": "class entropy of all, nats",
@@ -30,36 +33,27 @@ NAMES = {
 }
 
 
-def draw(model: Model, pixels: Pixels, args: argparse.Namespace) -> np.ndarray:
-    """(num, H, W, C) samples; of a model of classes as many of each."""
-
-    def guided(first: int, count: int) -> Any:
-        label = (first + torch.arange(count, device=model.device)) % model.config.classes
-        return Guided(model, label, 1.0 if args.guidance is None else args.guidance)
-
-    how, denoiser = generate.sampling(args), guided if model.config.classes else None
-    x = generate.many(
-        model, how, args.num, seed=args.seed, dtype=args.dtype, batch_size=args.batch_size, denoiser=denoiser
-    )
-    return pixels.decode(x)
+def bound(models: Models, args: argparse.Namespace) -> str:
+    """Report the bound of held-out images under each model, in bits per dimension."""
+    how = f"T {args.T or 'continuous'}, {args.dtype}, seed {args.seed}"
+    return _reports(models, args, bound_rows, lambda model: how)
 
 
-def frechet(samples: np.ndarray, data: images.Images, args: argparse.Namespace) -> dict[str, Any]:
-    """The measures of judge.py, and what as many held-out images have."""
-    net, accuracy = judge.open_judge(data, args.cache)
-    real, _ = judge.judged(net, data.train)
-    rows: dict[str, Any] = {"classifier's held-out accuracy": accuracy}
-    for whose, some in (("", samples), ("held-out images' ", data.held_out[: args.num])):
-        rows |= {whose + NAMES[key]: value for key, value in judge.measures(net, real, some).items()}
-    return rows
+def frechet(models: Models, args: argparse.Namespace) -> str:
+    """Report samples of each model against real images, in the features of a small classifier."""
+    return _reports(models, args, frechet_rows, lambda model: _drawn(model, args))
 
 
-def bound(model: Model, pixels: Pixels, data: images.Images, args: argparse.Namespace) -> dict[str, Any]:
-    """Bits per dimension of held-out images."""
+def fid(models: Models, args: argparse.Namespace) -> str:
+    """Report FID, Inception Score, precision and recall of each model, by torch-fidelity."""
+    return _reports(models, args, fid_rows, lambda model: _drawn(model, args))
+
+
+def bound_rows(model: Model, pixels: Pixels, data: Images, args: argparse.Namespace) -> Rows:
+    """Measure the bound in bits per dimension."""
     held_out = data.held_out[: args.num]
 
     def batches() -> Iterator[Batch]:
-        """Held-out images as tokens, with labels where the model knows classes."""
         for first in range(0, len(held_out), args.batch_size):
             rows = slice(first, first + args.batch_size)
             label = None
@@ -73,27 +67,63 @@ def bound(model: Model, pixels: Pixels, data: images.Images, args: argparse.Name
     return {"images": len(held_out), "draws for each": args.repeat, **found}
 
 
-def assess(models: dict[Path, tuple[Model, Any, dict[str, Any]]], args: argparse.Namespace) -> str:
-    """What is asked for, of each model."""
-    return "\n\n".join(_one(path, *models[path], args) for path in models)
+def frechet_rows(model: Model, pixels: Pixels, data: Images, args: argparse.Namespace) -> Rows:
+    """Measure samples as image_judge.py says, and as many held-out images by the same code."""
+    samples = draw(model, pixels, args)
+    net, accuracy = judge.open_judge(data, args.cache)
+    real, _ = judge.judged(net, data.train)
+    rows: Rows = {"classifier's held-out accuracy": accuracy}
+    for whose, some in (("", samples), ("held-out images' ", data.held_out[: args.num])):
+        rows |= {whose + NAMES[key]: value for key, value in judge.measures(net, real, some).items()}
+    return rows
 
 
-def _one(path: Path, model: Model, pixels: Pixels, content: dict[str, Any], args: argparse.Namespace) -> str:
-    if args.guidance is not None and not model.config.classes:
-        raise InputError(f"--guidance needs a model of classes, and --ckpt {path} was trained without labels")
-    settings = content["settings"]
+def fid_rows(model: Model, pixels: Pixels, data: Images, args: argparse.Namespace) -> Rows:
+    """Measure samples by torch-fidelity."""
+    return inception_metrics(draw(model, pixels, args), data.train, model.device, args.inception_weights)
+
+
+def draw(model: Model, pixels: Pixels, args: argparse.Namespace) -> np.ndarray:
+    """Draw samples (num, H, W, C). A model of classes draws as many of each class."""
+
+    def guided(first: int, count: int) -> Any:
+        label = (first + torch.arange(count, device=model.device)) % model.config.classes
+        return Guided(model, label, 1.0 if args.guidance is None else args.guidance)
+
+    how, denoiser = generate.sampling(args), guided if model.config.classes else None
+    x = generate.many(
+        model, how, args.num, seed=args.seed, dtype=args.dtype, batch_size=args.batch_size, denoiser=denoiser
+    )
+    return pixels.decode(x)
+
+
+def _drawn(model: Model, args: argparse.Namespace) -> str:
+    return f"{args.num} samples, {generate.settings(args, [model.config.model])}"
+
+
+def _reports(
+    models: Models,
+    args: argparse.Namespace,
+    measure: Callable[[Model, Pixels, Images, argparse.Namespace], Rows],
+    how: Callable[[Model], str],
+) -> str:
+    """Open each model's data, measure, and report."""
+    reports = []
+    for path, (model, pixels, content) in models.items():
+        if getattr(args, "guidance", None) is not None and not model.config.classes:
+            raise InputError(f"--guidance needs a model of classes, and --ckpt {path} was trained without labels")
+        rows = measure(model, pixels, open_data(path, model, pixels, content["settings"], args), args)
+        name = f"model {model.config.model} at step {content['trainer']['step']} ({path})"
+        reports.append(report(rows, f"{name}, {how(model)}"))
+    return "\n\n".join(reports)
+
+
+def open_data(path: Path, model: Model, pixels: Pixels, settings: dict[str, Any], args: argparse.Namespace) -> Images:
+    """Open the data set that a checkpoint was trained on. Raises InputError where it has changed."""
     if not settings.get("dataset"):
         raise InputError(f"--ckpt {path} does not say which images it was trained on")
     archive = args.archive or (Path(settings["archive"]) if settings.get("archive") else None)
     data = images.open_images(settings["dataset"], args.cache, archive)
     if data.pixels() != pixels or 0 < model.config.classes < data.classes():
         raise InputError(f"--ckpt {path} was trained on other images than {settings['dataset']} now has")
-    if args.what == "bound":
-        rows, how = bound(model, pixels, data, args), f"T {args.T or 'continuous'}, {args.dtype}, seed {args.seed}"
-    else:
-        samples, how = draw(model, pixels, args), f"{args.num} samples, {generate.settings(args, [model.config.model])}"
-        if args.what == "fid":
-            rows = inception_metrics(samples, data.train, model.device, args.inception_weights)
-        else:
-            rows = frechet(samples, data, args)
-    return report(rows, f"model {model.config.model} at step {content['trainer']['step']} ({path}), {how}")
+    return data

@@ -17,15 +17,17 @@ from cadd_min.model import Model
 from cadd_min.orders import HITTING, Sampling, cosine_temperature
 from cadd_min.sampler import Step
 from cadd_min.utils.cli import add_options, from_args, whole
-from cadd_min.utils.device import DTYPES, autocast, seeded
+from cadd_min.utils.device import DTYPES, autocast, default_device, seeded
 from cadd_min.utils.errors import InputError, choose
+
+CKPT = "a checkpoint, its folder, a folder of runs, a folder for others, or hf:owner/name of the hub"
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Everything that shapes a sample, but the model."""
-    add_options(parser, Sampling)
+    """Add all options that shape a sample, the model and the noise apart."""
+    group = add_options(parser, Sampling, "sampling")
     parser.set_defaults(zhat=None)  # each kind of data has its own
-    parser.add_argument(
+    group.add_argument(
         "--cosine-temperature",
         type=float,
         nargs="?",
@@ -33,9 +35,13 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         metavar="START",
         help="let it fall to --temperature along a cosine from START (the paper's for images: 2.5)",
     )
+
+
+def add_run_options(parser: Any) -> None:
+    """Add the options of the noise, the dtype and the device."""
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: as it was trained")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, ...")
 
 
 def add_source_options(parser: Any) -> None:
@@ -56,13 +62,18 @@ def dtype_of(asked: str, content: dict[str, Any]) -> str:
     return choose("the dtype of the checkpoint", found, DTYPES)
 
 
+def check_seed(args: argparse.Namespace) -> None:
+    """Raise InputError for a --seed that a generator does not take."""
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed must be from 0 to 2^63 - 1, not {args.seed}")
+
+
 def sampling(args: argparse.Namespace) -> Sampling:
     """The options as they were given, with a seed that is one; a cosine temperature is a function of t.
 
     Raises InputError for one that is out of range.
     """
-    if not 0 <= args.seed < 2**63:
-        raise InputError(f"--seed must be from 0 to 2^63 - 1, not {args.seed}")
+    check_seed(args)
     options = from_args(Sampling, args)
     if args.cosine_temperature is not None:
         heat = cosine_temperature(args.cosine_temperature, args.temperature)

@@ -19,8 +19,9 @@ from cadd_min.training.distributed import World, world
 from cadd_min.training.loop import FitConfig, Run, fit
 from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.utils.cli import Parser, add_options, from_args, set_defaults
+from cadd_min.utils.device import default_device
 from cadd_min.utils.errors import InputError
-from cadd_min.utils.files import remove_leftovers
+from cadd_min.utils.files import cache_folder, remove_leftovers
 
 RUNS = Path("runs")
 
@@ -30,10 +31,10 @@ def build_parser(description: str | None, model: type = ModelConfig) -> argparse
     parser = Parser(description)
     parser.add_argument("--out", type=Path, help="folder of the run (default: a new one in runs/)")
     parser.add_argument("--resume", action="store_true", help="go on with --out, or with the newest run")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "cadd_min", help="for prepared data")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for config in (model, TrainConfig, FitConfig):
-        add_options(parser, config)
+    parser.add_argument("--cache", type=Path, default=cache_folder(), help="folder of prepared data")
+    parser.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, ...")
+    for config, title in ((model, "model"), (TrainConfig, "training"), (FitConfig, "logging")):
+        add_options(parser, config, title)
     return parser
 
 

@@ -12,6 +12,7 @@ import os
 import sys
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from cadd_min.utils.errors import InputError, Interrupted, sentence, shown
@@ -34,7 +35,23 @@ TYPES: dict[str, Callable[[str], Any]] = {"int": whole, "float": float, "str": s
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keep a script's description as it is written, and add the default of each option that has one."""
+    """Keep a script's description as it is written, add the default of each option that has one, and be brief.
+
+    The usage names only what must be given. An option's value is N, X or PATH where its type says enough.
+    """
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30)
+
+    def add_usage(self, usage: str | None, actions: Any, groups: Any, prefix: str | None = None) -> None:
+        if usage is None and actions and all(action.option_strings for action in actions):
+            needed = "".join(f" {action.option_strings[-1]} ..." for action in actions if action.required)
+            usage = f"%(prog)s{needed} [options]"
+        super().add_usage(usage, actions, groups, prefix)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        names: dict[Any, str] = {whole: "N", int: "N", float: "X", Path: "PATH"}
+        return names.get(action.type, action.dest.upper())
 
     def _get_help_string(self, action: argparse.Action) -> str:
         if any(action.default is value for value in (None, False, argparse.SUPPRESS)):
@@ -64,9 +81,9 @@ def option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-def add_options(parser: Any, cls: type, title: str | None = None) -> None:
-    """Add an option to a parser for each field of `cls` made by `option`, in a group of that title."""
-    group = parser.add_argument_group(title) if title else parser
+def add_options(parser: argparse.ArgumentParser, cls: type, title: str) -> Any:
+    """Add an option for each field of `cls` made by `option`, in a group of that title. Returns the group."""
+    group = parser.add_argument_group(title)
     for field in dataclasses.fields(cls):
         if "help" not in field.metadata:
             continue
@@ -76,6 +93,7 @@ def add_options(parser: Any, cls: type, title: str | None = None) -> None:
         group.add_argument(
             "--" + field.name.replace("_", "-"), default=field.default, help=field.metadata["help"], **kind
         )
+    return group
 
 
 def from_args(cls: type[T], args: argparse.Namespace, **more: Any) -> T:

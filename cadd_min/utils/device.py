@@ -22,6 +22,11 @@ def torch_device(name: str) -> torch.device:
     return device
 
 
+def default_device() -> str:
+    """Return "cuda" where a GPU is visible, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
     """Return the context in which a network runs in a dtype, "float32" or "bfloat16"."""
     return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")

@@ -19,6 +19,11 @@ from typing import Any
 from cadd_min.utils.errors import InputError, shown
 
 
+def cache_folder() -> Path:
+    """Return the folder where prepared data is kept, unless --cache names another."""
+    return Path.home() / ".cache" / "cadd_min"
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Give a path beside `path` to write a file or a folder to, and rename it to `path` at the end.

@@ -111,7 +111,8 @@ def few(command: str, text: Path) -> str:
     if script == "evaluate.py":
         judged = command.split()[1] in ("samples", "frontier")  # by the real judge in test_cli_text.py
         judge = " --judge causal" if judged else ""
-        return f"{command} --num 12 --steps 2{judge}"
+        steps = "" if command.startswith("evaluate.py bound") else " --steps 2"
+        return f"{command} --num 12{steps}{judge}"
     if script == "finetune.py":
         command = command.replace("my.txt", str(text)).replace("owner/name", "masked").replace("smollm2", "causal")
         return f"{command} --length 40 --batch-size 4 --steps 4 --eval-every 0 --sample-every 0"
@@ -163,7 +164,7 @@ def test_readme_names_files_and_targets_that_exist():
             "train_text.py --dataset {text} --model gan",
             "model must be one of cadd, mdlm, cdm, ar, udm, sedd, not",
         ),
-        ("train_text.py --dataset {text} --preset huge", "--preset must be one of nano, tiny, small, medium"),
+        ("train_text.py --dataset {text} --preset huge", "--preset must be one of nano, tiny, small, not"),
         ("train_text.py --dataset {text} --length 0", "length 1 at least"),
         ("train_text.py --dataset {text} --length 100000", "fewer than one sequence of --length 100000"),
         ("train_text.py --dataset {text} --seed -1", "seed must be 0 or more"),

@@ -30,7 +30,7 @@ TRAIN_TOKENS, TRAIN_LINES, TRAIN_TABLE = (
     TRAIN.replace("text.txt", n) for n in ("tokens", "lines.jsonl", "table.parquet")
 )
 TRAIN_IMAGES = f"train_image.py {BASE['train_image.py']}"
-BOUND = f"evaluate.py {BASE['evaluate.py']}"
+BOUND = f"evaluate.py bound {BASE['evaluate.py bound']}"
 READERS = {  # of each file the commands that read it
     "text.pt": ["sample.py --ckpt text.pt --steps 2", "export.py folder text.pt new", BOUND],
     "image.pt": ["sample.py --ckpt image.pt --steps 2 --num 2", "evaluate.py bound --ckpt image.pt --num 2 --repeat 1"],
