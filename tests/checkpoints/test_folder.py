@@ -282,7 +282,7 @@ def test_a_run_is_exported_sampled_and_measured_like_the_run(call, text):
     code, _, err = call("export.py folder runs/a shared")
     assert code == 2 and "shared exists" in err
     code, _, err = call("train_text.py --resume --out shared")
-    assert code == 2 and "is not a checkpoint" in err
+    assert code == 2 and "there is no checkpoint in shared" in err
 
 
 def test_images_are_measured_too_where_the_folder_says_which(call, tmp_path):

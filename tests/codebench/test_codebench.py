@@ -1,5 +1,6 @@
 """Models of code: the problems' files, extraction, pass@k, and three steps that go on where they were cut off."""
 
+import argparse
 import gzip
 import importlib.util
 import itertools
@@ -224,7 +225,9 @@ def options(out: Path, human: Path, more: str = "") -> list[str]:
 
 
 def assess(out: Path, human: Path, complete: assess_code.Complete, more: str = "") -> str:
-    args = assess_code.build_parser().parse_args(options(out, human, more))
+    parser = argparse.ArgumentParser()
+    assess_code.add_arguments(parser)
+    args = parser.parse_args(options(out, human, more))
     return assess_code.assess(problems.humaneval(human), complete, "a test's", out, args)
 
 

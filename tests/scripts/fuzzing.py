@@ -53,7 +53,7 @@ MEMORY = 4 << 30  # bytes a command may take beside what this process has
 WRITTEN = {
     "checkpoint.pt",
     "checkpoint.previous.pt",
-    "log.jsonl",
+    "metrics.jsonl",
     "loss.png",
     "run.json",
     "forward.png",
