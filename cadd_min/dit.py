@@ -1,6 +1,7 @@
 """The transformer backbone: bidirectional, rotary positions, adaLN-Zero on t (DiT, Peebles & Xie 2023).
 
-Text goes in token by token, an image patch by patch. Causal, position i sees the inputs up to i: an autoregressive one.
+Text goes in token by token, an image patch by patch. A causal backbone, where position i sees the inputs up to i, is
+for the autoregressive baseline.
 """
 
 from __future__ import annotations
@@ -15,75 +16,11 @@ from torch import Tensor, nn
 
 from cadd_min.utils.errors import InputError
 
-LARGEST = 2**16  # of anything that a size counts, but the layers
-DEEPEST = 1000
-
-
-def check_size(size: Any) -> None:
-    """Raise InputError where a number of a Size, PatchSize or UNetSize is none that a network could have."""
-    for name, value in vars(size).items():
-        least, most = 0 if name in ("attention", "dropout") else 1, DEEPEST if name in ("layers", "blocks") else LARGEST
-        for number in value if isinstance(value, tuple) else (value,):
-            if not least <= number <= most:
-                raise InputError(f"{name} must be from {least} to {most}, not {number}")
-
-
-@dataclass(frozen=True)
-class Size:
-    """What makes a backbone small or large."""
-
-    layers: int
-    width: int
-    heads: int
-    cond: int = 128  # width of the time conditioning
-
-    def __post_init__(self) -> None:
-        check_size(self)
-
-    @property
-    def embed(self) -> int:
-        """Width of a token's embedding, and of its features for the head."""
-        return self.width
-
-    def build(self, shape: tuple[int, ...], classes: int = 0, causal: bool = False) -> nn.Module:
-        """The backbone for inputs of this shape, (L,)."""
-        return DiT(self, shape[0], classes, causal)
-
-
-@dataclass(frozen=True)
-class PatchSize:
-    """A transformer for images."""
-
-    layers: int
-    width: int
-    heads: int
-    embed: int  # of one value of one colour
-    patch: int
-    cond: int = 128
-
-    def __post_init__(self) -> None:
-        check_size(self)
-
-    def build(self, shape: tuple[int, ...], classes: int = 0) -> nn.Module:
-        """The backbone for images of this shape, (H, W, C)."""
-        return PatchDiT(self, shape, classes)
-
-
-PRESETS = {
-    "nano": Size(layers=2, width=64, heads=2, cond=64),  # tests and benchmarks/markov.py
-    "tiny": Size(layers=3, width=128, heads=4),
-    "small": Size(layers=12, width=768, heads=12),
-}
-PATCH_PRESETS = {
-    "tiny": PatchSize(layers=4, width=128, heads=4, embed=32, patch=1),  # 8x8 digits
-    "cifar10": PatchSize(layers=12, width=512, heads=8, embed=64, patch=2, cond=256),
-}
-
 
 class TimeEmbedding(nn.Module):
-    """t (B,), label (B,) -> c (B, cond): sines of t at many frequencies, an MLP, and what the class adds to it.
+    """Map t (B,) and label (B,) to c (B, cond): sines of t at many frequencies, an MLP, and an embedding of the class.
 
-    Labels are 0 to classes - 1; `classes`, or no label, is "any class".
+    Labels are 0 to classes - 1. The label `classes`, or no label, means any class.
     """
 
     frequency: Tensor
@@ -107,7 +44,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Rotate queries and keys by their position (Su et al. 2021), so that attention sees distances."""
+    """Rotate queries or keys (B, heads, L, head_dim) by position (Su et al. 2021), so that attention sees distances."""
 
     cos: Tensor
     sin: Tensor
@@ -125,9 +62,9 @@ class Rotary(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """Scaled dot-product attention, (B, heads, L, head_dim) each; causal: to no later position than one's own.
+    """Compute scaled dot-product attention, (B, heads, L, head_dim) each. causal: to no later position.
 
-    On a CPU in float32: a short sequence's backward in bfloat16 takes three times as long there.
+    A CPU computes in float32: the backward of short sequences in bfloat16 takes three times as long there.
     """
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -136,12 +73,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without parameters, then the shift and scale that the time asks for: (B, L, W), (B, 1, W)."""
+    """Apply LayerNorm without parameters to x (B, L, W), then the shift and scale of the time (B, 1, W)."""
     return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
 
 
 class Block(nn.Module):
-    """Attention and MLP, each modulated and gated by the time. The gates start at zero: a block starts as identity."""
+    """Attention and MLP, each modulated and gated by the time. Gates start at zero, so a block starts as identity."""
 
     def __init__(self, size: Size | PatchSize, causal: bool = False):
         super().__init__()
@@ -153,21 +90,21 @@ class Block(nn.Module):
         self.ada = nn.Linear(size.cond, 6 * width)
 
     def forward(self, x: Tensor, c: Tensor, rotary: Rotary) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.ada(c)[:, None].chunk(6, -1)
-        qkv = self.qkv(modulate(x, shift_a, scale_a))
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, L, head_dim)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.ada(c)[:, None].chunk(6, -1)  # (B, 1, W) each
+        qkv = self.qkv(modulate(x, shift_a, scale_a))  # (B, L, 3 W)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, head_dim) each
         a = attend(rotary(q), rotary(k), v, self.causal)
-        x = x + gate_a * self.out(a.transpose(1, 2).flatten(2))
+        x = x + gate_a * self.out(a.transpose(1, 2).flatten(2))  # (B, L, W)
         return x + gate_m * self.mlp(modulate(x, shift_m, scale_m))
 
     @torch.no_grad()
     def look_nearby(self, frequency: Tensor, peak: float = 6.0, bands: int = 8) -> None:
         """Set the biases so that head 0, 1, 2, 3, ... starts by attending around offset -1, 1, -2, 2, ...
 
-        A causal block's start at 0, -1, -2, -3, ...: its input at i is token i - 1, so 0 is the token before.
-        A bias c of the queries and the same bias turned back by `offset` steps of the rotation for the keys give the
-        logit sum_f c_f^2 cos((i + offset - j) frequency_f), largest, `peak`, at j = i + offset. The network can unlearn
-        it; without it, it stays at the unigram law until it finds by itself that neighbours matter.
+        The heads of a causal block start at 0, -1, -2, ...: its input at i is token i - 1, so 0 is the token before.
+        The queries get a bias c, the keys the same bias turned back by `offset` steps of the rotation. The logit is
+        then sum_f c_f^2 cos((i + offset - j) frequency_f), which is largest, `peak`, at j = i + offset. The network can
+        unlearn the bias. Without it the network stays at the unigram law until it discovers that neighbours matter.
         """
         self.qkv.bias.zero_()
         half = len(frequency)
@@ -181,7 +118,7 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """(B, L, width) inputs and times (B,) -> (B, L, width) features for the head."""
+    """Map inputs (B, L, width), times (B,) and labels (B,) or None to features (B, L, width)."""
 
     def __init__(self, size: Size | PatchSize, length: int, classes: int = 0, causal: bool = False):
         super().__init__()
@@ -197,7 +134,7 @@ class DiT(nn.Module):
             block.look_nearby(self.rotary.frequency)
 
     def initialize_weights(self) -> None:
-        """Xavier for every matrix; zero for the modulation, so that at the start t changes nothing (adaLN-Zero)."""
+        """Start every matrix by Xavier, and the modulation at zero: at the start t changes nothing (adaLN-Zero)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -216,7 +153,7 @@ class DiT(nn.Module):
 
 
 class PatchDiT(nn.Module):
-    """The same for images: (B, H W C, embed) inputs and times (B,) -> (B, H W C, embed), patch by patch."""
+    """The transformer for images: inputs (B, H W C, embed) to features of the same shape, patch by patch."""
 
     def __init__(self, size: PatchSize, shape: tuple[int, ...], classes: int = 0):
         super().__init__()
@@ -235,3 +172,70 @@ class PatchDiT(nn.Module):
         h = self.leave(self.transformer(self.enter(patches) + self.position, t, label))
         rows, p, columns, _, entries = self.grid
         return h.view(len(x), rows, columns, p, p, entries).transpose(2, 3).reshape(x.shape)
+
+
+# ------------------------------------------------------------------------------------------------ sizes
+
+LARGEST = 2**16  # width, heads, ...
+DEEPEST = 1000  # layers
+
+
+def check_size(size: Any) -> None:
+    """Raise InputError where a number of a Size, PatchSize or UNetSize is out of range for any network."""
+    for name, value in vars(size).items():
+        least, most = 0 if name in ("attention", "dropout") else 1, DEEPEST if name in ("layers", "blocks") else LARGEST
+        for number in value if isinstance(value, tuple) else (value,):
+            if not least <= number <= most:
+                raise InputError(f"{name} must be from {least} to {most}, not {number}")
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of a transformer for text."""
+
+    layers: int
+    width: int
+    heads: int
+    cond: int = 128  # width of the time conditioning
+
+    def __post_init__(self) -> None:
+        check_size(self)
+
+    @property
+    def embed(self) -> int:
+        """The width of a token's embedding, and of its features for the head."""
+        return self.width
+
+    def build(self, shape: tuple[int, ...], classes: int = 0, causal: bool = False) -> nn.Module:
+        """Make the backbone for inputs of this shape, (L,)."""
+        return DiT(self, shape[0], classes, causal)
+
+
+@dataclass(frozen=True)
+class PatchSize:
+    """The size of a transformer for images."""
+
+    layers: int
+    width: int
+    heads: int
+    embed: int  # width of the embedding of one value of one colour
+    patch: int
+    cond: int = 128
+
+    def __post_init__(self) -> None:
+        check_size(self)
+
+    def build(self, shape: tuple[int, ...], classes: int = 0) -> nn.Module:
+        """Make the backbone for images of this shape, (H, W, C)."""
+        return PatchDiT(self, shape, classes)
+
+
+PRESETS = {
+    "nano": Size(layers=2, width=64, heads=2, cond=64),  # tests and benchmarks/markov.py
+    "tiny": Size(layers=3, width=128, heads=4),
+    "small": Size(layers=12, width=768, heads=12),
+}
+PATCH_PRESETS = {
+    "tiny": PatchSize(layers=4, width=128, heads=4, embed=32, patch=1),  # 8x8 digits
+    "cifar10": PatchSize(layers=12, width=512, heads=8, embed=64, patch=2, cond=256),
+}

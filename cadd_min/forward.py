@@ -1,7 +1,7 @@
 """Proposition 1: the forward process. Tokens are masked; a masked token keeps a noisy copy of its embedding.
 
-`q_step` is one step of the chain, `q_sample` the closed form of the whole of it. The tests simulate the first to
-check the second.
+`q_step` is one step of the chain, `q_sample` the closed form of all steps. The tests simulate the chain to check the
+closed form.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ def q_sample(
     """Draw (x_t, z_t) ~ q(x_t, z_t | x_0) = q(x_t | x_0) q(z_t | x_t, x_0).    (Prop. 1)
 
     Args: x_0 (B, L) int64 tokens; z_0 (B, L, D) their latents w[x_0]; t (B,) in [0, 1].
-    Returns: x_t (B, L), z_t (B, L, D). A token is masked with probability 1 - alpha_t. Its latent is
-    N(signal_t z_0, noise_t^2 I) where it is masked, whenever the masking happened, and exactly z_0 where not.
+    Returns: x_t (B, L), z_t (B, L, D). A token is masked with probability 1 - alpha_t. A masked token's latent is
+    N(signal_t z_0, noise_t^2 I), whenever the masking happened. An unmasked token's latent is exactly z_0.
+    Raises: InputError for shapes that do not fit.
     """
     _check(x_0, z_0, t)
     u = torch.rand(x_0.shape, generator=generator, device=x_0.device)
@@ -31,7 +32,7 @@ def q_sample(
 def noised(
     x_0: Tensor, z_0: Tensor, alpha: Tensor, signal: Tensor, noise: Tensor, u: Tensor, eps: Tensor, mask_id: int
 ) -> tuple[Tensor, Tensor]:
-    """Prop. 1 given its randomness, u (B, L) uniform and eps (B, L, D) normal; alpha, signal and noise (B,)."""
+    """Apply Prop. 1 to given randomness: u (B, L) uniform, eps (B, L, D) normal; alpha, signal and noise (B,)."""
     masked = u >= per_token(alpha, u)
     noisy = per_token(signal, z_0) * z_0 + per_token(noise, z_0) * eps
     return x_0.masked_fill(masked, mask_id), torch.where(masked[..., None], noisy, z_0)
@@ -47,12 +48,14 @@ def q_step(
     *,
     generator: Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step of the forward chain, from time s to t >= s; shapes as in `q_sample`.
+    """Draw one step of the forward chain, from time s to t >= s. Shapes are those of `q_sample`.
 
-    An unmasked token is masked with probability 1 - alpha_t / alpha_s and a masked one stays masked. The latent of an
-    unmasked token is frozen; of one masked in this step it is N(signal_t z_s, noise_t^2 I), for there z_s = z_0; of
-    one masked before, N(c z_s, (noise_t^2 - c^2 noise_s^2) I) with c = signal_t / signal_s (for the Gaussian latent
-    c^2 = g = gamma_bar_t / gamma_bar_s and the variance is 1 - g).
+    An unmasked token is masked with probability 1 - alpha_t / alpha_s. A masked token stays masked.
+    The latent of a token that is
+        still unmasked        is frozen;
+        masked in this step   is N(signal_t z_s, noise_t^2 I), since z_s = z_0;
+        masked before         is N(c z_s, (noise_t^2 - c^2 noise_s^2) I) with c = signal_t / signal_s.
+    For the Gaussian latent c^2 = g = gamma_bar_t / gamma_bar_s, and the last variance is 1 - g.
     """
     _check(x_s, z_s, t)
     alpha_s = schedule.alpha(s)
@@ -66,8 +69,8 @@ def q_step(
     added = (noise_t**2 - c**2 * schedule.noise(s) ** 2).clamp(min=0).sqrt()  # rounding may leave -1e-17
     eps = torch.randn(z_s.shape, generator=generator, device=z_s.device, dtype=z_s.dtype)
     fresh = per_token(signal_t, z_s) * z_s + per_token(noise_t, z_s) * eps
-    older = per_token(c, z_s) * z_s + per_token(added, z_s) * eps
-    z_t = torch.where(was_masked[..., None], older, torch.where(masked[..., None], fresh, z_s))
+    moved = per_token(c, z_s) * z_s + per_token(added, z_s) * eps
+    z_t = torch.where(was_masked[..., None], moved, torch.where(masked[..., None], fresh, z_s))
     return x_s.masked_fill(masked, mask_id), z_t
 
 

@@ -1,14 +1,15 @@
-"""The latent: which vector a masked token keeps, how long it is, and how the network gets to read it.
+"""The latent: which vector a masked token keeps, how long the vector is, and how the network reads it.
 
-Why the scale must be held on purpose. A masked position shows the network z_t = signal z_0 + noise eps. How much that
-gives away is set by one number, the latent's own signal-to-noise ratio ||w||^2 gamma_bar / (1 - gamma_bar). If the
-table w could learn through the loss, the shortest way down would be to make w longer until z_t spells out x_0: the
-loss goes to zero, the network learns to read instead of to predict, and the samples collapse, for at sampling time z_t
-has nothing to say but what the network itself has put there. So here every row has the same length `norm` and no
-gradient flows into z_0. How long? To a reader who must tell its token from V others a hint of D dimensions is worth at
-most D/2 log(1 + ||w||^2 SNR / D) nats (the capacity of that channel, which random directions nearly reach) of the log V
-that would settle it, so `evidence_norm` sets which share of log V the latent alone tells at half time, for any V and
-D: enough to let neighbours agree, too little to be believed against them.
+Why the length must be held on purpose. A masked position shows the network z_t = signal z_0 + noise eps. One number
+sets how much of x_0 that gives away: the latent's signal-to-noise ratio ||w||^2 gamma_bar / (1 - gamma_bar). If the
+loss could train the table w, it would make w longer until z_t spells out x_0. The loss goes to zero, the network learns
+to read instead of to predict, and the samples collapse: while sampling, z_t holds only the network's own guesses. So
+every row of the table has the same length `norm` here, and no gradient flows into z_0.
+
+How long? Naming one of V tokens takes log V nats. A D-dimensional latent carries at most D/2 log(1 + ||w||^2 SNR / D)
+nats (Shannon's capacity, which random directions nearly reach). `evidence` is the share of log V that the latent
+carries at t = 1/2, and `evidence_norm` solves that for ||w||, for any V and D. The default is enough to let neighbours
+agree, and too little to be believed against them.
 """
 
 from __future__ import annotations
@@ -29,10 +30,9 @@ HINTS = ("raw", "linear", "posterior")
 
 
 def evidence_norm(vocab_size: int, schedule: NoiseSchedule, share: float, dim: int) -> float:
-    """The norm of w at which a latent of `dim` dimensions is worth `share` of log V nats at half time.
+    """Solve dim/2 log(1 + ||w||^2 SNR(1/2) / dim) = share log V for ||w||: the length of the table's rows.
 
-    Shannon's capacity: dim/2 log(1 + ||w||^2 SNR(1/2) / dim) = share log V; with many dimensions ||w||^2 SNR / 2.
-    Infinite where it is beyond any number.
+    With many dimensions the left side is ||w||^2 SNR / 2. Returns infinity where the length is beyond floats.
     """
     if dim == 0:
         return 0.0
@@ -44,18 +44,18 @@ def evidence_norm(vocab_size: int, schedule: NoiseSchedule, share: float, dim: i
 
 
 def table_norm(norm: float, vocab_size: int, schedule: NoiseSchedule, share: float, dim: int) -> float:
-    """The length asked for, or where that is 0 `evidence_norm`. Raises InputError for one beyond LONGEST."""
-    found = norm or evidence_norm(vocab_size, schedule, share, dim)
-    if not found <= LONGEST:
-        raise InputError(f"the latent's rows would have the length {found:.3g}: lower evidence or latent_norm")
-    return found
+    """Return `norm`, or `evidence_norm` where it is 0. Raises InputError for a length beyond LONGEST."""
+    length = norm or evidence_norm(vocab_size, schedule, share, dim)
+    if not length <= LONGEST:
+        raise InputError(f"the latent's rows would have the length {length:.3g}: lower evidence or latent_norm")
+    return length
 
 
 def ordered_rows(count: int, dim: int) -> Tensor:
-    """(count, dim) unit rows for tokens that are steps of one scale, like grey levels: the nearer, the more alike.
+    """Make (count, dim) unit rows for tokens that are steps of a scale, like grey levels: near tokens get near rows.
 
-    Points of half a circle, (cos, sin) of pi u for u from 0 to 1, and from dimension 2 on of 2 pi u, 3 pi u, ... too.
-    An odd dimension gets the cosine only; one is the scale itself, from -sqrt(3) to sqrt(3), of mean square 1.
+    The rows are points of half a circle, (cos, sin) of pi u for u from 0 to 1, then of 2 pi u, 3 pi u, ... An odd
+    dimension ends with a cosine. Dimension 1 is the scale itself, from -sqrt(3) to sqrt(3), of mean square 1.
     """
     u = torch.linspace(0, 1, count)[:, None]
     if dim == 1:
@@ -65,10 +65,11 @@ def ordered_rows(count: int, dim: int) -> Tensor:
 
 
 def log_likelihood(z_t: Tensor, t: Tensor, table: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """log N(z_t; signal w_v, noise^2 I) of every token v, up to a constant: (B, L, D), (V, D) -> (B, L, V) nats.
+    """Compute log N(z_t; signal w_v, noise^2 I) of every token v, up to a constant.
 
-    For the Gaussian latent (sqrt(gamma_bar) z.w_v - gamma_bar ||w_v||^2 / 2) / (1 - gamma_bar). By Bayes' rule it is a
-    factor of p(x_0 | x_t, z_t): what remains is the token's prior given everything else.
+    For the Gaussian latent this is (sqrt(gamma_bar) z.w_v - gamma_bar ||w_v||^2 / 2) / (1 - gamma_bar). By Bayes' rule
+    it is a factor of p(x_0 | x_t, z_t). The other factor is the token's prior given everything else.
+    Args: z_t (B, L, D); t (B,); table (V, D). Returns: (B, L, V) nats.
     """
     signal, variance = per_token(schedule.signal(t), z_t), per_token(schedule.noise(t) ** 2, z_t)
     return (signal * (z_t @ table.T) - signal**2 * table.square().sum(-1) / 2) / variance
@@ -77,13 +78,18 @@ def log_likelihood(z_t: Tensor, t: Tensor, table: Tensor, schedule: NoiseSchedul
 class Latent(nn.Module):
     """The latent table, and the fusion of a latent with its position's embedding.
 
-    table: "tied", the directions of the token embedding, seen through a fixed random matrix where dim is not its width;
-    "fixed", random directions that never change; "ordered", the points of a scale, for pixels; "free", the token
-    embedding itself with its gradient, which is a trap, to look at and not to use. dim = 0 is no latent at all: a
-    masked model runs the same code.
-    fusion: "add" (the paper's), "concat" or "reweight". hint: "raw", z_t as it is (the paper's); "linear", the best
-    linear guess of z_0, which is silent where z_t is noise; "posterior", E[w | z_t] under the table. unit: how long the
-    hint is where z_0 has length 1: 1, or by what a pretrained embedding is longer than z_0.
+    dim = 0 is a masked model: it runs the same code without a latent.
+    table: where the directions of the rows come from.
+        "tied"     the token embedding; a fixed random matrix maps it to dim where dim is not the embedding's width
+        "fixed"    random directions that never change
+        "ordered"  the points of a scale, for pixels
+        "free"     the token embedding itself, with its gradient: the trap above, to look at and not to use
+    fusion: "add" (the paper's), "concat" or "reweight".
+    hint: what of z_t the network reads.
+        "raw"        z_t itself (the paper's)
+        "linear"     the best linear guess of z_0, which is near zero where z_t is noise
+        "posterior"  E[w | z_t] under the table
+    unit: the length of the hint where z_0 has length 1. For a pretrained embedding it is the ratio of the two lengths.
     """
 
     directions: Tensor
@@ -119,7 +125,7 @@ class Latent(nn.Module):
         self.project = nn.Linear(inputs, width, bias=False) if needs_projection else nn.Identity()
 
     def table(self, embedding: Tensor) -> Tensor:
-        """w (V, D) from the token embedding (V, width); its last row is the mask's and never used."""
+        """Make w (V, D) from the token embedding (V, width). The last row is the mask's, and never used."""
         if self.dim == 0:
             return embedding.new_zeros(len(embedding), 0)
         if self.kind == "free":
@@ -130,10 +136,10 @@ class Latent(nn.Module):
         return self.norm * F.normalize(directions, dim=-1)
 
     def fuse(self, e: Tensor, z_t: Tensor, masked: Tensor, t: Tensor, embedding: Tensor) -> Tensor:
-        """The network's input z_tilde (B, L, width) from embeddings e = E[x_t] (B, L, width) and latents z_t (B, L, D).
+        """Make the network's input z_tilde (B, L, width) from e = E[x_t] (B, L, width) and z_t (B, L, D).
 
-        E[x_t] + z_t where masked; E[x_t] alone where not: there z_t says nothing that x_t does not. Only a hint that
-        needs the latent table has it made from the whole embedding (V + 1, width): with 50,257 tokens that takes time.
+        z_tilde is E[x_t] + z_t where masked. It is E[x_t] alone where not: there z_t says nothing that x_t does not.
+        embedding (V + 1, width) is for hints that need the latent table: with 50,257 tokens the table takes time.
         """
         if self.dim == 0:
             return e
@@ -141,7 +147,7 @@ class Latent(nn.Module):
         if self.fusion == "concat":
             return self.project(torch.cat([e, z], -1))
         z = self.project(z)
-        if self.fusion == "reweight":  # trust each part as far as it goes: the mask's embedding when z_t is noise
+        if self.fusion == "reweight":  # the mask's embedding where z_t is noise, the latent where it is signal
             gamma_bar = per_token(self.schedule.gamma_bar(t), e) * masked[..., None]
             return (1 - gamma_bar) * e + gamma_bar * z
         return e + z

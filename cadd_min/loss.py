@@ -1,7 +1,11 @@
-"""Lemma 1: the KL splits. The training losses (CE, CE + MSE) and the likelihood bound are all read off it.
+"""Lemma 1: the KL splits. The training losses (CE, CE + MSE) and the likelihood bound follow from it.
 
-Per masked position, KL = rho_flip (-log p(x_0 | x_t, z_t)) + rho_keep KL_cont. Training minimises the first factor, a
-cross-entropy; `nelbo` sums the whole of it. The CE alone is not a perplexity for CADD: its input z_t has seen x_0.
+    KL = rho_flip (-log p(x_0 | x_t, z_t)) + rho_keep KL_cont                        per masked position
+    KL_cont = (SNR(s) - SNR(t)) / 2 ||z_0 - z0_hat||^2
+    -log p(x_0) <= sum over steps and positions of KL + KL(q(z_1 | x_0) || N(0, I))  the bound
+
+Training minimises the cross-entropy in the first term, `nelbo` sums all terms. The cross-entropy alone is not a
+perplexity for CADD: its input z_t has seen x_0.
 """
 
 from __future__ import annotations
@@ -21,12 +25,12 @@ from cadd_min.utils.errors import InputError, choose
 
 DenoiserFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t (B, L), z_t (B, L, D), t (B,)) -> logits (B, L, V)
 WEIGHTINGS = ("uniform", "elbo")
-LOGITS = 2**22  # as many at once in the cross-entropy: 512 rows of 8,192 tokens, 16,384 of 256 grey levels
-T_MIN = 1e-4  # continuous time: the bound integrates over [T_MIN, 1] and takes [0, T_MIN] as one last step
+LOGITS = 2**22  # at once in the cross-entropy: 512 rows of 8,192 tokens, or 16,384 rows of 256 grey levels
+T_MIN = 1e-4  # in continuous time the bound integrates over [T_MIN, 1] and takes [0, T_MIN] as a last step
 
 
 def log_probs(logits: Tensor, mask_id: int) -> Tensor:
-    """log softmax over the tokens, (..., V) -> (..., V): the mask is no token, its probability is zero."""
+    """Compute log softmax over the tokens, (..., V) -> (..., V). The mask is not a token: its probability is zero."""
     if mask_id < logits.shape[-1]:
         logits = logits.clone()
         logits[..., mask_id] = -torch.inf
@@ -34,10 +38,11 @@ def log_probs(logits: Tensor, mask_id: int) -> Tensor:
 
 
 def kl_continuous(z_0: Tensor, z_0_hat: Tensor, s: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """KL(q(z_s | z_t, z_0) || q(z_s | z_t, z_0_hat)) = (SNR(s) - SNR(t)) / 2 ||z_0 - z_0_hat||^2.    (Lemma 1)
+    """Compute KL(q(z_s | z_t, z_0) || q(z_s | z_t, z_0_hat)) = (SNR(s) - SNR(t)) / 2 ||z_0 - z_0_hat||^2.   (Lemma 1)
 
-    Args: z_0, z_0_hat (B, L, D); s < t (B,). Returns: (B, L) nats per position that stays masked; infinite for s = 0
-    unless the two agree. For the flow-matching latent this is the KL of the Markov chain with the same marginals.
+    Args: z_0, z_0_hat (B, L, D); s < t (B,). Returns: (B, L) nats per position that stays masked. For s = 0 the KL is
+    infinite unless the two latents agree. For the flow-matching latent this is the KL of the Markov chain with the
+    same marginals.
     """
     error = (z_0 - z_0_hat).square().sum(-1)
     gain = per_token((schedule.snr(s) - schedule.snr(t)) / 2, error)
@@ -45,17 +50,17 @@ def kl_continuous(z_0: Tensor, z_0_hat: Tensor, s: Tensor, t: Tensor, schedule: 
 
 
 def kl_prior(z_0: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """KL(q(z_1 | x_0) || N(0, I)) in nats, (B, L, D) -> (B, L): zero for every schedule that ends at gamma_bar = 0."""
+    """Compute KL(q(z_1 | x_0) || N(0, I)) in nats, (B, L, D) -> (B, L). It is zero where gamma_bar ends at 0."""
     one = torch.ones((), dtype=z_0.dtype, device=z_0.device)
     signal, variance = schedule.signal(one), schedule.noise(one) ** 2
     return ((signal * z_0) ** 2 + variance - 1 - variance.log()).sum(-1) / 2
 
 
 def stratified_times(count: int, generator: Generator | None, device: torch.device | str = "cpu") -> Tensor:
-    """(count,) float64 times, uniform on (0, 1] and evenly spread: one uniform shift of a regular grid.
+    """Draw (count,) float64 times, uniform on (0, 1] and evenly spread: a regular grid with one uniform shift.
 
-    Neighbours lie about a golden section of the whole apart, so a few in a row are spread too: a step's micro-batches,
-    shared out among processes, each meet all times.
+    Neighbours in the list lie about a golden section of [0, 1] apart. So a few times in a row are spread as well, and
+    each micro-batch of a step meets early and late times.
     """
     stride = next(n for n in range(round(0.618 * count), 0, -1) if math.gcd(n, count) == 1) if count > 1 else 1
     grid = (torch.arange(count, device=device) * stride % count).double()
@@ -64,14 +69,14 @@ def stratified_times(count: int, generator: Generator | None, device: torch.devi
 
 
 class Bound(NamedTuple):
-    """The two parts of the bound, (B,) nats each."""
+    """The two parts of the bound, (B,) nats each: of the tokens, and of the latents."""
 
     discrete: Tensor
     continuous: Tensor
 
 
 def check_steps(steps: int | None) -> None:
-    """Raise InputError unless it is a number of steps, or None for continuous time."""
+    """Raise InputError unless `steps` is a positive number, or None for continuous time."""
     if steps is not None and steps < 1:
         raise InputError(f"steps must be a positive number or None (continuous time), not {steps}")
 
@@ -88,42 +93,53 @@ def nelbo_parts(
     free: Tensor | None = None,
     generator: Generator | None = None,
 ) -> Bound:
-    """The bound of `nelbo`, its discrete (token) and continuous (latent) part apart.
+    """Estimate the bound of `nelbo` in two parts, (B,) nats each.
 
-    free (B, L): the bound is of these tokens given the others; None: of all.
+    free (B, L): the bound is of these tokens given the others. None: of all tokens.
     """
     check_steps(steps)
-    z_0 = table[x_0]
-
-    def errors(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Per masked position at time t: the CE, the soft estimate z0_hat, and where it is masked."""
-        x_t, z_t = q_sample(x_0, z_0, t, schedule, mask_id, generator=generator)
-        x_t = x_t if free is None else torch.where(free, x_t, x_0)
-        masked = x_t == mask_id if free is None else (x_t == mask_id) & free
-        log_p = log_probs(denoiser(x_t, z_t, t.to(table.dtype)).to(table.dtype), mask_id)
-        ce = (-log_p.gather(-1, x_0[..., None])[..., 0]).where(masked, 0)  # the mask itself may be given
-        return ce, log_p.exp() @ table[: log_p.shape[-1]], masked.to(table.dtype)
-
-    u = stratified_times(len(x_0), generator, x_0.device)
-    if steps is None:
+    u = stratified_times(len(x_0), generator, x_0.device)  # (B,)
+    process = (denoiser, x_0, table, schedule, mask_id, free, generator)
+    if steps is None:  # integrals over [T_MIN, 1], and [0, T_MIN] as one last step, in which every token flips
         t = T_MIN + (1 - T_MIN) * u
-        ce, z_hat, masked = errors(t)
-        per_time = (z_0 - z_hat).square().sum(-1) * per_token(-schedule.snr_prime(t) / 2, ce)
-        discrete = (1 - T_MIN) * (per_token(schedule.flip_rate(t), ce) * ce * masked).sum(-1)
-        continuous = (1 - T_MIN) * (per_time * masked).sum(-1)
-        ce, _, masked = errors(torch.full_like(t, T_MIN))
-        discrete = discrete + (ce * masked).sum(-1)
-    else:
+        ce, z_hat, masked = errors_at(t, *process)
+        gain = per_token(-schedule.snr_prime(t) / 2, ce) * (table[x_0] - z_hat).square().sum(-1)
+        discrete = (1 - T_MIN) * (per_token(schedule.flip_rate(t), ce) * ce).sum(-1)
+        continuous = (1 - T_MIN) * (gain * masked).sum(-1)
+        ce, _, _ = errors_at(torch.full_like(t, T_MIN), *process)
+        discrete = discrete + ce.sum(-1)
+    else:  # one of the T steps
         t = (u * steps).ceil() / steps
-        s = t - 1 / steps
-        s = torch.where(s < 0.5 / steps, torch.zeros_like(s), s)  # the last step ends at 0 exactly
-        ce, z_hat, masked = errors(t)
+        s = torch.where(t < 1.5 / steps, torch.zeros_like(t), t - 1 / steps)  # the last step ends at 0 exactly
+        ce, z_hat, masked = errors_at(t, *process)
         keep = per_token(schedule.rho_keep(s, t), ce)
-        kept = torch.where(keep > 0, keep * kl_continuous(z_0, z_hat, s, t, schedule), torch.zeros_like(ce))
-        discrete = steps * (per_token(schedule.rho_flip(s, t), ce) * ce * masked).sum(-1)
+        kept = torch.where(keep > 0, keep * kl_continuous(table[x_0], z_hat, s, t, schedule), torch.zeros_like(ce))
+        discrete = steps * (per_token(schedule.rho_flip(s, t), ce) * ce).sum(-1)
         continuous = steps * (kept * masked).sum(-1)
-    prior = kl_prior(z_0, schedule)
+    prior = kl_prior(table[x_0], schedule)
     return Bound(discrete, continuous + (prior if free is None else prior * free).sum(-1))
+
+
+def errors_at(
+    t: Tensor,
+    denoiser: DenoiserFn,
+    x_0: Tensor,
+    table: Tensor,
+    schedule: NoiseSchedule,
+    mask_id: int,
+    free: Tensor | None,
+    generator: Generator | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise x_0 (B, L) to times t (B,), and compare what the denoiser expects with what is true.
+
+    Returns: the CE (B, L) in nats, zero where not masked; the soft estimate z0_hat (B, L, D); 1 where masked (B, L).
+    """
+    x_t, z_t = q_sample(x_0, table[x_0], t, schedule, mask_id, generator=generator)
+    x_t = x_t if free is None else torch.where(free, x_t, x_0)
+    masked = x_t == mask_id if free is None else (x_t == mask_id) & free
+    log_p = log_probs(denoiser(x_t, z_t, t.to(table.dtype)).to(table.dtype), mask_id)  # (B, L, V)
+    ce = (-log_p.gather(-1, x_0[..., None])[..., 0]).where(masked, 0)  # a given token may be the mask itself
+    return ce, log_p.exp() @ table[: log_p.shape[-1]], masked.to(table.dtype)
 
 
 def nelbo(
@@ -136,18 +152,19 @@ def nelbo(
     steps: int | None = None,
     generator: Generator | None = None,
 ) -> Tensor:
-    """A Monte Carlo estimate of the bound -log p(x_0) <= sum over steps of Lemma 1's KLs + KL(q(z_1|x_0) || N(0, I)).
+    """Estimate the bound -log p(x_0) <= sum over steps of Lemma 1's KLs + KL(q(z_1|x_0) || N(0, I)) by Monte Carlo.
 
+    One time step is drawn for each sequence, stratified over the batch. The bound is that of the chain with
+    z0_hat = E[w | x_t, z_t] ("soft"), which makes the KL smallest.
     Args: x_0 (B, L) tokens; table (V, D) latents; steps: a number T of equal steps, or None for continuous time, where
     rho_flip becomes -alpha'/(1 - alpha) dt and SNR(s) - SNR(t) becomes -SNR' dt.
-    Returns: (B,) nats, one time step drawn for each sequence, stratified over the batch. The bound is that of the
-    chain with z0_hat = E[w | x_t, z_t] ("soft"), which makes the KL smallest.
+    Returns: (B,) nats.
     """
     return sum(nelbo_parts(denoiser, x_0, table, schedule, mask_id, steps=steps, generator=generator))  # type: ignore
 
 
 def chunk_rows(head: Tensor) -> int:
-    """How many rows of V logits to hold at once, by head (V, F)."""
+    """Return how many rows of V logits to hold at once, for a head (V, F)."""
     return max(512, LOGITS // len(head))
 
 
@@ -160,10 +177,10 @@ def token_losses(
     mask_id: int | None = None,
     chunk: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """CE and squared error of z0_hat for N masked positions, never holding their (N, V) logits at once.
+    """Compute the CE and the squared error of z0_hat at N masked positions, without holding all (N, V) logits.
 
     Args: features (N, F); head (V, F), logits are features @ head.T; targets (N,); table (V, D) for the squared error;
-    mask_id, which has probability zero where V counts it; chunk, rows at once (0: by the size of V).
+    mask_id: has probability zero where V counts the mask; chunk: rows at once (0: by the size of V).
     Returns: ce (N,) nats; mse (N,) = ||w[x_0] - sum_v p_v w_v||^2, zero without a table.
     """
     precise = torch.promote_types(features.dtype, torch.float32)
@@ -186,10 +203,10 @@ def token_losses(
 
 
 def time_weights(t: Tensor, schedule: NoiseSchedule, weighting: str) -> tuple[Tensor, Tensor]:
-    """Weights (B,) of the CE and of the squared error at times t (B,).
+    """Return the weights (B,) of the CE and of the squared error at times t (B,).
 
-    "uniform" is the paper's plain loss, 1 and 1. "elbo" is Lemma 1 in continuous time: -alpha'/(1 - alpha) and
-    -SNR'/2, so that CE + MSE is the bound itself.
+    "uniform" is the paper's plain loss: 1 and 1. "elbo" is Lemma 1 in continuous time, -alpha'/(1 - alpha) and -SNR'/2,
+    so that CE + MSE is the bound itself.
     """
     choose("weighting", weighting, WEIGHTINGS)
     if weighting == "uniform":

@@ -1,4 +1,7 @@
-"""Proposition 2: the posterior q(x_s, z_s | x_t, z_t, x_0), one reverse step for somebody who knows the answer."""
+"""Proposition 2: the posterior q(x_s, z_s | x_t, z_t, x_0), one reverse step where the answer x_0 is known.
+
+reverse.py makes the same step without the answer: it puts the network's estimate z0_hat in the place of z_0.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,15 @@ from cadd_min.schedule import NoiseSchedule, per_token
 
 
 def q_posterior_z(z_t: Tensor, z_0: Tensor, s: Tensor, t: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
-    """Mean and variance of z_s at a position that stays masked.    (Prop. 2)
+    """Return the mean and variance of z_s at a position that stays masked.    (Prop. 2)
 
     With g = gamma_bar_t / gamma_bar_s, the Gaussian latent has
 
         mu   = sqrt(gamma_bar_s) (1 - g) / (1 - gamma_bar_t) z_0 + sqrt(g) (1 - gamma_bar_s) / (1 - gamma_bar_t) z_t
         beta = (1 - gamma_bar_s) (1 - g) / (1 - gamma_bar_t)
 
-    and the flow-matching latent moves along its line: mu = (1 - s/t) z_0 + (s/t) z_t, beta = 0.
-    s = t is the identity, s = 0 returns z_0.
+    The flow-matching latent moves along its line: mu = (1 - s/t) z_0 + (s/t) z_t, beta = 0.
+    For s = t the mean is z_t, for s = 0 it is z_0, and the variance is 0.
     Args: z_t, z_0 (..., D); s, t (B,). Returns: mean (..., D); variance (B, 1, ..), which broadcasts against it.
     """
     pull, keep, variance = posterior_coefficients(s, t, schedule)
@@ -25,7 +28,7 @@ def q_posterior_z(z_t: Tensor, z_0: Tensor, s: Tensor, t: Tensor, schedule: Nois
 
 
 def posterior_coefficients(s: Tensor, t: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor, Tensor]:
-    """(pull, keep, variance) with mean = pull z_0 + keep z_t, each of the shape of s and t."""
+    """Return (pull, keep, variance) of the mean pull z_0 + keep z_t, each of the shape of s and t."""
     if schedule.continuous == "flow":
         keep = torch.where(t > 0, s / torch.where(t > 0, t, 1), 1)
         pull, variance = 1 - keep, torch.zeros_like(keep)
@@ -54,8 +57,8 @@ def q_posterior_sample(
 ) -> tuple[Tensor, Tensor]:
     """Draw (x_s, z_s) ~ q(x_s, z_s | x_t, z_t, x_0).    (Prop. 2)
 
-    A masked position flips to its token with probability rho_flip and takes z_0 with it, else it stays masked and
-    z_s ~ N(mu, beta I). Unmasked positions carry over, x and z bitwise.
+    A masked position flips to its token with probability rho_flip, and z_s = z_0 there. Otherwise the position stays
+    masked, and z_s ~ N(mu, beta I). Unmasked positions carry over, x and z bitwise.
     Args: x_t, x_0 (B, L); z_t, z_0 (B, L, D); s <= t (B,). Returns: x_s (B, L), z_s (B, L, D).
     """
     masked = x_t == mask_id

@@ -7,9 +7,9 @@ A masked token's latent is z_t = signal_t z_0 + noise_t eps, and gamma_bar_t mea
     flow-matching latent ("flow")                    signal_t = 1 - t,   noise_t = t   (paper, App. B.1)
 
 Both have SNR(t) = signal_t^2 / noise_t^2 = gamma_bar_t / (1 - gamma_bar_t). Every end point is exact in floating
-point: nothing downstream clips. Under "capped" a masked token's latent is never louder than its noise (SNR <= 1): a
-hint stays a hint until the token is revealed, and the network keeps on learning from the other tokens at small t,
-where the paper's linear schedule shows it the answer.
+point, so no later code clips. Under "capped" a masked token's latent is never louder than its noise (SNR <= 1). The
+latent then stays a hint until its token is unmasked, and the network keeps learning from the other tokens at small t.
+The paper's linear schedule shows the network the answer there.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from cadd_min.utils.errors import choose
 Curve = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # a function of time, and its derivative
 
 
-def _gone(t: Tensor) -> Tensor:
+def _all_at_once(t: Tensor) -> Tensor:
     """Step from 1 to 0 right after t = 0."""
     return (t <= 0).to(t.dtype)
 
 
-# alpha_t. "gone" masks every token at once: what is left is a purely continuous diffusion (CDM).
+# alpha_t. "gone" masks all tokens at once, which leaves a purely continuous diffusion (CDM).
 DISCRETE: dict[str, Curve] = {
     "linear": (lambda t: 1 - t, lambda t: -torch.ones_like(t)),
     "cosine": (
         lambda t: 1 - torch.sin(math.pi / 2 * t),
         lambda t: -math.pi / 2 * torch.sin(math.pi / 2 * (1 - t)),
     ),
-    "gone": (_gone, torch.zeros_like),
+    "gone": (_all_at_once, torch.zeros_like),
 }
 
 
@@ -58,9 +58,9 @@ CONTINUOUS: dict[str, Curve] = {
 
 
 class NoiseSchedule:
-    """alpha_t and gamma_bar_t with what follows from them. All methods are elementwise on tensors of any shape.
+    """alpha_t, gamma_bar_t, and what follows from them. All methods are elementwise on tensors of any shape.
 
-    discrete: "linear", "cosine" or "gone"; continuous: "linear", "cosine", "capped" or "flow" (see above).
+    discrete: "linear", "cosine" or "gone"; continuous: "linear", "cosine", "capped" or "flow".
     """
 
     def __init__(self, discrete: str = "linear", continuous: str = "linear"):
@@ -73,46 +73,46 @@ class NoiseSchedule:
         return f"NoiseSchedule(discrete={self.discrete!r}, continuous={self.continuous!r})"
 
     def alpha(self, t: Tensor) -> Tensor:
-        """alpha_t = P(x_t = x_0): 1 at t = 0, 0 at t = 1."""
+        """Return alpha_t = P(x_t = x_0): 1 at t = 0, 0 at t = 1."""
         return self._alpha(t)
 
     def gamma_bar(self, t: Tensor) -> Tensor:
-        """gamma_bar_t, the share of the latent's variance that is signal: 1 at t = 0, 0 at t = 1."""
+        """Return gamma_bar_t, the share of the latent's variance that is signal: 1 at t = 0, 0 at t = 1."""
         return self._gamma_bar(t)
 
     def rho_flip(self, s: Tensor, t: Tensor) -> Tensor:
-        """Prop. 2: P(x_s = x_0 | x_t = m) = (alpha_s - alpha_t) / (1 - alpha_t); 1 for s = 0, 0 for s = t."""
+        """Return P(x_s = x_0 | x_t = m) = (alpha_s - alpha_t) / (1 - alpha_t); 1 for s = 0, 0 for s = t.  (Prop. 2)"""
         alpha_s, alpha_t = self.alpha(s), self.alpha(t)
         masked = 1 - alpha_t
         rho = (alpha_s - alpha_t) / torch.where(masked > 0, masked, 1)  # at t = 0 nothing is masked: rho = 0
         return torch.where((s <= 0) & (t > 0), torch.ones_like(rho), rho)
 
     def rho_keep(self, s: Tensor, t: Tensor) -> Tensor:
-        """Prop. 2: P(x_s = m | x_t = m) = 1 - rho_flip."""
+        """Return P(x_s = m | x_t = m) = 1 - rho_flip.    (Prop. 2)"""
         return 1 - self.rho_flip(s, t)
 
     def signal(self, t: Tensor) -> Tensor:
-        """The factor of z_0 in z_t."""
+        """Return the factor of z_0 in z_t."""
         return 1 - t if self.continuous == "flow" else self.gamma_bar(t).sqrt()
 
     def noise(self, t: Tensor) -> Tensor:
-        """The factor of eps in z_t: its standard deviation."""
+        """Return the factor of eps in z_t: the standard deviation of the noise."""
         return t if self.continuous == "flow" else (1 - self.gamma_bar(t)).sqrt()
 
     def snr(self, t: Tensor) -> Tensor:
-        """SNR(t) = gamma_bar_t / (1 - gamma_bar_t): infinite at t = 0, 0 at t = 1."""
+        """Return SNR(t) = gamma_bar_t / (1 - gamma_bar_t): infinite at t = 0, 0 at t = 1."""
         gamma_bar = self.gamma_bar(t)
         return gamma_bar / (1 - gamma_bar)
 
     def snr_prime(self, t: Tensor) -> Tensor:
-        """d SNR / dt = gamma_bar'_t / (1 - gamma_bar_t)^2 <= 0, per unit of time."""
+        """Return d SNR / dt = gamma_bar'_t / (1 - gamma_bar_t)^2 <= 0, per unit of time."""
         return self._gamma_bar_prime(t) / (1 - self.gamma_bar(t)) ** 2
 
     def flip_rate(self, t: Tensor) -> Tensor:
-        """-alpha'_t / (1 - alpha_t) = lim rho_flip(s, t) / (t - s): the weight of the CE in the ELBO."""
+        """Return -alpha'_t / (1 - alpha_t) = lim rho_flip(s, t) / (t - s): the weight of the CE in the ELBO."""
         return -self._alpha_prime(t) / (1 - self.alpha(t))
 
 
 def per_token(value: Tensor, like: Tensor) -> Tensor:
-    """Give a per-sequence (B,) value trailing dimensions so that it broadcasts against `like` (B, L, ...)."""
+    """Add trailing dimensions to a value per sequence (B,), so that it broadcasts against `like` (B, L, ...)."""
     return value.to(like.dtype).reshape(value.shape + (1,) * (like.dim() - value.dim()))

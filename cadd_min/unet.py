@@ -1,8 +1,8 @@
 """The image backbone: a U-Net of residual blocks whose norms the time scales and shifts, with attention inside.
 
-Ho et al. 2020 (DDPM) with the time conditioning of Nichol & Dhariwal 2021. What differs from them is only the door: a
-pixel comes in as the embeddings of its colours' values, side by side, and leaves as as many features for the head. In
-memory (B, H, W, C * embed) is what PyTorch calls channels last, which is the layout that convolutions are fastest in.
+Ho et al. 2020 (DDPM) with the time conditioning of Nichol & Dhariwal 2021. Only the ends differ: a pixel comes in as
+the embeddings of its colours' values, side by side, and leaves as equally many features for the head. In memory
+(B, H, W, C * embed) is PyTorch's channels-last layout, in which convolutions are fastest.
 """
 
 from __future__ import annotations
@@ -17,43 +17,8 @@ from cadd_min.dit import TimeEmbedding, attend, check_size
 from cadd_min.utils.errors import InputError
 
 
-@dataclass(frozen=True)
-class UNetSize:
-    """What makes a U-Net small or large. Level i has 1 / 2^i of the resolution, and channels * mults[i] channels."""
-
-    embed: int  # width of the embedding of one value of one colour, and of its features for the head
-    channels: int
-    mults: tuple[int, ...]
-    blocks: int  # residual blocks a level
-    attention: tuple[int, ...]  # the levels that attend
-    heads: int = 1
-    dropout: float = 0.0
-    cond: int = 512  # width of the time conditioning
-
-    def __post_init__(self) -> None:
-        check_size(self)
-        if not self.mults or not 0 <= self.dropout < 1:
-            raise InputError(
-                f"a U-Net needs one level at least and dropout in [0, 1), not {self.mults}, {self.dropout}"
-            )
-
-    def build(self, shape: tuple[int, ...], classes: int = 0) -> nn.Module:
-        """The backbone for images of this shape, (H, W, C)."""
-        return UNet(self, shape, classes)
-
-
-UNET_PRESETS = {
-    "nano": UNetSize(embed=16, channels=16, mults=(1, 2), blocks=1, attention=(1,), cond=32),  # tests
-    "tiny": UNetSize(embed=32, channels=32, mults=(1, 2), blocks=1, attention=(1,), heads=2, cond=128),  # 8x8 digits
-    # Ho et al. 2020, appendix B: 4 levels, 2 blocks, attention at 16x16, dropout 0.1
-    "cifar10": UNetSize(embed=64, channels=128, mults=(1, 2, 2, 2), blocks=2, attention=(1,), dropout=0.1),
-    # Nichol & Dhariwal 2021 for ImageNet 64x64, one level less for half the resolution
-    "imagenet32": UNetSize(embed=64, channels=192, mults=(1, 2, 2, 2), blocks=3, attention=(1, 2), heads=4, cond=768),
-}
-
-
 class ResidualBlock(nn.Module):
-    """(B, in, H, W), c (B, cond) -> (B, out, H, W). Its last convolution starts at zero: a block starts as its skip."""
+    """Map x (B, in, H, W) and c (B, cond) to (B, out, H, W). The last convolution starts at zero: the skip alone."""
 
     def __init__(self, inputs: int, outputs: int, size: UNetSize):
         super().__init__()
@@ -72,7 +37,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every pixel attends to every pixel: (B, channels, H, W) to the same."""
+    """Attention of every pixel to every pixel: (B, channels, H, W) to the same shape."""
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
@@ -89,7 +54,7 @@ class Attention(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block, and attention where the level has it."""
+    """A residual block, and attention on the levels that attend."""
 
     def __init__(self, inputs: int, outputs: int, size: UNetSize, attends: bool):
         super().__init__()
@@ -101,7 +66,7 @@ class Stage(nn.Module):
 
 
 class UNet(nn.Module):
-    """(B, H W C, embed) inputs, times (B,), labels (B,) or None -> (B, H W C, embed) features. Any H and W will do."""
+    """Map inputs (B, H W C, embed), times (B,) and labels (B,) or None to features of that shape, for any H and W."""
 
     def __init__(self, size: UNetSize, shape: tuple[int, ...], classes: int = 0):
         super().__init__()
@@ -150,12 +115,47 @@ class UNet(nn.Module):
 
 
 def norm(channels: int) -> nn.GroupNorm:
-    """Group norm over 32 groups, or as many as the channels allow."""
+    """Make a group norm over 32 groups, or the most below 32 that divide the channels."""
     return nn.GroupNorm(next(groups for groups in (32, 16, 8, 4, 2, 1) if channels % groups == 0), channels)
 
 
 def zero(layer: nn.Conv2d) -> nn.Conv2d:
-    """The same layer, with zeros for weights."""
+    """Set the weights of a layer to zero, and return the layer."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     return layer
+
+
+@dataclass(frozen=True)
+class UNetSize:
+    """The size of a U-Net. Level i has 1 / 2^i of the resolution, and channels * mults[i] channels."""
+
+    embed: int  # width of the embedding of one value of one colour, and of its features for the head
+    channels: int
+    mults: tuple[int, ...]
+    blocks: int  # residual blocks a level
+    attention: tuple[int, ...]  # the levels that attend
+    heads: int = 1
+    dropout: float = 0.0
+    cond: int = 512  # width of the time conditioning
+
+    def __post_init__(self) -> None:
+        check_size(self)
+        if not self.mults or not 0 <= self.dropout < 1:
+            raise InputError(
+                f"a U-Net needs one level at least and dropout in [0, 1), not {self.mults}, {self.dropout}"
+            )
+
+    def build(self, shape: tuple[int, ...], classes: int = 0) -> nn.Module:
+        """Make the backbone for images of this shape, (H, W, C)."""
+        return UNet(self, shape, classes)
+
+
+UNET_PRESETS = {
+    "nano": UNetSize(embed=16, channels=16, mults=(1, 2), blocks=1, attention=(1,), cond=32),  # tests
+    "tiny": UNetSize(embed=32, channels=32, mults=(1, 2), blocks=1, attention=(1,), heads=2, cond=128),  # 8x8 digits
+    # Ho et al. 2020, appendix B: 4 levels, 2 blocks, attention at 16x16, dropout 0.1
+    "cifar10": UNetSize(embed=64, channels=128, mults=(1, 2, 2, 2), blocks=2, attention=(1,), dropout=0.1),
+    # Nichol & Dhariwal 2021 for ImageNet 64x64, one level less for half the resolution
+    "imagenet32": UNetSize(embed=64, channels=192, mults=(1, 2, 2, 2), blocks=3, attention=(1, 2), heads=4, cond=768),
+}
