@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make train   train on the packaged corpus, then sample (minutes on two cores)"
-	@echo "make test    the tests, under ten minutes        make lint    ruff and mypy"
+	@echo "make test    the tests, under ten minutes        make lint    ruff, mypy, clang-format"
 	@echo "make test-slow   those that take longer: kill -9, many processes, fuzzing, trained comparisons"
 	@echo "make sanitize   the C++ kernels' tests under ASan and UBSan"
 	@echo "make gpu-check PYTHON=python3   build for CUDA, test and measure on the GPU; installs nothing"
@@ -45,7 +45,7 @@ lint: $(VENV)/ready
 	$(BIN)/clang-format --dry-run --Werror csrc/*
 
 # A copy of the sources in build/, so that the installed kernels stay as they are.
-COPY = rm -rf build/$@ && mkdir -p build/$@ && cp -r cadd_min csrc tests benchmarks setup.py pyproject.toml README.md \
+COPY = rm -rf build/$@ && mkdir -p build/$@ && cp -r cadd_min csrc tests benchmarks *.py pyproject.toml README.md \
 	build/$@ && rm -f build/$@/cadd_min/_C* && cd build/$@
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -DCADD_NO_CLONES
 
