@@ -2,7 +2,7 @@
 
 The kernels of csrc/ draw from the same function, so a seed gives the same masks and tokens on every backend, with any
 number of threads. Four numbers name a draw: the seed of a run, the offset (its step), a token's position among the
-K B L of a batch, and the block drawn there. A block is four words of 32 bits. Here each word is an int64 tensor.
+K B L of a batch, and the quad drawn there. A quad is four words of 32 bits. Here each word is an int64 tensor.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-TOKEN_BLOCK, HAT_BLOCK = 0xFFFFFFFF, 0xFFFFFFFE  # the last two blocks of a position hold its uniforms
+TOKEN_QUAD, HAT_QUAD = 0xFFFFFFFF, 0xFFFFFFFE  # the last two quads of a position hold its uniforms
 LOW = 0xFFFFFFFF
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -33,10 +33,10 @@ def philox(key: Tensor, counter: Words) -> Words:
     return x, y, z, w
 
 
-def words(seed: Tensor, position: Tensor, block: Tensor | int) -> Words:
-    """Draw the words of `block` at `position`, broadcast. seed (2,) int64 holds the seed and the offset."""
-    position, blocks = torch.broadcast_tensors(position, torch.as_tensor(block, device=position.device))
-    return philox(seed[0], (blocks, position & LOW, position >> 32, (seed[1] & LOW).expand_as(position)))
+def words(seed: Tensor, position: Tensor, quad: Tensor | int) -> Words:
+    """Draw the words of `quad` at `position`, broadcast. seed (2,) int64 holds the seed and the offset."""
+    position, quads = torch.broadcast_tensors(position, torch.as_tensor(quad, device=position.device))
+    return philox(seed[0], (quads, position & LOW, position >> 32, (seed[1] & LOW).expand_as(position)))
 
 
 def uniform(high: Tensor, low: Tensor) -> Tensor:
@@ -46,24 +46,24 @@ def uniform(high: Tensor, low: Tensor) -> Tensor:
 
 def choices(seed: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
     """Draw the two uniforms of a token at `position`: whether the token changes, and to what."""
-    x, y, z, w = words(seed, position, TOKEN_BLOCK)
+    x, y, z, w = words(seed, position, TOKEN_QUAD)
     return uniform(x, y), uniform(z, w)
 
 
 def hat_choice(seed: Tensor, position: Tensor) -> Tensor:
     """Draw the uniform of z0_hat = w[v], v ~ p, at `position`."""
-    x, y, _, _ = words(seed, position, HAT_BLOCK)
+    x, y, _, _ = words(seed, position, HAT_QUAD)
     return uniform(x, y)
 
 
 def normals(seed: Tensor, position: Tensor, dim: int) -> Tensor:
     """Draw standard normals at positions (...) by Box and Muller (1958). Returns (..., dim) float32.
 
-    Element e comes from word e // n of block e % n with n = ceil(dim / 4): neighbours are in different blocks, which
-    suits vector units.
+    Element e comes from word e // n of quad e % n with n = ceil(dim / 4): neighbours are in different quads, which suits
+    vector units.
     """
-    blocks = torch.arange((dim + 3) // 4, device=position.device)
-    x, y, z, w = words(seed, position[..., None], blocks)
+    quads = torch.arange((dim + 3) // 4, device=position.device)
+    x, y, z, w = words(seed, position[..., None], quads)
     pairs = []
     for a, b in ((x, y), (z, w)):
         radius = (-2 * ((a >> 1).float() * 2.0**-31 + 2.0**-33).log()).sqrt()
