@@ -27,12 +27,12 @@ from cadd_min.utils.errors import choose
 
 
 def _forward_noising(
-    x_0: Tensor, ids: Tensor, table: Tensor, clock: Tensor, seed: Tensor, mask_id: int
+    x_0: Tensor, ids: Tensor, table: Tensor, coefficients: Tensor, seed: Tensor, mask_id: int
 ) -> tuple[Tensor, Tensor]:
     position = torch.arange(x_0.numel(), device=x_0.device).view(x_0.shape)
     u, _ = philox.choices(seed, position)
     eps = philox.normals(seed, position, table.shape[1]).to(table.dtype)
-    alpha, signal, noise = clock.unbind(1)
+    alpha, signal, noise = coefficients.unbind(1)
     x_t, z_t = noised(x_0, table[ids], alpha, signal, noise, u, eps, mask_id)
     return z_t, x_t
 
@@ -42,7 +42,7 @@ def _reverse_step(
     rows: Tensor,
     z_t: Tensor,
     table: Tensor,
-    step: Tensor,
+    coefficients: Tensor,
     seed: Tensor,
     mask_id: int,
     zhat: int,
@@ -53,7 +53,7 @@ def _reverse_step(
     u = (*philox.choices(seed, rows), philox.hat_choice(seed, each))
     eps = philox.normals(seed, each, dim).to(z_t.dtype)
     p = token_probs(logits, mask_id, *decoding)
-    return reverse_rows(p, z_t.index_select(1, rows), table, step, mask_id, ZHATS[zhat], u, eps)
+    return reverse_rows(p, z_t.index_select(1, rows), table, coefficients, mask_id, ZHATS[zhat], u, eps)
 
 
 REFERENCE: dict[str, Callable[..., Any]] = {"forward_noising": _forward_noising, "reverse_step": _reverse_step}
@@ -90,9 +90,9 @@ def forward_noising(
     Returns: x_t (B, L), z_t (B, L, D) of table's dtype, with a gradient to it.
     """
     backend()
-    clock = torch.stack([schedule.alpha(t), schedule.signal(t), schedule.noise(t)], -1).double()  # (B, 3)
+    coefficients = torch.stack([schedule.alpha(t), schedule.signal(t), schedule.noise(t)], -1).double()  # (B, 3)
     z_t, x_t = torch.ops.cadd_min.forward_noising(
-        x_0.contiguous(), ids.contiguous(), table.contiguous(), clock, seed, mask_id
+        x_0.contiguous(), ids.contiguous(), table.contiguous(), coefficients, seed, mask_id
     )
     return x_t, z_t
 
@@ -102,25 +102,25 @@ def reverse_step(
     rows: Tensor,
     z_t: Tensor,
     table: Tensor,
-    step: Tensor,
+    coefficients: Tensor,
     mask_id: int,
     seed: Tensor,
     decoding: Decoding = Decoding(),  # noqa: B008
 ) -> tuple[Tensor, Tensor]:
     """Make one reverse step of N masked positions, with z0_hat for z_0.    (Prop. 2)
 
-    The kernel runs where all positions share a step (4,). Where each has its own, (4, N), the reference runs.
+    The kernel runs where all positions share coefficients (4,). Where each has its own, (4, N), the reference runs.
     Args: logits (K, N, V) of the masked positions; rows (N,) int64, their places among the P = B L positions; z_t
-    (K, P, D); table (V, D); step: see `reverse.step_coefficients`; seed (2,) int64, with another offset at every step.
+    (K, P, D); table (V, D); coefficients: see `reverse.step_coefficients`; seed (2,) int64, its offset the step's own.
     Returns: x_s (N,), mask_id where a position stays masked; z_s (K, N, D).
     """
     backend()
     zhat = ZHATS.index(choose("zhat", decoding.zhat, ZHATS))
-    arguments = (rows, z_t, table, step, seed, mask_id, zhat, decoding.temperature, decoding.top_p)
+    arguments = (rows, z_t, table, coefficients, seed, mask_id, zhat, decoding.temperature, decoding.top_p)
     # the kernels compute in float32, and divide by the temperature
     wide = torch.float64 in (logits.dtype, z_t.dtype, table.dtype)
     with torch.autocast(logits.device.type, enabled=False):
-        if wide or decoding.temperature <= COLD or step.dim() > 1:
+        if wide or decoding.temperature <= COLD or coefficients.dim() > 1:
             return _reverse_step(logits, *arguments)
         z, w = z_t.float().contiguous(), table.float().contiguous()
         x_s, z_s = torch.ops.cadd_min.reverse_step(logits.contiguous(), rows.contiguous(), z, w, *arguments[3:])

@@ -1,8 +1,8 @@
 """Which masked positions are unmasked next, and when: the exact chain, and the field's other samplers.
 
-A plan gives the times of the steps. At each step it splits the masked positions into groups, each with the four numbers
-of its reverse step. In the exact chain (Prop. 2) all positions are one group, and each flips by itself with
-probability rho_flip. The other plans trade variety for precision, or steps for time: only first hitting is exact, too.
+A plan gives the times of the steps. At each step it splits the masked positions into groups, each with the four
+coefficients of its reverse step. In the exact chain (Prop. 2) all positions are one group, and each flips by itself
+with probability rho_flip. The other plans trade variety for precision, or steps for time: only first hitting is exact, too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 ORDERS = ("random", *SCORES)
 Temperature = float | Callable[[float], float]
-Group = tuple[Tensor | slice, Tensor]  # indices of masked positions, and their step (4,) or (4, N)
+Group = tuple[Tensor | slice, Tensor]  # indices of masked positions, and their coefficients (4,) or (4, N)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class ExactChain:
     def groups(
         self, logits: Tensor, rows: Tensor, masked: Tensor, remasked: Tensor, s: Tensor, t: Tensor, seed: Tensor
     ) -> list[Group]:
-        """Split the N masked positions into groups, each with its step from t to s.
+        """Split the N masked positions into groups, each with the coefficients of its step from t to s.
 
         Args: logits (K, N, V); rows (N,), the flat places of the masked positions; masked, remasked (B, L) bool; s, t
         (B,); seed (2,) of this step.

@@ -91,10 +91,10 @@ def reverse_chain(
         decoding, seed = settings.decoding_at(mean_times[n]), seeds[n + 1]
         logits = predict(denoiser, x, settings.strength * z, t, rows)  # (K, N, V)
         remasked = plan.remasked(masked, s, t, seed)  # (B, L)
-        for some, step in plan.groups(logits, rows, masked, remasked, s, t, seed):
+        for some, coefficients in plan.groups(logits, rows, masked, remasked, s, t, seed):
             here = rows[some]
             with naming_step(n + 1):  # flip, draw, and move z by Proposition 2
-                x_s, z_s = ops.reverse_step(logits[:, some], here, z, table, step, mask_id, seed, decoding)
+                x_s, z_s = ops.reverse_step(logits[:, some], here, z, table, coefficients, mask_id, seed, decoding)
             x.view(-1)[here], z[:, here] = x_s, z_s
         if plan.remasks:
             mask_again(x, z, remasked.flatten().nonzero()[:, 0], table, schedule, s[0], mask_id, seed)

@@ -42,10 +42,10 @@ bool self_test() {
 
 TORCH_LIBRARY(cadd_min, m) {
   m.def(
-      "forward_noising(Tensor x_0, Tensor ids, Tensor table, Tensor clock, Tensor seed, "
+      "forward_noising(Tensor x_0, Tensor ids, Tensor table, Tensor coefficients, Tensor seed, "
       "int mask_id) -> (Tensor, Tensor)");
   m.def(
-      "reverse_step(Tensor logits, Tensor rows, Tensor z_t, Tensor table, Tensor step, "
+      "reverse_step(Tensor logits, Tensor rows, Tensor z_t, Tensor table, Tensor coefficients, "
       "Tensor seed, int mask_id, int zhat, float temperature, float top_p) -> (Tensor, Tensor)");
 }
 

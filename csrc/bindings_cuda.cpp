@@ -39,14 +39,14 @@ void check_device(const char* op, const at::Tensor& first, const Tensors&... res
 
 // Collect the inputs of the reverse step. The outputs stay null.
 ReverseArgs reverse_inputs(const at::Tensor& logits, const at::Tensor& rows, const at::Tensor& z_t,
-                           const at::Tensor& table, const at::Tensor& step,
+                           const at::Tensor& table, const at::Tensor& coefficients,
                            const at::Tensor& seed) {
   ReverseArgs args{};
   args.logits = logits.const_data_ptr();
   args.rows = rows.const_data_ptr<int64_t>();
   args.z_t = z_t.const_data_ptr<float>();
   args.table = table.const_data_ptr<float>();
-  args.step = step.const_data_ptr<double>();
+  args.coefficients = coefficients.const_data_ptr<double>();
   args.seed = seed.const_data_ptr<int64_t>();
   args.latents = logits.size(0);
   args.count = rows.size(0);
@@ -80,10 +80,10 @@ void launch(ReverseArgs args, const at::Tensor& logits, const at::Tensor& table)
 std::tuple<at::Tensor, at::Tensor> forward_noising_cuda(const at::Tensor& x_0,
                                                         const at::Tensor& ids,
                                                         const at::Tensor& table,
-                                                        const at::Tensor& clock,
+                                                        const at::Tensor& coefficients,
                                                         const at::Tensor& seed, int64_t mask_id) {
-  check_forward_noising(x_0, ids, table, clock, seed);
-  check_device("forward_noising", x_0, ids, table, clock, seed);
+  check_forward_noising(x_0, ids, table, coefficients, seed);
+  check_device("forward_noising", x_0, ids, table, coefficients, seed);
   const c10::cuda::CUDAGuard guard(x_0.device());
   at::Tensor x_t = at::empty_like(x_0);
   at::Tensor z_t = at::empty({x_0.size(0), x_0.size(1), table.size(1)}, table.options());
@@ -91,7 +91,7 @@ std::tuple<at::Tensor, at::Tensor> forward_noising_cuda(const at::Tensor& x_0,
   args.x_0 = x_0.const_data_ptr<int64_t>();
   args.ids = ids.const_data_ptr<int64_t>();
   args.table = table.const_data_ptr();
-  args.clock = clock.const_data_ptr<double>();
+  args.coefficients = coefficients.const_data_ptr<double>();
   args.seed = seed.const_data_ptr<int64_t>();
   args.mask_id = mask_id;
   args.count = x_0.numel();
@@ -104,18 +104,16 @@ std::tuple<at::Tensor, at::Tensor> forward_noising_cuda(const at::Tensor& x_0,
   return {z_t, x_t};
 }
 
-std::tuple<at::Tensor, at::Tensor> reverse_step_cuda(const at::Tensor& logits,
-                                                     const at::Tensor& rows, const at::Tensor& z_t,
-                                                     const at::Tensor& table,
-                                                     const at::Tensor& step, const at::Tensor& seed,
-                                                     int64_t mask_id, int64_t zhat,
-                                                     double temperature, double top_p) {
-  check_reverse_step(logits, rows, z_t, table, step, seed, zhat, temperature, top_p);
-  check_device("reverse_step", logits, rows, z_t, table, step, seed);
+std::tuple<at::Tensor, at::Tensor> reverse_step_cuda(
+    const at::Tensor& logits, const at::Tensor& rows, const at::Tensor& z_t,
+    const at::Tensor& table, const at::Tensor& coefficients, const at::Tensor& seed,
+    int64_t mask_id, int64_t zhat, double temperature, double top_p) {
+  check_reverse_step(logits, rows, z_t, table, coefficients, seed, zhat, temperature, top_p);
+  check_device("reverse_step", logits, rows, z_t, table, coefficients, seed);
   // Autocast would round the product of "soft".
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const c10::cuda::CUDAGuard guard(logits.device());
-  ReverseArgs args = reverse_inputs(logits, rows, z_t, table, step, seed);
+  ReverseArgs args = reverse_inputs(logits, rows, z_t, table, coefficients, seed);
   at::Tensor x_s = at::empty({args.count}, rows.options());
   at::Tensor z_s = at::empty({args.latents, args.count, args.dim}, table.options());
   const at::Tensor invalid = at::zeros({1}, rows.options().dtype(at::kInt));

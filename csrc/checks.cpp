@@ -15,7 +15,7 @@ void check_seed(const char* op, const at::Tensor& seed) {
 }  // namespace
 
 void check_forward_noising(const at::Tensor& x_0, const at::Tensor& ids, const at::Tensor& table,
-                           const at::Tensor& clock, const at::Tensor& seed) {
+                           const at::Tensor& coefficients, const at::Tensor& seed) {
   check_seed("forward_noising", seed);
   TORCH_CHECK_VALUE(x_0.dim() == 2 && x_0.scalar_type() == at::kLong && x_0.is_contiguous(),
                     "forward_noising: x_0 must be (B, L), int64 and contiguous");
@@ -25,14 +25,14 @@ void check_forward_noising(const at::Tensor& x_0, const at::Tensor& ids, const a
   TORCH_CHECK_VALUE(table.dim() == 2 && table.is_contiguous(),
                     "forward_noising: table must be (V, D) and contiguous");
   TORCH_CHECK_VALUE(
-      clock.dim() == 2 && clock.size(0) == x_0.size(0) && clock.size(1) == 3 &&
-          clock.scalar_type() == at::kDouble && clock.is_contiguous(),
-      "forward_noising: clock must be (B, 3) float64 and contiguous: alpha, signal, noise");
+      coefficients.dim() == 2 && coefficients.size(0) == x_0.size(0) && coefficients.size(1) == 3 &&
+          coefficients.scalar_type() == at::kDouble && coefficients.is_contiguous(),
+      "forward_noising: coefficients must be (B, 3) float64 and contiguous: alpha, signal, noise");
 }
 
 void check_reverse_step(const at::Tensor& logits, const at::Tensor& rows, const at::Tensor& z_t,
-                        const at::Tensor& table, const at::Tensor& step, const at::Tensor& seed,
-                        int64_t zhat, double temperature, double top_p) {
+                        const at::Tensor& table, const at::Tensor& coefficients,
+                        const at::Tensor& seed, int64_t zhat, double temperature, double top_p) {
   check_seed("reverse_step", seed);
   const auto type = logits.scalar_type();
   TORCH_CHECK_VALUE(
@@ -49,9 +49,9 @@ void check_reverse_step(const at::Tensor& logits, const at::Tensor& rows, const 
                         table.size(1) == z_t.size(2) && table.is_contiguous() &&
                         table.scalar_type() == at::kFloat,
                     "reverse_step: table must be (V, D), float32 and contiguous");
-  TORCH_CHECK_VALUE(step.dim() == 1 && step.size(0) == 4 && step.scalar_type() == at::kDouble &&
-                        step.is_contiguous(),
-                    "reverse_step: step must be (4,) float64: rho_flip, pull, keep, std");
+  TORCH_CHECK_VALUE(coefficients.dim() == 1 && coefficients.size(0) == 4 &&
+                        coefficients.scalar_type() == at::kDouble && coefficients.is_contiguous(),
+                    "reverse_step: coefficients must be (4,) float64: rho_flip, pull, keep, std");
   TORCH_CHECK_VALUE(0 <= zhat && zhat <= 2,
                     "reverse_step: zhat must be 0 (hard), 1 (soft) or 2 (sample)");
   TORCH_CHECK_VALUE(temperature > 0, "reverse_step: temperature must be greater than 0, not ",

@@ -46,17 +46,17 @@ void mix_latent(const T* z_0, const float* eps, NoisingCoefficients coefficients
 // The arguments of one call, contiguous and checked.
 template <typename T>
 struct Call {
-  const int64_t* x_0;   // (B, L) tokens
-  const int64_t* ids;   // (B, L) rows of the table
-  const T* table;       // (V, D) latents
-  const double* clock;  // (B, 3) alpha, signal, noise
-  RandomStream random;  // seed and offset
-  int64_t mask_id;      // the token of a masked position
-  int64_t length;       // L
-  int64_t vocab;        // V
-  int64_t dim;          // D
-  int64_t* x_t;         // (B, L) tokens
-  T* z_t;               // (B, L, D) latents
+  const int64_t* x_0;          // (B, L) tokens
+  const int64_t* ids;          // (B, L) rows of the table
+  const T* table;              // (V, D) latents
+  const double* coefficients;  // (B, 3) alpha, signal, noise
+  RandomStream random;         // seed and offset
+  int64_t mask_id;             // the token of a masked position
+  int64_t length;              // L
+  int64_t vocab;               // V
+  int64_t dim;                 // D
+  int64_t* x_t;                // (B, L) tokens
+  T* z_t;                      // (B, L, D) latents
 };
 
 // Noise the tokens [begin, end) of B L. Return false if an id is not a row of the table.
@@ -64,8 +64,8 @@ template <typename T>
 bool noise_tokens(const Call<T>& call, int64_t begin, int64_t end) {
   std::vector<float> eps(4 * quarter_of(call.dim));
   for (int64_t i = begin; i < end; ++i) {
-    const double* clock = call.clock + i / call.length * 3;
-    const NoisingCoefficients coefficients{clock[0], clock[1], clock[2]};
+    const double* own = call.coefficients + i / call.length * 3;
+    const NoisingCoefficients coefficients{own[0], own[1], own[2]};
     const bool masked = is_masked(call.random, i, coefficients.alpha);
     const int64_t id = call.ids[i];
     call.x_t[i] = masked ? call.mask_id : call.x_0[i];
@@ -86,9 +86,9 @@ bool noise_tokens(const Call<T>& call, int64_t begin, int64_t end) {
 
 std::tuple<at::Tensor, at::Tensor> forward_noising_cpu(const at::Tensor& x_0, const at::Tensor& ids,
                                                        const at::Tensor& table,
-                                                       const at::Tensor& clock,
+                                                       const at::Tensor& coefficients,
                                                        const at::Tensor& seed, int64_t mask_id) {
-  check_forward_noising(x_0, ids, table, clock, seed);
+  check_forward_noising(x_0, ids, table, coefficients, seed);
   const int64_t length = x_0.size(1), vocab = table.size(0), dim = table.size(1);
   at::Tensor x_t = at::empty_like(x_0);
   at::Tensor z_t = at::empty({x_0.size(0), length, dim}, table.options());
@@ -99,7 +99,7 @@ std::tuple<at::Tensor, at::Tensor> forward_noising_cpu(const at::Tensor& x_0, co
         const Call<scalar_t> call{x_0.const_data_ptr<int64_t>(),
                                   ids.const_data_ptr<int64_t>(),
                                   table.const_data_ptr<scalar_t>(),
-                                  clock.const_data_ptr<double>(),
+                                  coefficients.const_data_ptr<double>(),
                                   random_stream(seed.const_data_ptr<int64_t>()),
                                   mask_id,
                                   length,

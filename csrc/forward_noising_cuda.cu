@@ -28,15 +28,15 @@ __global__ void forward_noising_kernel(NoisingArgs args, int lanes) {
   const int64_t groups = int64_t{gridDim.x} * blockDim.x / lanes;
   const int lane = threadIdx.x % lanes;
   for (int64_t i = thread / lanes; i < args.count; i += groups) {
-    const double* clock = args.clock + i / args.length * 3;
+    const double* own = args.coefficients + i / args.length * 3;
     // Every lane draws the mask: that is cheaper than an exchange between lanes.
-    const bool masked = is_masked(random, i, clock[0]);
+    const bool masked = is_masked(random, i, own[0]);
     const int64_t id = args.ids[i];
     assert(0 <= id && id < args.vocab);
     if (lane == 0) args.x_t[i] = masked ? args.mask_id : args.x_0[i];
     const T* z_0 = static_cast<const T*>(args.table) + id * args.dim;
     T* z_t = static_cast<T*>(args.z_t) + i * args.dim;
-    const Wide signal = static_cast<Wide>(clock[1]), noise = static_cast<Wide>(clock[2]);
+    const Wide signal = static_cast<Wide>(own[1]), noise = static_cast<Wide>(own[2]);
     for (int64_t quad = lane; quad < quarter; quad += lanes) {
       float eps[4] = {};
       if (masked) four_normals(random, i, static_cast<uint32_t>(quad), eps);

@@ -179,13 +179,11 @@ void check_rows(const at::Tensor& rows, int64_t positions) {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> reverse_step_cpu(const at::Tensor& logits,
-                                                    const at::Tensor& rows, const at::Tensor& z_t,
-                                                    const at::Tensor& table, const at::Tensor& step,
-                                                    const at::Tensor& seed, int64_t mask_id,
-                                                    int64_t zhat, double temperature,
-                                                    double top_p) {
-  check_reverse_step(logits, rows, z_t, table, step, seed, zhat, temperature, top_p);
+std::tuple<at::Tensor, at::Tensor> reverse_step_cpu(
+    const at::Tensor& logits, const at::Tensor& rows, const at::Tensor& z_t,
+    const at::Tensor& table, const at::Tensor& coefficients, const at::Tensor& seed,
+    int64_t mask_id, int64_t zhat, double temperature, double top_p) {
+  check_reverse_step(logits, rows, z_t, table, coefficients, seed, zhat, temperature, top_p);
   check_rows(rows, z_t.size(1));
   // Autocast would round the product of "soft".
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
@@ -197,7 +195,7 @@ std::tuple<at::Tensor, at::Tensor> reverse_step_cpu(const at::Tensor& logits,
                   table,
                   x_s.data_ptr<int64_t>(),
                   z_s.data_ptr<float>(),
-                  reverse_coefficients(step.const_data_ptr<double>()),
+                  reverse_coefficients(coefficients.const_data_ptr<double>()),
                   random_stream(seed.const_data_ptr<int64_t>()),
                   mask_id,
                   static_cast<ZHat>(zhat),

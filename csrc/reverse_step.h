@@ -17,9 +17,9 @@ struct ReverseCoefficients {
 };
 
 // Read the coefficients from the (4,) step tensor: rho_flip, pull, keep, std.
-CADD_HD ReverseCoefficients reverse_coefficients(const double* step) {
-  return {step[0], static_cast<float>(step[1]), static_cast<float>(step[2]),
-          static_cast<float>(step[3])};
+CADD_HD ReverseCoefficients reverse_coefficients(const double* four) {
+  return {four[0], static_cast<float>(four[1]), static_cast<float>(four[2]),
+          static_cast<float>(four[3])};
 }
 
 // Compute one element of z_s for a token that stays masked.

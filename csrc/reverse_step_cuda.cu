@@ -284,7 +284,7 @@ __device__ void step_latent(const ReverseArgs& args, int64_t k, int64_t n, const
 template <typename Logit>
 __device__ void step_row(Row<Logit> row, int64_t n, Scratch& scratch) {
   const ReverseArgs& args = row.args;
-  const ReverseCoefficients coefficients = reverse_coefficients(args.step);
+  const ReverseCoefficients coefficients = reverse_coefficients(args.coefficients);
   const RandomStream random = random_stream(args.seed);
   const int64_t position = args.rows[n];
   assert(0 <= position && position < args.positions);
@@ -336,7 +336,7 @@ __global__ void reverse_step_kernel(ReverseArgs args) {
 // Move the latents of the rows that stay masked towards z_hat, one thread for each quad.
 __global__ void soft_move_kernel(ReverseArgs args) {
   const RandomStream random = random_stream(args.seed);
-  const ReverseCoefficients coefficients = reverse_coefficients(args.step);
+  const ReverseCoefficients coefficients = reverse_coefficients(args.coefficients);
   const int64_t quarter = quarter_of(args.dim), total = args.latents * args.count * quarter;
   const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   for (int64_t i = thread; i < total; i += int64_t{gridDim.x} * blockDim.x) {

@@ -59,8 +59,8 @@ def hat_choice(seed: Tensor, position: Tensor) -> Tensor:
 def normals(seed: Tensor, position: Tensor, dim: int) -> Tensor:
     """Draw standard normals at positions (...) by Box and Muller (1958). Returns (..., dim) float32.
 
-    Element e comes from word e // n of quad e % n with n = ceil(dim / 4): neighbours are in different quads, which suits
-    vector units.
+    Element e comes from word e // n of quad e % n with n = ceil(dim / 4): neighbours are in different quads, which
+    suits vector units.
     """
     quads = torch.arange((dim + 3) // 4, device=position.device)
     x, y, z, w = words(seed, position[..., None], quads)

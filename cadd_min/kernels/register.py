@@ -21,8 +21,9 @@ from cadd_min.utils.errors import InputError, choose
 BACKENDS = ("auto", "torch", "cpp", "cuda")
 INSTALL = "pip install --no-build-isolation --no-deps -e ."
 SCHEMAS = (
-    "forward_noising(Tensor x_0, Tensor ids, Tensor table, Tensor clock, Tensor seed, int mask_id) -> (Tensor, Tensor)",
-    "reverse_step(Tensor logits, Tensor rows, Tensor z_t, Tensor table, Tensor step, Tensor seed, int mask_id, "
+    "forward_noising(Tensor x_0, Tensor ids, Tensor table, Tensor coefficients, Tensor seed, int mask_id) "
+    "-> (Tensor, Tensor)",
+    "reverse_step(Tensor logits, Tensor rows, Tensor z_t, Tensor table, Tensor coefficients, Tensor seed, int mask_id, "
     "int zhat, float temperature, float top_p) -> (Tensor, Tensor)",
 )
 
@@ -113,16 +114,16 @@ def _fake_reverse(logits: Tensor, rows: Tensor, z_t: Tensor, *rest: Any) -> tupl
 
 
 def _noising_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, ids, table, clock, _, mask_id = inputs
-    ctx.save_for_backward(ids, clock, output[1])
+    _, ids, table, coefficients, _, mask_id = inputs
+    ctx.save_for_backward(ids, coefficients, output[1])
     ctx.mask_id, ctx.rows = mask_id, len(table)
     ctx.mark_non_differentiable(output[1])
 
 
 def _noising_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     """Give the table its gradient: signal_t grad where masked, grad elsewhere, summed by row."""
-    ids, clock, x_t = ctx.saved_tensors
-    factor = torch.where(x_t == ctx.mask_id, clock[:, 1:2], 1).to(grad)  # (B, L)
+    ids, coefficients, x_t = ctx.saved_tensors
+    factor = torch.where(x_t == ctx.mask_id, coefficients[:, 1:2], 1).to(grad)  # (B, L)
     summed = grad.new_zeros(ctx.rows, grad.shape[-1])
     # index_put_ sorts before it adds, so the sum has the same order at every call on a GPU
     summed.index_put_((ids.flatten(),), (factor[..., None] * grad).flatten(0, 1), accumulate=True)
