@@ -2,12 +2,13 @@
 
     python train_image.py                                  8x8 digits, on a laptop, in under three minutes
     python train_image.py --model mdlm                     the masked model; cdm is the continuous one
-    python train_image.py --dataset photos/ --classes      your images, a class a folder, and conditioned on it
+    python train_image.py --dataset photos/ --classes      your images, conditioned on the class: their folder
     python train_image.py --dataset cifar10 --preset cifar10 --batch-size 128 --steps 500000 --lr 2e-4 --ema 0.9999
-    python train_image.py --resume                         go on with the newest run
+    python train_image.py --resume                         continue the newest run
 
-A pixel's value is a token: the same models, loss and trainer as for text, with a U-Net between. Writes checkpoint.pt
-(everything), metrics.jsonl, loss.png, forward.png and grids of samples into a new folder in runs/, or into --out.
+A pixel's value is a token. Models, loss and trainer are those for text, with a U-Net as the network. Writes
+checkpoint.pt (everything), metrics.jsonl, loss.png, forward.png and grids of samples into a new folder in runs/, or
+into --out.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from cadd_min.utils.cli import from_args, run
 from cadd_min.utils.errors import InputError, choose
 
 PRESETS = {"unet": UNET_PRESETS, "dit": PATCH_PRESETS}
-HELD_OUT = 2**25  # probabilities in each of four evaluation batches: the bound looks at all (B, L, V) at once
+HELD_OUT = 2**25  # probabilities (B, L, V) in each of the four evaluation batches: the bound has all in memory
 DEFAULTS = {
     "steps": 1800,
     "batch_size": 64,
@@ -45,12 +46,12 @@ DEFAULTS = {
 def build_parser() -> argparse.ArgumentParser:
     parser = launch.build_parser(__doc__)
     parser.add_argument("--dataset", default="digits", help=f"{', '.join(images.NAMES)}, an .npz, or a folder")
-    parser.add_argument("--archive", type=Path, help="where a named data set lies, if it is not to be downloaded")
+    parser.add_argument("--archive", type=Path, help="local file or folder of a named data set, instead of a download")
     parser.add_argument("--backbone", default="unet", help=f"{', '.join(PRESETS)}")
     parser.add_argument("--preset", default="tiny", help=f"size of the network: {', '.join(UNET_PRESETS)}")
     parser.add_argument("--classes", action="store_true", help="condition on the labels")
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images")
-    # a convolution of few channels is no faster in bfloat16 on a CPU
+    # on a CPU, a convolution of few channels is no faster in bfloat16
     parser.set_defaults(**DEFAULTS, dtype="auto" if torch.cuda.is_available() else "float32")
     return parser
 
@@ -59,7 +60,7 @@ def main() -> None:
     args, resumed = launch.parse_args(build_parser(), "train_image.py")
     presets = PRESETS[choose("--backbone", args.backbone, PRESETS)]
     size = presets[choose("--preset", args.preset, presets)]
-    images.pillow()  # missed now, not at the first picture
+    images.pillow()  # fail now where it is missing, not at the first picture
     data = images.open_images(args.dataset, args.cache, args.archive)
     if args.classes and data.labels is None:
         raise InputError(f"--classes needs labels, and --dataset {args.dataset} has none")
@@ -76,8 +77,8 @@ def main() -> None:
     )
     flip = data.flip if args.flip is None else args.flip
     batches = ImageBatches(data.train, labels, pixels, args.batch_size, args.seed, flip)
-    evaluated = min(64, len(data.held_out), max(1, HELD_OUT // (pixels.length * pixels.levels)))
-    held_out = ImageBatches(data.held_out, held_out_labels, pixels, evaluated)
+    eval_batch_size = min(64, len(data.held_out), max(1, HELD_OUT // (pixels.length * pixels.levels)))
+    held_out = ImageBatches(data.held_out, held_out_labels, pixels, eval_batch_size)
     first = pixels.encode(data.train[:1])
     launch.train(
         args,

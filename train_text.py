@@ -3,9 +3,9 @@
     python train_text.py                                   US presidents' messages, on a laptop, in minutes
     python train_text.py --dataset my.txt --model mdlm     your text; the masked model
     python train_text.py --dataset owt --preset small --length 1024 --vocab-size 50257 --batch-size 32
-    python train_text.py --resume                          go on with the newest run
+    python train_text.py --resume                          continue the newest run
 
-Writes checkpoint.pt (everything), metrics.jsonl and loss.png into a folder of its own in runs/, or into --out.
+Writes checkpoint.pt (everything), metrics.jsonl and loss.png into a new folder in runs/, or into --out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cadd_min.training import start as launch
 from cadd_min.utils.cli import from_args, run, whole
 from cadd_min.utils.errors import choose
 
-HELD_OUT = 4096  # tokens in each of four evaluation batches: the bound looks at all (B, L, V) probabilities at once
+HELD_OUT = 4096  # tokens in each of the four evaluation batches: the bound has all (B, L, V) probabilities in memory
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,13 +38,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def open_tokens(args: argparse.Namespace) -> TokenFolder:
-    """The dataset as tokens: tokenised already, or now."""
+    """Open the data set as tokens: a folder of tokens, or a corpus that is tokenised now unless the cache has it."""
     if is_folder(args.dataset):
         return TokenFolder(Path(args.dataset))
     source = corpus.open_corpus(args.dataset, args.cache)
     name = choose("--tokenizer", args.tokenizer or source.tokenizer, tokenizer.TOKENIZERS)
-    made = tokenizer.chars(corpus.alphabet(source)) if name == "chars" else tokenizer.gpt2(args.vocab_size)
-    return prepare(source, made, args.cache)
+    codec = tokenizer.chars(corpus.alphabet(source)) if name == "chars" else tokenizer.gpt2(args.vocab_size)
+    return prepare(source, codec, args.cache)
 
 
 def main() -> None:
@@ -52,21 +52,21 @@ def main() -> None:
     size = PRESETS[choose("--preset", args.preset, PRESETS)]
     config = from_args(ModelConfig, args, vocab_size=args.vocab_size, length=args.length, size=size)
     tokens = open_tokens(args)
-    words, training = tokens.tokenizer(), tokens.split("train")
-    config = dataclasses.replace(config, vocab_size=words.vocab_size)  # the tokenizer may have its own
-    data = TextBatches(training, args.length, args.batch_size, args.seed, f"--dataset {args.dataset}")
-    evaluated = max(1, HELD_OUT // args.length)
+    codec, training_tokens = tokens.tokenizer(), tokens.split("train")
+    config = dataclasses.replace(config, vocab_size=codec.vocab_size)  # only gpt2 has the size of --vocab-size
+    data = TextBatches(training_tokens, args.length, args.batch_size, args.seed, f"--dataset {args.dataset}")
+    eval_batch_size = max(1, HELD_OUT // args.length)
     name = f"the held-out part of --dataset {args.dataset}"
-    held_out = TextBatches(tokens.split("val"), args.length, evaluated, name=name)
+    held_out = TextBatches(tokens.split("val"), args.length, eval_batch_size, name=name)
     launch.train(
         args,
         resumed,
         lambda: Denoiser(config),
         data,
         [held_out(i) for i in range(4)],
-        words,
-        lambda trainer, _: trainer.averaged(preview, words),
-        f"{len(training):,} training tokens of {words.vocab_size:,}",
+        codec,
+        lambda trainer, _: trainer.averaged(preview, codec),
+        f"{len(training_tokens):,} training tokens of {codec.vocab_size:,}",
     )
 
 

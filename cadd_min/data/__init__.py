@@ -1,1 +1,14 @@
-"""From files to tokens: corpora and images by name or path, tokenizers, token folders, batches."""
+"""From files to tokens to micro-batches.
+
+tokenizer      text to token ids and back: GPT-2's BPE at any size, and characters
+hf_tokenizer   the tokenizer of a pretrained model
+pixels         images to tokens and back
+codec          the protocol of tokenizers and pixels, and the door that rebuilds each kind
+documents      the documents in .txt, .jsonl and .parquet files
+corpus         text corpora by name or path
+shards         how a corpus becomes a folder of token files
+token_folder   a folder of token files, read one slice at a time
+pairs          prompts with responses
+images         image data sets by name or path
+batches        micro-batches of text, pairs and images, shuffled in each epoch
+"""

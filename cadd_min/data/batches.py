@@ -51,7 +51,7 @@ class TextBatches:
         self._shuffle = EpochShuffle(self.per_epoch, seed, len(tokens) - self.per_epoch * length)
 
     def __call__(self, index: int) -> Batch:
-        x_0 = torch.empty(self.batch_size, self.length, dtype=torch.int64)  # first: memory may not suffice for it
+        x_0 = torch.empty(self.batch_size, self.length, dtype=torch.int64)  # first: too large a batch must fail at once
         for row, n in zip(x_0.numpy(), range(index * self.batch_size, (index + 1) * self.batch_size)):
             place, shift = self._shuffle(n)
             start = shift + place * self.length
@@ -92,7 +92,7 @@ class ImageBatches:
         self._shuffle = EpochShuffle(len(images), seed)
 
     def __call__(self, index: int) -> Batch:
-        rows = np.empty(self.batch_size, np.int64)  # first: memory may not suffice for it
+        rows = np.empty(self.batch_size, np.int64)  # first: too large a batch must fail at once
         for place in range(self.batch_size):
             rows[place] = self._shuffle(index * self.batch_size + place)[0]
         images = self.images[rows]

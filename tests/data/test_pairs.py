@@ -1,4 +1,4 @@
-"""Prompts and responses: what is given stays given, what is scored is scored once."""
+"""Check prompts with responses: prompts are never masked or scored, and each pair is used once an epoch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LETTERS = chars("abcdefgh ")
 def test_a_sequence_is_prompt_response_and_ends() -> None:
     ids, starts = pairs.encode([Pair("ab", "cde"), Pair("abcd", "efgh abc")], LETTERS, 8, LETTERS.encode)
     assert LETTERS.decode(ids[0][:5].tolist()) == "abcde" and set(ids[0][5:]) == {LETTERS.eot_id}
-    assert LETTERS.decode(ids[1].tolist()) == "abcdefgh"  # cut: no end
+    assert LETTERS.decode(ids[1].tolist()) == "abcdefgh"  # the response is cut, so no end token follows
     assert starts.tolist() == [2, 4]
     x_0, label, free = PairBatches(ids, starts, 2)(0)
     assert label is None
@@ -78,7 +78,7 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
 
 def test_a_prompt_without_room_is_named(tmp_path: Path) -> None:
     lines = [json.dumps({"prompt": prompt, "response": "b"}) for prompt in [*"a" * 24, "abcdefgh"]]
-    (tmp_path / "p.jsonl").write_text("\n" + "\n".join(lines))  # a blank line, and the 20th pair is held out
+    (tmp_path / "p.jsonl").write_text("\n" + "\n".join(lines))  # with a blank line, and a held-out pair before the last
     kept, _ = pairs.split(pairs.read_pairs(tmp_path / "p.jsonl"))
     with pytest.raises(InputError, match="line 26: the prompt has 8 tokens and leaves no room"):
         pairs.encode(kept, LETTERS, 8, LETTERS.encode)
@@ -94,20 +94,23 @@ def test_pairs_are_told_from_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["cadd", "mdlm"])
 def test_what_is_given_is_never_masked_nor_scored(model: str) -> None:
-    denoiser, seen = Denoiser(ModelConfig(vocab_size=20, length=8, size=NANO, model=model)), []
+    denoiser, shown = Denoiser(ModelConfig(vocab_size=20, length=8, size=NANO, model=model)), []
     features = denoiser.features
-    denoiser.features = lambda x_t, *rest: seen.append(x_t) or features(x_t, *rest)  # type: ignore[method-assign]
+    denoiser.features = lambda x_t, *rest: shown.append(x_t) or features(x_t, *rest)  # type: ignore[method-assign]
     x_0, u = torch.randint(20, (64, 8), generator=rng(0)), torch.linspace(0.01, 1, 64, dtype=torch.float64)
     free = torch.arange(8) >= torch.randint(1, 8, (64, 1), generator=rng(1))
-    for given in (free, None):  # without it, prompts are masked: the check can fail
-        loss = training_loss(denoiser, Batch(x_0, free=given), u, Objective(), rng(2))
-        masked = seen.pop() == denoiser.mask_id
+    for passed in (free, None):  # None: the prompts are masked too, so the check can fail
+        loss = training_loss(denoiser, Batch(x_0, free=passed), u, Objective(), rng(2))
+        masked = shown.pop() == denoiser.mask_id
         assert loss.masked == masked.sum() > 0
-        assert (masked & ~free).any() == (given is None)
+        assert (masked & ~free).any() == (passed is None)
 
 
 def test_the_bound_of_a_response_is_its_own_likelihood() -> None:
-    """Of independent tokens an exact denoiser's bound is -log p, on average: over the response and nothing else."""
+    """Check that the bound of an exact denoiser of independent tokens is -log p(response) on average.
+
+    It is another number where the prompt is scored too, which the last assertion shows.
+    """
     p, table, schedule = torch.tensor([0.5, 0.3, 0.15, 0.05]).double(), torch.zeros(4, 0).double(), NoiseSchedule()
     x_0 = torch.randint(4, (1, 6), generator=rng(0)).expand(20000, -1)
     free = (torch.arange(6) >= 2).expand(20000, -1)
@@ -115,7 +118,7 @@ def test_the_bound_of_a_response_is_its_own_likelihood() -> None:
 
     def pvalue(free: torch.Tensor | None) -> float:
         oracle = lambda x_t, z_t, t: p.log().expand(*x_t.shape, 4)
-        found = nelbo_parts(oracle, x_0, table, schedule, 4, free=free, generator=rng(1)).discrete
-        return float(stats.ttest_1samp(found.numpy(), float(exact)).pvalue)
+        bound = nelbo_parts(oracle, x_0, table, schedule, 4, free=free, generator=rng(1)).discrete
+        return float(stats.ttest_1samp(bound.numpy(), float(exact)).pvalue)
 
     assert pvalue(free) > ALPHA > pvalue(None)

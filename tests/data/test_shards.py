@@ -1,4 +1,7 @@
-"""Corpora in parts: on several cores, killed, stopped, damaged, larger than memory: always the same files."""
+"""Check that a corpus in parts makes the same files on any number of cores, after a kill, a stop or damage.
+
+Memory must not grow with the size of the text.
+"""
 
 import json
 import os
@@ -23,7 +26,7 @@ from tests.toys import ROOT
 
 
 def many_parts(folder: Path, kind: str, size: int) -> Path:
-    """Files of 200 documents in all, some with ends of lines and of documents in odd places."""
+    """Write 200 documents to files of a kind, some with newlines and marks in odd places. Returns their folder."""
     folder.mkdir()
     docs = [f"{i} {words_of(i, 5 + i % 40)}" + " é\n\nend" * (i % 3) for i in range(200)]
     if kind == "txt":
@@ -45,11 +48,11 @@ def test_several_parts_hold_the_same_documents_as_one(kind, tmp_path, monkeypatc
     path = many_parts(tmp_path / "docs", kind, 200)
     one = read(path, tmp_path / "one")
     monkeypatch.setattr(documents, "PART", 2000)
-    monkeypatch.setattr(documents, "PIECE", 64)  # marks at the borders of what is read at a time
+    monkeypatch.setattr(documents, "PIECE", 64)  # so that marks fall on the borders of blocks
     several = read(path, tmp_path / "several")
     assert len(one.header["parts"]) == 1 and 8 < len(several.header["parts"]) < 60
-    found = [sorted(texts(tokens.split("train")) + texts(tokens.split("val"))) for tokens in (one, several)]
-    assert len(found[0]) == 200 and found[0] == found[1]
+    first, second = (sorted(texts(t.split("train")) + texts(t.split("val"))) for t in (one, several))
+    assert len(first) == 200 and first == second
     assert len(several.split("val")) > 0
 
 
@@ -91,13 +94,13 @@ def test_damage_is_found_and_named(tmp_path, monkeypatch, capsys):
     os.truncate(tokens.path / "00003.bin", 50)
     with pytest.raises(InputError, match=r"00003\.bin is cut short"):
         TokenFolder(tokens.path)
-    with pytest.raises(InputError, match=r"00003\.bin has shrunk"):  # under a run that has it open
+    with pytest.raises(InputError, match=r"00003\.bin has shrunk"):  # while a run has it open
         for i in range(batches.per_epoch):
             batches(i)
     (tokens.path / "00003.bin").unlink()
     (tokens.path / "00005.json").write_text("{")
     made = {file.name: file.stat().st_mtime_ns for file in tokens.path.glob("*.bin")}
-    assert content(read(path, tmp_path)) == good  # made again, and only these two
+    assert content(read(path, tmp_path)) == good  # made again, and these two alone
     again = {file.name for file in tokens.path.glob("*.bin") if made.get(file.name) != file.stat().st_mtime_ns}
     assert again == {"00003.bin", "00005.bin"}
     monkeypatch.setattr(sys, "argv", ["data", str(tokens.path)])
@@ -109,33 +112,33 @@ SCRIPT = """
 import re, resource, sys
 from pathlib import Path
 from cadd_min.data import corpus, documents, shards, token_folder as data, tokenizer
-from cadd_min.utils import errors
+from cadd_min.utils import cli
 
 def main():
     path, cache, part, cores = sys.argv[1:]
     documents.PART, shards._cores = int(part), lambda: int(cores)
     data.prepare(corpus.open_corpus(path, Path(cache)), tokenizer.gpt2(300), Path(cache))
-    own = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]  # ru_maxrss is pytest's as well
+    own = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]  # ru_maxrss would be pytest's
     print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)
 """
 
 
 def start(folder: Path, *arguments: object) -> subprocess.Popen:
-    """Prepare a corpus in another process, which can be killed."""
+    """Start a process that prepares a corpus and can be killed. arguments: path, cache, bytes in a part, cores."""
     script = folder / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, str(script), *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    listen = lambda: signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # a shell lets what it runs in the background ignore it
+    # a process started by a shell in the background would ignore SIGINT
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, preexec_fn=listen, **pipes)
 
 
 def long_text(path: Path, megabytes: float, mark: str = "\n<|endoftext|>\n") -> Path:
+    """Write a text of about so many megabytes, with `mark` after every 1,000 words."""
     block = mark.join(words_of(i, 1000) for i in range(180)) + mark  # 1 MB
     path.write_text("".join(f"{i} {block}" for i in range(int(megabytes))))
     return path
@@ -143,22 +146,23 @@ def long_text(path: Path, megabytes: float, mark: str = "\n<|endoftext|>\n") -> 
 
 @pytest.mark.slow
 def test_killed_stopped_and_started_twice_at_once_it_makes_the_files_of_one_run(tmp_path, monkeypatch):
+    """Kill a run, interrupt the next, start two at once: finished parts are kept, and the files are as undisturbed."""
     path, cache = long_text(tmp_path / "long.txt", 30), tmp_path / "cache"
     arguments = (path, cache, 1 << 20, 2)
     kept: dict[str, int] = {}
-    for how, code in [(signal.SIGKILL, -9), (signal.SIGINT, 130)]:
+    for sent, code in [(signal.SIGKILL, -9), (signal.SIGINT, 130)]:
         process = start(tmp_path, *arguments)
         while len(list(cache.glob("*/0*.json"))) <= len(kept):
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
-        process.send_signal(how)
-        _, err = process.communicate(timeout=20)  # which waits for its workers too: they hold the same pipe
+        process.send_signal(sent)
+        _, err = process.communicate(timeout=20)  # waits for the workers too: they hold the same pipe
         assert process.returncode == code, err
         finished = {file.with_suffix(".bin") for file in cache.glob("*/0*.json")}
         kept = {file.name: file.stat().st_mtime_ns for file in finished}
         assert kept and not list(cache.glob("*/index.json"))
-    assert not list(cache.glob("*/*.tmp"))  # the second attempt cleaned up after the first, and after itself
-    both = [start(tmp_path, *arguments) for _ in range(2)]  # two at once: one waits
+    assert not list(cache.glob("*/*.tmp"))  # the second run removed the first run's leftovers and its own
+    both = [start(tmp_path, *arguments) for _ in range(2)]  # one waits for the other
     assert all(process.wait(timeout=60) == 0 for process in both)
     (folder,) = cache.iterdir()
     assert {name: time for name, time in kept.items() if (folder / name).stat().st_mtime_ns != time} == {}
@@ -186,7 +190,10 @@ def test_processes_make_what_one_makes_and_say_what_is_wrong(tmp_path, monkeypat
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parts", "one document", "one row group"])
 def test_memory_is_the_same_for_five_times_the_text(kind, tmp_path):
-    """In MB: at most 30 more for 40 MB of text than for 8, and 400 in all, of which torch is half."""
+    """Check that 40 MB of text take at most 30 MB more than 8 MB of text, and at most 400 MB in all.
+
+    Half of the 400 MB is torch.
+    """
     peaks = []
     for size in (8, 40):
         path = long_text(tmp_path / f"{size}.txt", size, " " if kind == "one document" else "<|endoftext|>")

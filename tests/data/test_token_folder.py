@@ -1,4 +1,4 @@
-"""From files to token files to batches: nothing lost, nothing half written, the held-out part never seen."""
+"""Check the way from files to token files to batches: no text is lost, and no file is left half written."""
 
 import json
 import os
@@ -18,16 +18,16 @@ from cadd_min.data.corpus import open_corpus
 from cadd_min.data.token_folder import TokenFolder, TokenView, prepare
 from cadd_min.utils.errors import InputError
 
-WORDS = tokenizer.gpt2(300)
+CODEC = tokenizer.gpt2(300)
 DOCS = [f"Document number {i}. It has a few words, ünïcode too." for i in range(45)]
 
 
-def read(path: Path, cache: Path, words=WORDS) -> TokenFolder:
-    return prepare(open_corpus(str(path), cache), words, cache)
+def read(path: Path, cache: Path, codec=CODEC) -> TokenFolder:
+    return prepare(open_corpus(str(path), cache), codec, cache)
 
 
-def texts(tokens: TokenView, words=WORDS) -> list[str]:
-    return [text for text in words.decode(tokens[:].tolist()).split("<|endoftext|>") if text]
+def texts(tokens: TokenView, codec=CODEC) -> list[str]:
+    return [text for text in codec.decode(tokens[:].tolist()).split("<|endoftext|>") if text]
 
 
 def content(folder: TokenFolder) -> dict[str, bytes]:
@@ -63,7 +63,7 @@ def test_every_kind_of_file_gives_the_same_documents(kind, tmp_path):
     held_out = [doc for i, doc in enumerate(DOCS) if i % shards.HELD_OUT == shards.HELD_OUT - 1]
     assert texts(tokens.split("val")) == held_out
     assert texts(tokens.split("train")) == [doc for doc in DOCS if doc not in held_out]
-    assert all(tokens.split(split)[:][-1] == WORDS.eot_id for split in ("train", "val"))
+    assert all(tokens.split(split)[:][-1] == CODEC.eot_id for split in ("train", "val"))
 
 
 def test_second_run_reads_the_cache(tmp_path, monkeypatch):
@@ -71,7 +71,7 @@ def test_second_run_reads_the_cache(tmp_path, monkeypatch):
     first = read(path, tmp_path)
     monkeypatch.setattr(data, "write_folder", lambda *a: pytest.fail("tokenised again"))
     assert read(path, tmp_path).path == first.path
-    assert TokenFolder(first.path).tokenizer().fingerprint() == WORDS.fingerprint()  # the file states its tokenizer
+    assert TokenFolder(first.path).tokenizer().fingerprint() == CODEC.fingerprint()  # from the folder's spec
 
 
 def test_changed_text_or_tokenizer_is_tokenised_again(tmp_path):
@@ -84,8 +84,8 @@ def test_changed_text_or_tokenizer_is_tokenised_again(tmp_path):
 
 def test_half_written_and_foreign_caches_are_never_used(tmp_path, capsys, monkeypatch):
     path = write("txt", tmp_path)
-    whole = read(path, tmp_path)
-    tokens, index, good = whole.path / "00000.bin", whole.path / "index.json", content(whole)
+    intact = read(path, tmp_path)
+    tokens, index, good = intact.path / "00000.bin", intact.path / "index.json", content(intact)
     for file, damage in [
         (tokens, good["00000.bin"][:-7]),
         (tokens, b""),
@@ -96,7 +96,7 @@ def test_half_written_and_foreign_caches_are_never_used(tmp_path, capsys, monkey
     ]:
         file.unlink() if damage is None else file.write_bytes(damage)
         with pytest.raises(InputError, match=f"{file.name}.* (cut short|No such file|damaged)"):
-            TokenFolder(whole.path)
+            TokenFolder(intact.path)
         assert content(read(path, tmp_path)) == good  # made again
     index.write_bytes(good["index.json"].replace(b'"bpe"', b'"foo"'))
     assert content(read(path, tmp_path)) == good
@@ -118,7 +118,7 @@ def test_long_documents_are_cut_where_tokens_do_not_change(tmp_path, monkeypatch
     path.write_text(text)
     tokens = read(path, tmp_path)
     joined = [*tokens.split("train")[:], *tokens.split("val")[:]]
-    assert joined == [*WORDS.encode(text), WORDS.eot_id]
+    assert joined == [*CODEC.encode(text), CODEC.eot_id]
     assert len(tokens.split("val")) == len(joined) // shards.HELD_OUT  # one document: the last 5% of its tokens
 
 
@@ -126,9 +126,9 @@ def test_characters(tmp_path):
     path = tmp_path / "c.txt"
     path.write_text("abba cab")
     source = open_corpus(str(path), tmp_path)
-    words = tokenizer.chars(corpus.alphabet(source))
-    assert words.alphabet == " abc"
-    assert read(path, tmp_path, words).split("train")[:].tolist() == [1, 2, 2, 1, 0, 3, 1, 2, 4]
+    codec = tokenizer.chars(corpus.alphabet(source))
+    assert codec.alphabet == " abc"
+    assert read(path, tmp_path, codec).split("train")[:].tolist() == [1, 2, 2, 1, 0, 3, 1, 2, 4]
 
 
 def test_text8_is_read_from_its_archive_and_split_90_5_5(tmp_path):
@@ -147,11 +147,11 @@ def test_batches_cover_the_epoch_once_and_are_a_function_of_the_index():
     tokens = np.arange(1000, dtype=np.uint16)
     batches = TextBatches(tokens, 10, 9, seed=3)
     assert batches.per_epoch == 99
-    seen = np.concatenate([batches(i).x_0.numpy() for i in range(11)])
-    assert len(np.unique(seen[:, 0])) == 99 and (np.diff(seen, axis=1) == 1).all()  # an epoch, without replacement
-    again, other = TextBatches(tokens, 10, 9, seed=3), TextBatches(tokens, 10, 9, seed=4)
+    epoch = np.concatenate([batches(i).x_0.numpy() for i in range(11)])
+    assert len(np.unique(epoch[:, 0])) == 99 and (np.diff(epoch, axis=1) == 1).all()  # no sequence twice, none torn
+    again, another_seed = TextBatches(tokens, 10, 9, seed=3), TextBatches(tokens, 10, 9, seed=4)
     assert torch.equal(again(7).x_0, batches(7).x_0) and not torch.equal(batches(7).x_0, batches(8).x_0)
-    assert not torch.equal(other(7).x_0, batches(7).x_0)
+    assert not torch.equal(another_seed(7).x_0, batches(7).x_0)
     with pytest.raises(InputError, match="fewer than one sequence"):
         TextBatches(tokens[:9], 10, 1)
 
@@ -215,7 +215,7 @@ def test_a_text_goes_on_where_the_network_failed(tmp_path, monkeypatch):
     from fsspec.implementations.local import LocalFileSystem
 
     class Unreliable(LocalFileSystem):
-        """Breaks off `failures` times in the middle of a file."""
+        """A file system whose connection breaks `failures` times in the middle of a file."""
 
         protocol, failures = "unreliable", 0
 

@@ -1,4 +1,4 @@
-"""GPT-2's BPE at any size, offline; characters; text that survives the round trip."""
+"""Check the tokenizers: GPT-2's BPE at any size, offline; characters; text to ids and back without loss."""
 
 import importlib.util
 import json
@@ -23,23 +23,23 @@ def test_full_size_is_gpt2():
 
 @given(st.text(max_size=200))
 def test_any_text_survives(text):
-    for words in (FULL, SMALL):
-        ids = words.encode(text)
-        assert words.decode(ids) == text and all(0 <= i < words.eot_id for i in ids)
+    for bpe in (FULL, SMALL):
+        ids = bpe.encode(text)
+        assert bpe.decode(ids) == text and all(0 <= i < bpe.eot_id for i in ids)
 
 
 def test_a_smaller_vocabulary_is_a_prefix():
     assert SMALL.tokens == FULL.tokens[:299]
     for text in ("<|endoftext|>", "[mask]"):
-        assert SMALL.eot_id not in SMALL.encode(text)  # written out, they are ordinary characters
+        assert SMALL.eot_id not in SMALL.encode(text)  # a special token written in a text is ordinary characters
 
 
-@pytest.mark.parametrize("words", [SMALL, tokenizer.chars("hello wörld")])
-def test_specs_rebuild_the_tokenizer(words):
-    again = codec.tokenizer_from_spec(json.loads(json.dumps(words.spec())))
-    assert again.fingerprint() == words.fingerprint() and again.encode("hello") == words.encode("hello")
-    assert again.fingerprint() != tokenizer.gpt2(301).fingerprint()
-    assert again.decode([*again.encode("he"), again.mask_id, again.eot_id]) == "he[mask]<|endoftext|>"
+@pytest.mark.parametrize("original", [SMALL, tokenizer.chars("hello wörld")])
+def test_specs_rebuild_the_tokenizer(original):
+    rebuilt = codec.tokenizer_from_spec(json.loads(json.dumps(original.spec())))
+    assert rebuilt.fingerprint() == original.fingerprint() and rebuilt.encode("hello") == original.encode("hello")
+    assert rebuilt.fingerprint() != tokenizer.gpt2(301).fingerprint()
+    assert rebuilt.decode([*rebuilt.encode("he"), rebuilt.mask_id, rebuilt.eot_id]) == "he[mask]<|endoftext|>"
 
 
 def test_bad_input():
