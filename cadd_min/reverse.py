@@ -114,8 +114,8 @@ def reverse_rows(
 
     A position flips with probability rho_flip, takes its token from p and the token's latent with it. Otherwise it
     stays masked, and z_s = pull z0_hat + keep z_t + std eps.
-    Args: p (N, V); z_t (K, N, D); table (V, D); coefficients (4,) or (4, N), see `step_coefficients`; u: the uniforms of
-    the flip (N,), of the token (N,) and of z0_hat (K, N); eps (K, N, D).
+    Args: p (N, V); z_t (K, N, D); table (V, D); coefficients (4,) or (4, N), see `step_coefficients`; u: the uniforms
+    of the flip (N,), of the token (N,) and of z0_hat (K, N); eps (K, N, D).
     """
     rho_flip = coefficients[0]
     pull, keep, std = coefficients[1:, ..., None].to(z_t)
