@@ -2,8 +2,8 @@
 
 A plan gives the times of the steps. At each step it splits the masked positions into groups, each with the four
 coefficients of its reverse step. In the exact chain (Prop. 2) all positions are one group, and each flips by itself
-with probability rho_flip. Remasking and first hitting also keep the law of an exact denoiser. Unmasking in an order does
-not: it trades variety for precision.
+with probability rho_flip. Remasking and first hitting also keep the law of an exact denoiser. Unmasking in an order
+trades variety for precision.
 """
 
 from __future__ import annotations
