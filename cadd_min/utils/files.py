@@ -46,7 +46,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed `atomic_write` into `folder` left there."""
-    for part in folder.glob(".*.tmp"):
+    for part in folder.glob("*.tmp"):
         part.unlink(missing_ok=True)
 
 
