@@ -2,12 +2,12 @@
 
 python sample.py                                       the newest run
 python sample.py --zhat soft --steps 256 --num 4       mode covering, more steps, four samples
-python sample.py --watch                               see it happen
-python sample.py --prompt "The [8] of the union [16]"  text: what is given stays, [n] is a gap of n tokens
-python sample.py --from owner/name --prompt "Once"     text: a masked language model of the Hugging Face hub, as it is
-python sample.py --gif path.gif                        images: a grid in samples.png, and the path from noise to it
-python sample.py --classes 3 8 --guidance 2            images: of these classes, and more so than they are
-python sample.py --inpaint digit.png --mask hole.png   images: paint where the mask is white
+python sample.py --watch                               show the denoising in the terminal
+python sample.py --prompt "The [8] of the union [16]"  text: the prompt stays, [n] is a gap of n tokens
+python sample.py --from owner/name --prompt "Once"     text: an untuned masked language model of the hub
+python sample.py --gif path.gif                        images: a grid in samples.png, and its path from noise
+python sample.py --classes 3 8 --guidance 2            images: of classes 3 and 8, exaggerated
+python sample.py --inpaint digit.png --mask hole.png   images: repaint where the mask is white
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ckpt", type=Path, default=Path("runs"), help=CKPT)
     add_sampling_options(parser)
     add_run_options(parser)
-    parser.add_argument("--num", type=whole, help="samples (default: 1, images: 64)")
+    parser.add_argument("--num", type=whole, help="number of samples (default: 1, images: 64)")
     parser.add_argument("--watch", action="store_true", help="show the first sample's denoising in the terminal")
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", help='text with gaps, "The [8] of the union [16]"')
     add_source_options(text)
     image = parser.add_argument_group("images")
     image.add_argument("--out", type=Path, help="the grid of samples (default: samples.png)")
-    image.add_argument("--gif", type=Path, help="the path there: what is masked, and z0_hat decoded, side by side")
-    image.add_argument("--classes", type=whole, nargs="+", help="of which classes, in turn (default: all)")
-    image.add_argument("--guidance", type=float, help="0 ignores the class, 1 is the model's own, more exaggerates it")
-    image.add_argument("--inpaint", type=Path, help="an image of the model's size to paint in")
-    image.add_argument("--mask", type=Path, help="an image of the same size, white where to paint")
+    image.add_argument("--gif", type=Path, help="the path from noise to the grid: masks left, z0_hat decoded right")
+    image.add_argument("--classes", type=whole, nargs="+", help="classes to draw, in turn (default: all)")
+    image.add_argument("--guidance", type=float, help="0 ignores the class, 1 is the model's own, more exaggerates")
+    image.add_argument("--inpaint", type=Path, help="an image of the model's size to repaint")
+    image.add_argument("--mask", type=Path, help="an image of the same size, white where to repaint")
     return parser
 
 

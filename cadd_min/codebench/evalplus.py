@@ -1,7 +1,7 @@
-"""EvalPlus's tests (Liu et al. 2023): many more inputs for each problem, on which the reference solution is asked.
+"""EvalPlus's tests (Liu et al. 2023): many more inputs for each problem. The reference solution gives the answers.
 
-The package evalplus downloads a file of them once; of MBPP's it also knows the types of the inputs, which JSON has not,
-and what counts as equal. Its executor is not used.
+The package evalplus downloads the file of inputs once. For MBPP the package also has the inputs' types, which JSON
+loses, and rules for which outputs count as equal. Its executor is not used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FILES = {"humaneval": "HumanEvalPlus-v*.jsonl", "mbpp": "MbppPlus-v*.jsonl"}
 GETTERS = {"humaneval": "get_human_eval_plus", "mbpp": "get_mbpp_plus"}
 STOPS = {"humaneval": problems.STOPS, "mbpp": ("\nassert ", '\n"""', "\nif ", "\nprint(")}
 
-# The tolerance is EvalPlus's. `special` is a statement that judges `found` instead.
+# The tests of one problem, a program. The tolerance is EvalPlus's. `judged` is the expression that accepts `found`.
 TESTS = """
 def _evalplus():
     import copy, math
@@ -39,23 +39,23 @@ def _evalplus():
 _evalplus()
 """
 NEAR = "near(found, expected, {atol!r})"
-FIND_ZERO = "abs(reference['poly'](*given, found)) <= {atol!r}"  # a root has many values
+FIND_ZERO = "abs(reference['poly'](*given, found)) <= {atol!r}"  # a polynomial has many roots, and any will do
 
 
 def data_file(benchmark: str) -> Path:
-    """Where evalplus keeps its newest file of this benchmark. Raises InputError where there is none."""
+    """Find the newest file of this benchmark in evalplus's cache. Raises InputError that says how to get it."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evalplus"
-    found = sorted(cache.glob(FILES[benchmark]))
-    if not found:
+    files = sorted(cache.glob(FILES[benchmark]))
+    if not files:
         raise InputError(
             f"EvalPlus's tests are not in {cache}: pip install evalplus, and let it download them once by "
             f'python -c "import evalplus.data as d; d.{GETTERS[benchmark]}()"; or name the file by --problems'
         )
-    return found[-1]
+    return files[-1]
 
 
 def load(benchmark: str, path: Path | None = None) -> list[Problem]:
-    """HumanEval+ or MBPP+, of evalplus's own file or another one. Raises InputError."""
+    """Read the problems of HumanEval+ or MBPP+ from a file, or from evalplus's cache. Raises InputError."""
     path = path or data_file(benchmark)
     wanted: dict[str, type] = dict.fromkeys(("task_id", "prompt", "entry_point", "canonical_solution"), str)
     wanted |= {"base_input": list, "plus_input": list}
@@ -77,9 +77,8 @@ def _mbpp(row: dict[str, Any]) -> Problem:
             "the types of MBPP+'s inputs are in a package that is not installed: pip install evalplus"
         ) from None
     entry = row["entry_point"]
-    inputs = [
-        typed for part in ("base_input", "plus_input") for typed in mbpp_deserialize_inputs(row["task_id"], row[part])
-    ]
+    parts = ("base_input", "plus_input")
+    inputs = [given for part in parts for given in mbpp_deserialize_inputs(row["task_id"], row[part])]
     judged = {
         "are_equivalent": "True",
         "sum_div": "found in (expected, 0)",

@@ -1,11 +1,12 @@
-"""evaluate.py code: programs that a model writes for HumanEval or MBPP, and how many of them pass their tests.
+"""Evaluate programs that a model writes for HumanEval or MBPP: how many pass their tests.
 
-Three steps, each a file in --out: what the model wrote (generations.jsonl), the programs in it (programs.jsonl), how
-they ended (results.jsonl). Each goes on where it was cut off, and the last runs only with --execute.
+There are three steps, each with a file in --out: the model's answers (generations.jsonl), the programs in them
+(programs.jsonl), and how the programs ended (results.jsonl). A step that is cut off goes on from its file. The third
+step runs only with --execute.
 
 python evaluate.py code --benchmark humaneval --num-samples 10 --k 1 10
 python evaluate.py code --benchmark mbpp --problems mbpp.jsonl --execute
-python evaluate.py code --benchmark humaneval --reference --execute     the reference solutions: do all pass here?
+python evaluate.py code --benchmark humaneval --reference --execute     do the reference solutions pass here?
 """
 
 from __future__ import annotations
@@ -37,32 +38,30 @@ from cadd_min.utils.cli import add_options, from_args, whole
 from cadd_min.utils.device import torch_device
 from cadd_min.utils.errors import InputError
 
-Encode = Callable[[str], list[int]]  # ids of a prompt
-Complete = Callable[[list[str], int], list[str]]  # complete(prompts, seed): what a model writes after each
+Encode = Callable[[str], list[int]]  # a prompt -> its ids
+Complete = Callable[[list[str], int], list[str]]  # complete(prompts, seed) -> a model's answers
 GENERATIONS, PROGRAMS, RESULTS = "generations.jsonl", "programs.jsonl", "results.jsonl"
 EXECUTES = (
     "runs model-written programs on this machine, each contained by Linux namespaces and limits: no network, no files "
-    "but Python's own and a folder in memory, no other processes, no environment; where this cannot be had, none is run"
+    "but Python's own and a folder in memory, no other processes, no environment; where this is impossible, none is run"
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `evaluate.py code`."""
     parser.add_argument("--benchmark", choices=["humaneval", "mbpp"], required=True)
-    parser.add_argument("--problems", type=Path, help="the file of MBPP; of HumanEval, one instead of its package's")
-    parser.add_argument(
-        "--plus", action="store_true", help="with EvalPlus's tests in addition: --problems, or its cache"
-    )
+    parser.add_argument("--problems", type=Path, help="the file of problems (HumanEval's default: its package's)")
+    parser.add_argument("--plus", action="store_true", help="add EvalPlus's tests, from --problems or from its cache")
     parser.add_argument("--split", choices=problems.SPLITS, default="test", help="of MBPP: test is task ids 11 to 510")
-    parser.add_argument("--shots", type=whole, default=len(problems.SHOTS), help="MBPP's solved problems in a prompt")
+    parser.add_argument("--shots", type=whole, default=len(problems.SHOTS), help="solved problems in a prompt of MBPP")
     parser.add_argument(
-        "--num-samples", type=whole, default=1, help="programs for each problem; more may be asked later"
+        "--num-samples", type=whole, default=1, help="programs for each problem; a later run may ask for more"
     )
-    parser.add_argument("--k", type=whole, nargs="+", default=[1], help="of pass@k")
-    parser.add_argument("--out", type=Path, help="folder (default: one beside the checkpoint, by the benchmark's name)")
-    parser.add_argument("--reference", action="store_true", help="the reference solutions instead of a model's")
+    parser.add_argument("--k", type=whole, nargs="+", default=[1], help="the k of pass@k")
+    parser.add_argument("--out", type=Path, help="folder (default: beside the checkpoint, named after the benchmark)")
+    parser.add_argument("--reference", action="store_true", help="test the reference solutions, no model")
     parser.add_argument("--execute", action="store_true", help=EXECUTES)
-    parser.add_argument("--workers", type=whole, default=os.cpu_count() or 1, help="programs that run at a time")
+    parser.add_argument("--workers", type=whole, default=os.cpu_count() or 1, help="programs that run at the same time")
     add_options(parser, sandbox.Limits, "limits of a program")
     parser.add_argument("--ckpt", type=Path, default=Path("runs"), help=generate.CKPT)
     generate.add_source_options(parser)
@@ -72,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Options out of range, and those that do not go together."""
+    """Raise InputError for options that are out of range or do not go together."""
     for name in ("num_samples", "workers", "batch_size"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
@@ -89,7 +88,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def load(args: argparse.Namespace) -> list[Problem]:
-    """The problems that are asked for."""
+    """Read the problems of the benchmark that is asked for."""
     if args.plus:
         return plus.load(args.benchmark, args.problems)
     if args.benchmark == "humaneval":
@@ -99,25 +98,29 @@ def load(args: argparse.Namespace) -> list[Problem]:
 
 
 def text_model(model: Model, tokenizer: Tokenizer, encode: Encode, how: Sampling, dtype: str) -> Complete:
-    """A model of text: it fills all of its length after the prompt, and is read up to the first end of a text."""
+    """Make complete(prompts, seed) of a model of text. how: the sampler's settings.
+
+    The model fills its whole length after the prompt. The answer ends before the first end-of-text token.
+    """
 
     def answer(row: list[int], start: int) -> str:
         end = [*row, tokenizer.eot_id].index(tokenizer.eot_id, start)
-        return tokenizer.decode(row[:end])[len(tokenizer.decode(row[:start])) :]  # some drop a text's first space
+        # decoded from the beginning, because some tokenizers drop the first space of a text
+        return tokenizer.decode(row[:end])[len(tokenizer.decode(row[:start])) :]
 
     def complete(prompts: list[str], seed: int) -> list[str]:
-        given = torch.full((len(prompts), model.config.length), tokenizer.mask_id)
-        coded = [encode(prompt) for prompt in prompts]
-        for row, ids in zip(given, coded):
+        masked = torch.full((len(prompts), model.config.length), tokenizer.mask_id)  # (B, L)
+        encoded = [encode(prompt) for prompt in prompts]
+        for row, ids in zip(masked, encoded):
             row[: len(ids)] = torch.tensor(ids)
-        x = generate.samples(model, how, len(prompts), seed=seed, dtype=dtype, prompt=given).tolist()
-        return [answer(row, len(ids)) for row, ids in zip(x, coded)]
+        x = generate.samples(model, how, len(prompts), seed=seed, dtype=dtype, prompt=masked).tolist()
+        return [answer(row, len(ids)) for row, ids in zip(x, encoded)]
 
     return complete
 
 
 def check_lengths(asked: list[Problem], encode: Encode, length: int) -> None:
-    """Raises InputError where a prompt leaves no room for an answer."""
+    """Raise InputError where a prompt leaves no room for an answer."""
     for problem in asked:
         count = len(encode(problem.prompt))
         if count >= length:
@@ -125,43 +128,49 @@ def check_lengths(asked: list[Problem], encode: Encode, length: int) -> None:
 
 
 def generations(asked: list[Problem], complete: Complete, folder: Path, args: argparse.Namespace, model: str) -> None:
-    """Step 1: an answer to each prompt. Batches and their seeds are the same wherever it was cut off before."""
+    """Step 1: write the model's answers to generations.jsonl.
+
+    The batches and their seeds do not depend on where an earlier run was cut off, so the answers do not either.
+    """
     prompts = {problem.task_id: problem.prompt for problem in asked}
     settle(folder, GENERATIONS, {"benchmark": args.benchmark, "prompts": digest(prompts), "model": model})
     keys = wanted(asked, args.num_samples)
     batches = [keys[first : first + args.batch_size] for first in range(0, len(keys), args.batch_size)]
     with Journal(folder / GENERATIONS) as written, tqdm(total=len(keys), desc="generation", unit="answer") as bar:
         for index, batch in enumerate(batches):
-            left = written.missing(batch)
-            if left:
+            missing = written.missing(batch)
+            if missing:
                 seed = int(np.random.SeedSequence((args.seed, index)).generate_state(1, np.uint64)[0] >> np.uint64(1))
                 texts = dict(zip(batch, complete([prompts[task] for task, _ in batch], seed)))
-                for key in left:
+                for key in missing:
                     written.add(key, text=texts[key])
             bar.update(len(batch))
 
 
 def wanted(asked: list[Problem], count: int) -> list[Key]:
-    """Every problem's first sample, then every second: a later run may ask for more."""
+    """List the keys of the samples: first the first sample of every problem, then the second, and so on.
+
+    So a later run that asks for more samples only appends to the list.
+    """
     return [(problem.task_id, sample) for sample in range(count) for problem in asked]
 
 
 def digest(texts: dict[str, str]) -> str:
-    """16 hex digits of texts by name."""
+    """Return a checksum of texts by name, 16 hexadecimal digits."""
     return hashlib.sha256(repr(sorted(texts.items())).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def programs(asked: list[Problem], folder: Path, count: int) -> None:
-    """Step 2: the program in each answer."""
-    by_name = {problem.task_id: problem for problem in asked}
+    """Step 2: extract the program from each answer, to programs.jsonl."""
+    by_id = {problem.task_id: problem for problem in asked}
     settle(folder, PROGRAMS, {"solutions": "of a model"})
     with Journal(folder / GENERATIONS) as written, Journal(folder / PROGRAMS) as extracted:
         for key in tqdm(extracted.missing(wanted(asked, count)), desc="extraction", unit="program", leave=False):
-            extracted.add(key, program=extract(str(written.rows[key].get("text")), by_name[key[0]]))
+            extracted.add(key, program=extract(str(written.rows[key].get("text")), by_id[key[0]]))
 
 
 def references(asked: list[Problem], folder: Path) -> None:
-    """Steps 1 and 2 of the reference solutions."""
+    """Write the reference solutions to programs.jsonl, in place of steps 1 and 2."""
     solutions = {problem.task_id: problem.solution for problem in asked}
     settle(folder, PROGRAMS, {"solutions": f"of the reference ({digest(solutions)})"})
     with Journal(folder / PROGRAMS) as extracted:
@@ -170,20 +179,20 @@ def references(asked: list[Problem], folder: Path) -> None:
 
 
 def results(asked: list[Problem], folder: Path, args: argparse.Namespace) -> dict[Key, sandbox.Outcome]:
-    """Step 3: run what has not been run, and how all of them ended."""
+    """Step 3: run the programs that have no result yet. Returns the outcomes of all, from results.jsonl."""
     tests = {problem.task_id: problem.tests for problem in asked}
     limits = from_args(sandbox.Limits, args)
     settle(folder, RESULTS, {"tests": digest(tests), **dataclasses.asdict(limits)})
     keys = wanted(asked, args.num_samples)
     with Journal(folder / PROGRAMS) as extracted, Journal(folder / RESULTS) as ended:
-        left = ended.missing(keys)
+        missing = ended.missing(keys)
         with (
             sandbox.opened(limits) as run,
-            tqdm(total=len(keys), initial=len(keys) - len(left), desc="execution") as bar,
+            tqdm(total=len(keys), initial=len(keys) - len(missing), desc="execution") as bar,
         ):
             pool = ThreadPoolExecutor(args.workers)
             try:
-                jobs = {pool.submit(run, str(extracted.rows[k].get("program")), tests[k[0]]): k for k in left}
+                jobs = {pool.submit(run, str(extracted.rows[k].get("program")), tests[k[0]]): k for k in missing}
                 for job in as_completed(jobs):
                     ended.add(jobs[job], **dataclasses.asdict(job.result()))
                     bar.update()
@@ -193,7 +202,7 @@ def results(asked: list[Problem], folder: Path, args: argparse.Namespace) -> dic
 
 
 def outcome(row: dict[str, object], path: Path) -> sandbox.Outcome:
-    """A row of results.jsonl. Raises InputError where it is none."""
+    """Read an outcome from a row of results.jsonl. Raises InputError where the row has no outcome."""
     status, detail, seconds = (row.get(name) for name in ("status", "detail", "seconds"))
     if status not in sandbox.STATUSES or not isinstance(detail, str) or not isinstance(seconds, int | float):
         raise InputError(f"{path} is damaged: it has no outcome of {row['task_id']}, sample {row['sample']}")
@@ -201,9 +210,11 @@ def outcome(row: dict[str, object], path: Path) -> sandbox.Outcome:
 
 
 def assess(asked: list[Problem], complete: Complete | None, model: str, folder: Path, args: argparse.Namespace) -> str:
-    """All steps, and the table. complete: writes the answers, or None for the reference solutions.
+    """Run all steps in a folder. Returns the table of pass@k and the number of programs of each status.
 
-    model: which that is and how it samples; a folder holds the answers of one.
+    complete: writes the answers; None takes the reference solutions instead. model: a line with the model and its
+    settings. A folder holds the answers under one such line only. Without --execute the programs are not run, and the
+    text says where they are.
     """
     if complete is None:
         references(asked, folder)
@@ -214,17 +225,19 @@ def assess(asked: list[Problem], complete: Complete | None, model: str, folder: 
     name = f"{args.benchmark}{' with EvalPlus' if args.plus else ''}, {len(asked)} problems, {args.num_samples} each"
     if not args.execute:
         return f"{name}: {count} programs in {folder / PROGRAMS}, none of them run\n--execute {EXECUTES}"
-    found = results(asked, folder, args)
+    outcomes = results(asked, folder, args)
     passed = dict.fromkeys((problem.task_id for problem in asked), 0)
-    for (task, _), one in found.items():
-        passed[task] += one.status == "passed"
-    lines = [table(passed, args.num_samples, args.k), f"{name}: {counted(one.status for one in found.values())}"]
+    for (task, _), ended in outcomes.items():
+        passed[task] += ended.status == "passed"
+    lines = [f"{name}: {counted(ended.status for ended in outcomes.values())}"]
     if complete is None:
-        lines += [f"{task}: {one.status}, {one.detail}" for (task, _), one in found.items() if one.status != "passed"]
+        failures = [(task, ended) for (task, _), ended in outcomes.items() if ended.status != "passed"]
+        lines += [f"{task}: {ended.status}, {ended.detail}" for task, ended in failures]
     limits = ", ".join(
         f"{name} {value:g}" for name, value in dataclasses.asdict(from_args(sandbox.Limits, args)).items()
     )
-    return "\n\n".join(["\n".join(lines[:1]), "\n".join(lines[1:]), f"{model}; {limits}; in {folder}"])
+    scores = table(passed, args.num_samples, args.k)
+    return "\n\n".join([scores, "\n".join(lines), f"{model}; {limits}; in {folder}"])
 
 
 def main(args: argparse.Namespace) -> None:
@@ -242,9 +255,9 @@ def main(args: argparse.Namespace) -> None:
     args.dtype = generate.dtype_of(args.dtype, content)
     check_lengths(asked, encode, model.config.length)
     chat = ", chat" if args.chat else ""
-    said = f"model {model.config.model} at step {content['trainer']['step']} ({path}), "
-    said += f"{generate.settings(args, [model.config.model])}{chat}"
+    described = f"model {model.config.model} at step {content['trainer']['step']} ({path}), "
+    described += f"{generate.settings(args, [model.config.model])}{chat}"
     complete = text_model(model, codec, encode, generate.sampling(args), args.dtype)
-    place = Path(path.name) if args.source else path.parent
-    folder = args.out or place / f"{args.benchmark}{'-plus' if args.plus else ''}"
-    print(assess(asked, complete, f"{said}, batches of {args.batch_size}", folder, args))
+    parent = Path(path.name) if args.source else path.parent
+    folder = args.out or parent / f"{args.benchmark}{'-plus' if args.plus else ''}"
+    print(assess(asked, complete, f"{described}, batches of {args.batch_size}", folder, args))

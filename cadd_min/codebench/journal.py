@@ -1,4 +1,4 @@
-"""Work that may be cut off at any moment: a file with a line of JSON for each piece that is done, to go on from."""
+"""A file with a line of JSON for each finished piece of work. Work that is cut off goes on from there."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from cadd_min.codebench.problems import load
 from cadd_min.utils.errors import InputError
 from cadd_min.utils.files import write_json
 
-Key = tuple[str, int]  # of a sample: the task's name, and which of its samples it is
+Key = tuple[str, int]  # of a sample: the task's id, and the sample's number among the task's samples
 SETTINGS = "settings.json"
 
 
 class Journal:
-    """The rows of a file by their key; `add` writes one more, to the disk. A half-written last line is dropped.
+    """The rows of a file by their key. `add` appends a row.
 
-    Raises InputError where an earlier line is damaged.
+    Opening the file drops a half-written last line. Raises InputError where an earlier line is damaged.
     """
 
     def __init__(self, path: Path):
@@ -33,7 +33,7 @@ class Journal:
         self.rows = {(row["task_id"], row["sample"]): row for row in load(path, dict, wanted, empty=True)}
 
     def add(self, key: Key, **values: Any) -> None:
-        """Write a row whole, and only then know it."""
+        """Append a row, and wait until it is on the disk."""
         row = {"task_id": key[0], "sample": key[1], **values}
         self._file.write(json.dumps(row).encode() + b"\n")
         self._file.flush()
@@ -41,6 +41,7 @@ class Journal:
         self.rows[key] = row
 
     def missing(self, keys: Iterable[Key]) -> list[Key]:
+        """Return the keys that have no row yet, in their order."""
         return [key for key in keys if key not in self.rows]
 
     def __enter__(self) -> Journal:
@@ -53,11 +54,14 @@ class Journal:
 
 
 def settle(folder: Path, name: str, values: dict[str, Any]) -> None:
-    """Note under which settings the folder's file `name` is made. Raises InputError if it was begun under others."""
+    """Record the settings `values` under which the folder's file `name` is made.
+
+    Raises InputError where the file was begun with other settings.
+    """
     path = folder / SETTINGS
     try:
-        known = json.loads(path.read_text()) if path.exists() else {}
-        before = known.get(name, values)
+        recorded = json.loads(path.read_text()) if path.exists() else {}
+        before = recorded.get(name, values)
         differing = [key for key in values if before.get(key) != values[key]]
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path} is damaged: give another --out") from None
@@ -66,4 +70,4 @@ def settle(folder: Path, name: str, values: dict[str, Any]) -> None:
         raise InputError(
             f"{folder / name} was made with {differing[0]} {was}, not {now}: give another --out, or delete it"
         )
-    write_json(path, {**known, name: values}, indent=1)
+    write_json(path, {**recorded, name: values}, indent=1)

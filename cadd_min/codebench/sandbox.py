@@ -1,10 +1,10 @@
-"""Run programs that nobody has read, each in a process that reaches no file, network, process or secret of the machine.
+"""Run untrusted programs, each in a process that reaches no file, network, process or secret of the machine.
 
-contained.py builds the walls and says which they are; driver.py runs a program and its tests inside. Before the first
-program is run, one of ours tries what is forbidden: if any of it succeeds, nothing is run.
+sandbox_walls.py builds the walls and lists them. sandbox_inside.py runs a program and its tests inside. Before the
+first program is run, a probe tries everything that is forbidden. If any of it succeeds, nothing is run.
 
-It is the machine that is kept safe, not the score: a program shares its process with its tests, so one that knew
-driver.py and looked for its key there could lie about itself, as in any such harness.
+The sandbox protects the machine, not the score. A program shares its process with its tests. A program that knows
+sandbox_inside.py and searches for the key there can report a false success, as in any such harness.
 """
 
 from __future__ import annotations
@@ -24,27 +24,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cadd_min.codebench import sandbox_inside as driver
-from cadd_min.codebench import sandbox_walls as contained
+from cadd_min.codebench import sandbox_inside, sandbox_walls
 from cadd_min.utils.cli import option
 from cadd_min.utils.errors import InputError
 
-START = 60.0  # seconds that a process may take to start on a busy machine; not counted as the program's
+START = 60.0  # seconds that a sandbox may take to start on a busy machine; not part of the program's time
 LONGEST = 4096  # bytes of an answer
 SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/nix", "/dev/null", "/dev/zero", "/dev/urandom")
-ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": contained.FOLDER, "TMPDIR": contained.FOLDER,
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": sandbox_walls.FOLDER, "TMPDIR": sandbox_walls.FOLDER,
                "PYTHONHASHSEED": "0"}  # fmt: skip
-VARIABLES = frozenset(ENVIRONMENT) | {"LC_CTYPE"}  # which Python sets itself
+VARIABLES = frozenset(ENVIRONMENT) | {"LC_CTYPE"}  # Python sets LC_CTYPE itself
 MIB = 1 << 20
 UNBOUND = "execution refuses to run anything: a program on this machine could not be kept from "
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may take. In all it is the product of memory and processes at most, and the folder."""
+    """The limits of one program. It takes at most memory times processes, and the folder's memory."""
 
-    seconds: float = option(10.0, "that one program may run")
-    memory: int = option(512, "MiB of addresses, of each of its processes")
+    seconds: float = option(10.0, "seconds that one program may run")
+    memory: int = option(512, "MiB of address space of each of its processes")
     processes: int = option(4, "its processes and threads, itself included")
     folder: int = option(64, "MiB in its folder, which is in memory")
 
@@ -55,11 +54,14 @@ class Limits:
                 raise InputError(f"{field.name} must be from {least} to 1,000,000, not {value}")
 
     def numbers(self) -> dict[str, int]:
-        """By the names of `resource`. The init and the guard count, and where it is no root's, the stage."""
+        """Return the limits by the names of the module `resource`.
+
+        Without root the processes run under the user's own id, so the stage, the init and the guard count too.
+        """
         return {
             "RLIMIT_AS": self.memory * MIB,
             "RLIMIT_NPROC": self.processes + (0 if os.getuid() == 0 else 3),
-            "RLIMIT_CPU": int(self.seconds) + 2,  # the clock on the wall comes first, but for many processes
+            "RLIMIT_CPU": int(self.seconds) + 2,  # the wall clock comes first, unless there are many threads
             "RLIMIT_FSIZE": self.folder * MIB,
             "RLIMIT_NOFILE": 64,
             "RLIMIT_CORE": 0,
@@ -70,20 +72,23 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended: passed, wrong (an assertion), error, timeout, or killed: gone without an answer."""
+    """How a program ended."""
 
-    status: str
-    detail: str
+    status: str  # of STATUSES
+    detail: str  # the message of the exception, or what happened
     seconds: float
 
 
-STATUSES = ("passed", "wrong", "error", "timeout", "killed")
+STATUSES = ("passed", "wrong", "error", "timeout", "killed")  # wrong: an assertion failed; killed: gave no answer
 Run = Callable[[str, str], Outcome]
 
 
 @contextlib.contextmanager
 def opened(limits: Limits) -> Iterator[Run]:
-    """A function run(program, tests) that threads may share. Raises InputError where programs cannot be contained."""
+    """Give a function run(program, tests) that threads may share.
+
+    Raises InputError where this machine cannot contain programs.
+    """
     if not sys.platform.startswith("linux"):
         raise InputError("execution needs Linux: programs are contained by its namespaces, which this system has not")
     with tempfile.TemporaryDirectory(prefix="cadd_min-") as root:
@@ -96,7 +101,7 @@ def opened(limits: Limits) -> Iterator[Run]:
 
 
 def readable() -> list[str]:
-    """What a program may read: the system's libraries and the Python that runs it."""
+    """List the paths that a program may read: the system's libraries and the Python that runs it."""
     python = os.path.dirname(os.path.realpath(sys.executable))
     paths = [*SYSTEM, os.path.realpath(sys.base_prefix), python]
     paths = [path for path in paths if os.path.lexists(path)]
@@ -104,29 +109,32 @@ def readable() -> list[str]:
 
 
 def contain(program: str, tests: str, limits: Limits, root: str) -> Outcome:
-    """Run a program and then its tests. `root` is an empty folder. Raises InputError where a wall cannot be built."""
-    ours, theirs = socket.socketpair()
+    """Run a program and then its tests in a new sandbox. Raises InputError where a wall cannot be built.
+
+    root: an empty folder, in which the sandbox mounts its own root.
+    """
+    own_end, other_end = socket.socketpair()
     spec = {
-        "channel": theirs.fileno(),
+        "channel": other_end.fileno(),
         "root": root,
         "python": os.path.realpath(sys.executable),
         "readable": readable(),
-        "driver": Path(driver.__file__).read_text(encoding="utf-8"),
+        "driver": Path(sandbox_inside.__file__).read_text(encoding="utf-8"),
         "environment": ENVIRONMENT,
-        "namespaces": list(contained.NAMESPACES),
+        "namespaces": list(sandbox_walls.NAMESPACES),
         "limits": limits.numbers(),
         "folder": limits.folder * MIB,
         "alarm": int(START + limits.seconds) + 5,
     }
     stage = subprocess.Popen(
-        [sys.executable, "-I", "-S", contained.__file__, json.dumps(spec)],
+        [sys.executable, "-I", "-S", sandbox_walls.__file__, json.dumps(spec)],
         env={}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        pass_fds=[theirs.fileno()], start_new_session=True,
+        pass_fds=[other_end.fileno()], start_new_session=True,
     )  # fmt: skip
-    theirs.close()
-    with ours:
+    other_end.close()
+    with own_end:
         try:
-            outcome = converse(ours, program, tests, limits.seconds)
+            outcome = converse(own_end, program, tests, limits.seconds)
             if outcome.status == "passed" and not ends_well(stage):
                 return dataclasses.replace(outcome, status="killed", detail="it did not end well, or killed its parent")
             return outcome
@@ -135,14 +143,14 @@ def contain(program: str, tests: str, limits: Limits, root: str) -> Outcome:
 
 
 def ends_well(stage: subprocess.Popen[bytes]) -> bool:
-    """Whether the driver, and all who wait for it, leave as they should. It is no more than an exit away."""
+    """Tell whether the stage exits with 0 within 5 seconds: it does only if the driver and the guard did."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         return stage.wait(5) == 0
     return False
 
 
 def end(stage: subprocess.Popen[bytes]) -> None:
-    """Kill all that is left, and wait until it is gone: the init of a namespace ends last."""
+    """Kill all processes of a sandbox and wait until they are gone: the init of a namespace ends last."""
     stage.send_signal(signal.SIGTERM)
     try:
         stage.wait(5)
@@ -152,10 +160,13 @@ def end(stage: subprocess.Popen[bytes]) -> None:
 
 
 def converse(channel: socket.socket, program: str, tests: str, seconds: float) -> Outcome:
-    """The side of driver.py's conversation that is ours."""
-    said = hear(channel, time.monotonic() + START)
-    if said != "ready":
-        reason = said.removeprefix("refused ") if said else "its Python does not start there"
+    """Send a program and its tests to sandbox_inside.py, which defines the conversation. Returns how it ended.
+
+    Raises InputError where the sandbox could not be built.
+    """
+    answer = hear(channel, time.monotonic() + START)
+    if answer != "ready":
+        reason = answer.removeprefix("refused ") if answer else "its Python does not start there"
         raise InputError(f"execution refuses to run anything: a program cannot be contained on this machine ({reason})")
     start = time.monotonic()
     key, token = secrets.token_hex(16), secrets.token_hex(16)
@@ -164,36 +175,39 @@ def converse(channel: socket.socket, program: str, tests: str, seconds: float) -
         for text in (program, tests, key):
             content = text.encode("utf-8", "surrogatepass")
             channel.sendall(f"{len(content)}\n".encode() + content)
-        said = hear(channel, start + seconds)
-        if said == key:
+        answer = hear(channel, start + seconds)
+        if answer == key:
             channel.sendall(token.encode() + b"\n")
-            said = hear(channel, start + seconds)
+            answer = hear(channel, start + seconds)
     except TimeoutError:
         return Outcome("timeout", f"not finished after {seconds:g} seconds", time.monotonic() - start)
     except OSError:  # a broken pipe
-        said = ""
+        answer = ""
     taken = time.monotonic() - start
-    if said == token:
+    if answer == token:
         return Outcome("passed", "", taken)
-    status, _, detail = said.partition(" ")
+    status, _, detail = answer.partition(" ")
     if status in ("wrong", "error"):
         return Outcome(status, detail, taken)
     return Outcome("killed", "ended without an answer", taken)
 
 
 def hear(channel: socket.socket, until: float) -> str:
-    """The next line; "" when all who could say one are gone, or for more than a line. Raises TimeoutError."""
-    heard = b""
-    while not heard.endswith(b"\n"):
+    """Receive the next line, up to the time `until` of time.monotonic.
+
+    Returns "" where the other end is closed, or where the line is longer than LONGEST. Raises TimeoutError.
+    """
+    received = b""
+    while not received.endswith(b"\n"):
         channel.settimeout(max(until - time.monotonic(), 1e-3))
         block = channel.recv(LONGEST)
-        heard += block
-        if not block or len(heard) > LONGEST:
+        received += block
+        if not block or len(received) > LONGEST:
             return ""
-    return heard[:-1].decode("ascii", "replace")
+    return received[:-1].decode("ascii", "replace")
 
 
-# What a contained program must not be able to do. Each assertion says of what it could not be kept.
+# What a contained program must not be able to do. The message of an assertion completes UNBOUND.
 PROBE = """
 import os, resource, socket, time
 
@@ -246,12 +260,15 @@ os.remove("full")
 
 
 def probe(run: Run, limits: Limits) -> None:
-    """Raises InputError, which says what a program could not be kept from, if there is anything."""
+    """Run PROBE, which tries everything that is forbidden. Raises InputError that names what it could do.
+
+    Its targets are a file, a process and two servers, made here.
+    """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cadd_min-")))
         victim = folder / "victim"
         victim.write_text("untouched")
-        folder.chmod(0o777)  # so that no permission stands in its way
+        folder.chmod(0o777)  # the walls must hold it back, not the permissions
         victim.chmod(0o666)
         abstract = f"\0{secrets.token_hex(16)}"
         port = 0
@@ -260,12 +277,13 @@ def probe(run: Run, limits: Limits) -> None:
             server.bind(address)
             server.listen()
             port = port or server.getsockname()[1]
-        tried = PROBE.format(
+        program = PROBE.format(
             port=port, abstract=abstract, victim=str(victim), parent=os.getpid(), names=set(VARIABLES),
             processes=limits.processes, memory=limits.memory, folder=limits.folder,
         )  # fmt: skip
-        found = run(tried, "")
-        if found.status == "wrong":
-            raise InputError(UNBOUND + found.detail.removeprefix("AssertionError: "))
-        if found.status != "passed" or victim.read_text() != "untouched":
-            raise InputError(UNBOUND + f"what its probe tries, which ended otherwise ({found.status}: {found.detail})")
+        outcome = run(program, "")
+        if outcome.status == "wrong":
+            raise InputError(UNBOUND + outcome.detail.removeprefix("AssertionError: "))
+        if outcome.status != "passed" or victim.read_text() != "untouched":
+            ended = f"{outcome.status}: {outcome.detail}"
+            raise InputError(UNBOUND + f"what the probe tries, or the probe did not run to its end ({ended})")

@@ -1,8 +1,13 @@
-"""The innermost process of the sandbox: runs a program, then its tests, and says over its one socket how that went.
+"""The innermost process of the sandbox, the driver: it runs a program and its tests, and reports over a socket.
 
-It is started as `python -c` with this file's text (contained.py). The socket is file descriptor 3. It says `ready`,
-hears the program, its tests and a key, each with its length before it, and says `wrong ...`, `error ...` or the key. To
-the key it is answered with a token, and gives it back: before the tests have run, that is nowhere in this process.
+sandbox_walls.py starts it as `python -c` with this file's text. The socket is file descriptor 3. The driver
+
+1. sends `ready`
+2. receives the program, its tests and a key, each after its length
+3. sends `wrong ...`, `error ...`, or the key if all tests passed
+4. after the key, receives a token and sends it back
+
+A program cannot forge the token: before the tests have run, the token is nowhere in this process.
 """
 
 from __future__ import annotations
@@ -15,26 +20,31 @@ CHANNEL = 3
 
 
 def drive() -> None:
-    """Everything is bound before the program runs: what it may do to `os`, `exec` or `compile` changes nothing here."""
-    read, write, leave, execute, getpid, me = os.read, os.write, os._exit, exec, os.getpid, os.getpid()
+    """Run the program and its tests, report the result, and exit.
+
+    All functions are bound before the program runs, so a program that changes `os`, `exec` or `compile` has no effect.
+    """
+    read, write, leave, execute, getpid, own_pid = os.read, os.write, os._exit, exec, os.getpid, os.getpid()
     write(CHANNEL, b"ready\n")
-    with open(CHANNEL, "rb", closefd=False) as heard:
-        program, tests, key = (heard.read(int(heard.readline())).decode("utf-8", "surrogatepass") for _ in range(3))
-    module = types.ModuleType("program")  # a real one: dataclasses and pickle look it up; its name is not __main__
+    with open(CHANNEL, "rb", closefd=False) as received:
+        program, tests, key = (
+            received.read(int(received.readline())).decode("utf-8", "surrogatepass") for _ in range(3)
+        )
+    module = types.ModuleType("program")  # dataclasses and pickle look the module up; its name is not __main__
     sys.modules["program"] = module
     try:
         codes = [compile(program, "program", "exec"), compile(tests, "tests", "exec")]
         for code in codes:
             execute(code, module.__dict__)
-        said = key.encode() + b"\n"
+        answer = key.encode() + b"\n"
     except BaseException as error:  # SystemExit, too
         kind = "wrong" if isinstance(error, AssertionError) else "error"
         text = " ".join(f"{kind} {type(error).__name__}: {error}"[:300].split())
-        said = text.encode("ascii", "backslashreplace") + b"\n"
-    if getpid() != me:  # a process that the program forked has nothing to say
+        answer = text.encode("ascii", "backslashreplace") + b"\n"
+    if getpid() != own_pid:  # a child that the program forked must not report
         leave(1)
-    write(CHANNEL, said)
-    if said == key.encode() + b"\n":
+    write(CHANNEL, answer)
+    if answer == key.encode() + b"\n":
         write(CHANNEL, read(CHANNEL, 64))
     leave(0)
 

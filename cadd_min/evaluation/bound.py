@@ -1,4 +1,4 @@
-"""The likelihood bound of held-out data, with its standard error: of text and of images, of every model."""
+"""The likelihood bound of held-out data with its standard error, for text and images and for every model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from cadd_min.utils.device import autocast, seeded
 def held_out_bound(
     model: Model, batches: Iterable[Batch], *, steps: int | None, repeat: int, seed: int, dtype: str
 ) -> Tensor:
-    """(N, 2) float64 nats of each held-out sequence, its discrete and continuous part, averaged over `repeat` draws.
+    """Measure the bound of each held-out sequence in nats: its discrete and continuous part, (N, 2) float64.
 
-    A sequence's draws are averaged first: they are not independent of each other, sequences are. steps: of the discrete
-    chain, or None for continuous time.
+    Each row is the mean over `repeat` draws of times and noise. Draws of one sequence depend on each other, so a
+    standard error is over sequences only. steps: the steps of the discrete chain, or None for continuous time.
     """
     nats = []
     for index, batch in enumerate(tqdm(list(batches), desc="bound", unit="batch", leave=False)):
@@ -37,12 +37,12 @@ def held_out_bound(
 
 
 def summary(nats: Tensor, per: float) -> dict[str, float]:
-    """Mean bound, its standard error over sequences and its two parts, of (N, 2) nats, each divided by `per`."""
-    whole = nats.sum(-1) / per
-    error = float(whole.std() / math.sqrt(len(whole))) if len(whole) > 1 else math.nan
+    """Average nats (N, 2), divided by `per`: the bound, its standard error over sequences, and its two parts."""
+    bounds = nats.sum(-1) / per  # (N,)
+    error = float(bounds.std() / math.sqrt(len(bounds))) if len(bounds) > 1 else math.nan
     discrete, continuous = (nats.mean(0) / per).tolist()
     return {
-        "bound": float(whole.mean()),
+        "bound": float(bounds.mean()),
         "standard error": error,
         "of it tokens": discrete,
         "of it latents": continuous,
@@ -50,7 +50,7 @@ def summary(nats: Tensor, per: float) -> dict[str, float]:
 
 
 def report(rows: dict[str, Any], how: str) -> str:
-    """A measure a line, and last of what and how."""
+    """Write one measure a line, and as the last line `how`: what was measured, and with which settings."""
     width = max(map(len, rows)) + 2
-    shown = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in rows.values())
-    return "\n".join([*(f"{name:{width}}{value}" for name, value in zip(rows, shown)), how])
+    values = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in rows.values())
+    return "\n".join([*(f"{name:{width}}{value}" for name, value in zip(rows, values)), how])

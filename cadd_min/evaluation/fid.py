@@ -1,4 +1,4 @@
-"""FID, Inception Score, precision and recall as the literature has them: by torch-fidelity, where it is installed."""
+"""FID, Inception Score, precision and recall as the literature reports them, computed by the package torch-fidelity."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cadd_min.utils.errors import InputError, first_line
 
 
 class _Coloured(torch.utils.data.Dataset):
-    """(N, H, W, 1 or 3) uint8 as torch-fidelity takes it, (3, H, W) an image."""
+    """Images (N, H, W, 1 or 3) uint8 as torch-fidelity's data set: (3, H, W) uint8 each."""
 
     def __init__(self, images: np.ndarray):
         self.images = images
@@ -28,9 +28,10 @@ class _Coloured(torch.utils.data.Dataset):
 def inception_metrics(
     samples: np.ndarray, real: np.ndarray, device: torch.device, weights: str | None = None
 ) -> dict[str, float]:
-    """FID, IS and its deviation over splits, precision and recall of samples against real images, uint8 each.
+    """Measure samples (N, H, W, C) uint8 against real images (M, H, W, C) uint8, by torch-fidelity.
 
-    weights: the Inception weights as a file; None has torch-fidelity download them. Raises InputError without either.
+    Returns FID, IS and its deviation over splits, precision and recall. weights: a file of Inception's weights, or None
+    to download them. Raises InputError without the package, and where the weights cannot be loaded.
     """
     try:
         import torch_fidelity
@@ -40,9 +41,9 @@ def inception_metrics(
             "compares models in the features of a small classifier, which is not FID"
         ) from None
     try:
-        if weights is not None:  # the library would unpickle anything: tensors only, or it never sees the file
+        if weights is not None:  # the library unpickles any object, so a file with more than tensors is refused here
             torch.load(weights, map_location="cpu", weights_only=True)
-        found = torch_fidelity.calculate_metrics(
+        metrics = torch_fidelity.calculate_metrics(
             input1=_Coloured(samples),
             input2=_Coloured(real),
             cuda=device.type == "cuda",
@@ -58,16 +59,16 @@ def inception_metrics(
         )
     except pickle.UnpicklingError:
         raise InputError(f"--inception-weights {weights} holds other things than tensors: it is not read") from None
-    except (OSError, RuntimeError, ValueError, EOFError) as error:  # no network, no such file, not those weights
+    except (OSError, RuntimeError, ValueError, EOFError) as error:  # no network, no such file, other weights
         reason = first_line(error)
         raise InputError(
             f"fid needs Inception's weights, which torch-fidelity could not load ({reason}): give their file with "
             "--inception-weights, or use `evaluate.py frechet`, which needs none and is not FID"
         ) from None
     return {
-        "FID": found["frechet_inception_distance"],
-        "IS": found["inception_score_mean"],
-        "IS ±": found["inception_score_std"],
-        "precision": found["precision"],
-        "recall": found["recall"],
+        "FID": metrics["frechet_inception_distance"],
+        "IS": metrics["inception_score_mean"],
+        "IS ±": metrics["inception_score_std"],
+        "precision": metrics["precision"],
+        "recall": metrics["recall"],
     }

@@ -1,7 +1,7 @@
-"""Samples of images against real ones, in the features of a small classifier trained on the same data.
+"""Samples of images against real images, in the features of a small classifier trained on the same data.
 
-These are the field's measures (Fréchet distance, precision and recall, a score of the classes) in other features than
-Inception's: they compare two models on one data set, and are never to be set beside a published FID or IS.
+These are the field's measures (Fréchet distance, precision and recall, entropies of the classes) in other features than
+Inception's. They compare two models on one data set. They cannot be compared with a published FID or IS.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FEATURES = 64
 
 
 class Classifier(nn.Module):
-    """(N, H, W, C) uint8 -> features (N, 64) and logits (N, classes)."""
+    """A small convolutional network: images (N, H, W, C) uint8 -> features (N, 64) and logits (N, classes)."""
 
     def __init__(self, colours: int, classes: int, channels: int = 32):
         super().__init__()
@@ -34,13 +34,16 @@ class Classifier(nn.Module):
         self.head = nn.Linear(FEATURES, classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
-        features = self.stages(x).mean((2, 3))
+        x = images.permute(0, 3, 1, 2).float() / 127.5 - 1  # (N, C, H, W)
+        features = self.stages(x).mean((2, 3))  # (N, 64)
         return features, self.head(F.dropout(features, 0.3, self.training))
 
 
 def train_judge(data: Images, steps: int = 1500, seed: int = 0) -> tuple[Classifier, float]:
-    """A classifier of this data set's labels and its accuracy on the held-out images; the same at every call."""
+    """Train a classifier of the data set's labels. Returns it and its accuracy on the held-out images.
+
+    Every call gives the same classifier. Raises InputError for data without labels.
+    """
     if data.labels is None:
         raise InputError(f"{data.name} has no labels to train a judge on")
     with torch.random.fork_rng(devices=[]):
@@ -62,15 +65,18 @@ def train_judge(data: Images, steps: int = 1500, seed: int = 0) -> tuple[Classif
 
 
 def _shifted(images: Tensor, most: int = 1) -> Tensor:
-    """The batch moved by up to `most` pixels, so that the judge looks at shapes and not at places."""
+    """Shift a batch by up to `most` pixels, so that the classifier learns shapes, not places."""
     down, right = torch.randint(-most, most + 1, (2,)).tolist()
     return images.roll((down, right), (1, 2))
 
 
 def open_judge(data: Images, cache: Path) -> tuple[Classifier, float]:
-    """The judge of this data set: from the cache, or trained now."""
-    seen = data.train.tobytes() + (data.labels[0].tobytes() if data.labels else b"")
-    key = hashlib.sha256(seen).hexdigest()[:12]
+    """Open the judge of this data set from the cache, or train it and save it there. Returns it and its accuracy.
+
+    A damaged file in the cache is replaced. Raises InputError for data without labels.
+    """
+    trained_on = data.train.tobytes() + (data.labels[0].tobytes() if data.labels else b"")
+    key = hashlib.sha256(trained_on).hexdigest()[:12]
     path = cache / f"judge-{data.name}-{key}.pt"
     if path.exists():
         try:
@@ -78,7 +84,7 @@ def open_judge(data: Images, cache: Path) -> tuple[Classifier, float]:
             net = Classifier(data.train.shape[-1], data.classes())
             net.load_state_dict(saved["state"])
             return net.eval(), float(saved["accuracy"])
-        except Exception:  # whatever it is, the cause is in the file
+        except Exception:  # any failure means that the file is damaged
             print(f"{path} is damaged: training the judge again")
     net, accuracy = train_judge(data)
     checkpoint.save(path, {"state": net.state_dict(), "accuracy": accuracy})
@@ -87,7 +93,7 @@ def open_judge(data: Images, cache: Path) -> tuple[Classifier, float]:
 
 @torch.no_grad()
 def judged(net: Classifier, images: np.ndarray, batch: int = 500) -> tuple[Tensor, Tensor]:
-    """Features (N, 64) and logits (N, classes), float64."""
+    """Compute features (N, 64) and logits (N, classes) of images (N, H, W, C) uint8, in float64."""
 
     def parts() -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(images), batch):
@@ -99,18 +105,24 @@ def judged(net: Classifier, images: np.ndarray, batch: int = 500) -> tuple[Tenso
 
 
 def measures(net: Classifier, real: Tensor, images: np.ndarray) -> dict[str, float]:
-    """How these images (N, H, W, C) compare with real ones, of which the features (M, 64) are given."""
+    """Measure images (N, H, W, C) against real images, given by their features (M, 64).
+
+    Returns FD, the Fréchet distance; variety and doubt, see `class_entropies`; precision and recall.
+    """
     features, logits = judged(net, images)
     variety, doubt = class_entropies(logits)
-    most = min(len(real), len(features), 10_000)  # all distances between them are held at once
+    most = min(len(real), len(features), 10_000)  # all pairs of distances are in memory at once
     precision, recall = precision_recall(real[:most], features[:most])
     distance = frechet_distance(real, features)
     return {"FD": distance, "variety": variety, "doubt": doubt, "precision": precision, "recall": recall}
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """||mu_a - mu_b||^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (N, F) and (M, F) (Dowson & Landau 1982)."""
-    cov_a, cov_b = a.T.cov(), b.T.cov()
+    """Compute the Fréchet distance of the Gaussians fitted to features (N, F) and (M, F) (Dowson & Landau 1982).
+
+    ||mu_a - mu_b||^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))
+    """
+    cov_a, cov_b = a.T.cov(), b.T.cov()  # (F, F)
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()  # tr (C_a C_b)^(1/2)
@@ -118,26 +130,28 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def class_entropies(logits: Tensor) -> tuple[float, float]:
-    """In nats, of the classes of all samples (N, classes) together, their variety, and of each by itself, its doubt.
+    """Compute the variety and the doubt of samples from the classifier's logits (N, classes), in nats.
 
-    The exponential of the difference is what the Inception Score is in Inception's classes (Salimans et al. 2016).
+    Variety is the entropy of the mean over samples of p(class | image). Doubt is the mean entropy of p(class | image).
+    With Inception's classes, exp(variety - doubt) is the Inception Score (Salimans et al. 2016).
     """
     p = logits.softmax(-1)
-    each = torch.special.entr(p).sum(-1).mean()
-    return float(torch.special.entr(p.mean(0)).sum()), float(each)
+    doubt = torch.special.entr(p).sum(-1).mean()
+    return float(torch.special.entr(p.mean(0)).sum()), float(doubt)
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
-    """Share of the samples among the real images, and of the real images among the samples (Kynkäänniemi et al. 2019).
+    """Compute precision and recall of features (M, F) and (N, F) (Kynkäänniemi et al. 2019).
 
-    "Among" is nearer to one of them than its k-th neighbour of its own kind is.
+    Precision is the share of samples that lie in the balls around the real images. Recall is the share of real images
+    in the balls around the samples. An image's ball reaches to the k-th nearest image of its own kind.
+    Raises InputError for k images of a kind or fewer.
     """
-
     if min(len(real), len(fake)) <= k:
         raise InputError(f"precision and recall need more than {k} images of each kind, not {len(real)}, {len(fake)}")
 
-    def among(points: Tensor, manifold: Tensor) -> float:
-        radius = torch.cdist(manifold, manifold).kthvalue(k + 1, dim=1).values  # itself is the first
-        return float((torch.cdist(points, manifold) <= radius).any(1).double().mean())
+    def covered(points: Tensor, centres: Tensor) -> float:
+        radius = torch.cdist(centres, centres).kthvalue(k + 1, dim=1).values  # the nearest is the point itself
+        return float((torch.cdist(points, centres) <= radius).any(1).double().mean())
 
-    return among(fake, real), among(real, fake)
+    return covered(fake, real), covered(real, fake)

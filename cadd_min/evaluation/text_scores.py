@@ -1,8 +1,8 @@
-"""What the field measures of samples of text: how likely a judge finds them, how varied they are, how like real text.
+"""The field's measures of samples of text: their likelihood under a judge, their variety, their likeness to real text.
 
-No one figure tells good text: repeating itself pleases a judge and lowers the entropy, noise does the reverse. So all
-go into one row, and the same code makes the row of real text that the others are to be read beside. Samples are ids
-(N, L); what counts distinct n-grams depends on N and L, and compares only rows that have the same.
+No single number measures text quality. Text that repeats itself scores well with a judge and has a low entropy; noise
+is the opposite. So all measures stand in one row, and the same code makes the row of real text to compare with. Samples
+are ids (N, L). Counts of distinct n-grams depend on N and L: compare them only between rows of equal N and L.
 """
 
 from __future__ import annotations
@@ -20,41 +20,47 @@ from torch import Tensor
 from cadd_min.evaluation.text_judge import Reading
 from cadd_min.utils.errors import InputError
 
-# MAUVE compares histograms of a tenth as many cells as there are samples: from 50 on there are five, and with fewer too
-# few to see that a kind of text is missing. Its authors use 5,000 samples; two sets of 50 of one law get 0.97 +- 0.03.
+# MAUVE compares histograms with one cell for ten samples. 50 samples give five cells; fewer cells cannot show that a
+# kind of text is missing. Its authors use 5,000 samples. Two sets of 50 from the same distribution score 0.97 +- 0.03.
 MAUVE_LEAST = 50
 
 
 class Judge(Protocol):
-    """What `score` asks of a judge; `text_judge.LanguageJudge` is one."""
+    """The part of a judge that `score` needs. `text_judge.LanguageJudge` has it."""
 
     def read(self, texts: list[str]) -> Reading: ...
 
 
 def unigram_entropy(ids: Tensor) -> float:
-    """Nats: the entropy of each sample's own tokens (N, L), averaged over samples, as papers report it.
+    """Compute the entropy of the tokens in each sample of ids (N, L), in nats, averaged over samples.
 
-    It is at most log L, whatever the vocabulary.
+    Papers report this entropy. It is at most log L, whatever the vocabulary.
     """
     _check(ids, 1)
     return sum(_entropy(sample) for sample in ids) / len(ids)
 
 
 def ngram_entropy(ids: Tensor, n: int) -> float:
-    """Nats: the entropy of the n-grams of all samples (N, L) together, by their shares; too low where they are few."""
+    """Compute the entropy of the n-grams of all samples (N, L) together, in nats.
+
+    This is the plug-in estimate from the n-grams' shares. It is too low where there are few n-grams.
+    """
     return _entropy(_ngrams(ids, n))
 
 
 def distinct_n(ids: Tensor, n: int) -> float:
-    """Distinct n-grams of all samples (N, L) over the number of n-grams (Li et al. 2016)."""
+    """Compute the share of distinct n-grams among all n-grams of all samples (N, L) (Li et al. 2016)."""
     grams = _ngrams(ids, n)
     return grams.unique().numel() / grams.numel()
 
 
 def repetition(ids: Tensor, n: int = 4) -> float:
-    """Share of a sample's n-grams that it has had before, averaged over samples (seq-rep-n, Welleck et al. 2020)."""
-    again = _ngrams(ids, n).sort(1).values.diff(dim=1) == 0
-    return float(again.sum()) / (len(ids) * (ids.shape[1] - n + 1))
+    """Compute the share of a sample's n-grams that occur earlier in it, averaged over samples (N, L).
+
+    This is seq-rep-n (Welleck et al. 2020).
+    """
+    repeated = _ngrams(ids, n).sort(1).values.diff(dim=1) == 0  # (N, L - n)
+    return float(repeated.sum()) / (len(ids) * (ids.shape[1] - n + 1))
 
 
 def _entropy(values: Tensor) -> float:
@@ -63,12 +69,15 @@ def _entropy(values: Tensor) -> float:
 
 
 def _ngrams(ids: Tensor, n: int) -> Tensor:
-    """(N, L - n + 1) labels, equal where the n-grams are: one token at a time, so that no product overflows."""
+    """Label the n-grams of ids (N, L) with integers (N, L - n + 1): equal n-grams have equal labels.
+
+    The labels are renumbered after each token, so that no product of vocabulary sizes overflows.
+    """
     _check(ids, n)
     count = ids.shape[1] - n + 1
     labels, size = ids[:, :count].long(), int(ids.max()) + 1
-    for place in range(1, n):
-        labels = (labels * size + ids[:, place : place + count]).unique(return_inverse=True)[1]
+    for offset in range(1, n):
+        labels = (labels * size + ids[:, offset : offset + count]).unique(return_inverse=True)[1]
     return labels
 
 
@@ -82,10 +91,10 @@ def _check(ids: Tensor, n: int) -> None:
 
 
 def mauve(samples: np.ndarray, real: np.ndarray, seed: int = 0) -> float:
-    """MAUVE (Pillutla et al. 2021) of a judge's features (N, F) and (M, F): 1 is alike, 0 has nothing in common.
+    """Compute MAUVE (Pillutla et al. 2021) of a judge's features (N, F) and (M, F).
 
-    By the authors' package with its defaults; seed starts its k-means. Raises InputError without the package, or with
-    fewer than MAUVE_LEAST of either.
+    1 means alike, 0 means nothing in common. The authors' package computes it with its defaults; seed: of its k-means.
+    Raises InputError without the package, or where N or M is below MAUVE_LEAST.
     """
     if min(len(samples), len(real)) < MAUVE_LEAST:
         raise InputError(
@@ -94,7 +103,7 @@ def mauve(samples: np.ndarray, real: np.ndarray, seed: int = 0) -> float:
     _find_mauve()
     from mauve import compute_mauve
 
-    with _quiet():  # faiss, in C++, warns of every k-means with fewer than 39 points a cell, which MAUVE's always is
+    with _quiet():  # faiss warns in C++ of fewer than 39 points a cell, and MAUVE always has fewer
         return float(compute_mauve(p_features=samples, q_features=real, verbose=False, seed=seed).mauve)
 
 
@@ -105,22 +114,22 @@ def _find_mauve() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the process' standard error; Python's exceptions still come through."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    """Discard what the process writes to standard error. Exceptions are still raised."""
+    stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(devnull)
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
-    """sum(above) / sum(below) over samples, (N,) each, and its standard error; NaN of one sample.
+    """Compute sum(above) / sum(below) over N samples, (N,) each, and its standard error. One sample has the error NaN.
 
-    The error is the ratio estimator's (Cochran 1977, 6.4): N / (N - 1) sum (above - ratio below)^2 / (sum below)^2, the
-    root of it. Samples are independent, their tokens are not, so nothing is said of tokens.
+    The squared error is N / (N - 1) sum (above - ratio below)^2 / (sum below)^2, that of the ratio estimator (Cochran
+    1977, 6.4). It is over samples, which are independent. The tokens of a sample are not.
     """
     value, count = above.sum() / below.sum(), len(above)
     if count < 2:
@@ -130,38 +139,40 @@ def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
 
 
 def check(ids: Tensor) -> None:
-    """Raise InputError where `score` of ids (N, L) as many would, so that no judge reads for nothing."""
+    """Raise InputError where `score` of samples shaped like ids (N, L) would, before a judge reads in vain."""
     _check(ids, 4)
     if len(ids) >= MAUVE_LEAST:
         _find_mauve()
 
 
 def score(texts: list[str], ids: Tensor, judge: Judge, reference: np.ndarray | None = None) -> dict[str, float]:
-    """One row: of samples as texts (N) and the same as ids (N, L), or of real text, which is the row to compare with.
+    """Compute the row of measures of N samples, given as texts (N) and as ids (N, L). Real text is scored alike.
 
-    judge_bpc is bits a character, judge_ppl perplexity a token of the judge's, all samples' together, _se their
-    standard errors (`ratio`; the perplexity's is that of its logarithm times itself), left out of one sample.
-    reference: the judge's features (M, F) of real text, other than that being scored; "mauve" is left out without it,
-    or with fewer than MAUVE_LEAST of either. Raises InputError with no samples, or fewer than four tokens a sample.
+    judge_bpc is bits a character of all samples together, judge_ppl the perplexity a token of the judge's. _se are
+    their standard errors, left out for one sample: see `ratio`. The perplexity's is that of its logarithm times the
+    perplexity. entropy, distinct and repetition are measured on ids.
+    reference: the judge's features (M, F) of real text, which must not be the text that is scored. "mauve" is left out
+    without it, or where N or M is below MAUVE_LEAST. Raises InputError without samples, where texts and ids differ in
+    number, and for samples of fewer than four tokens.
     """
     _check(ids, 4)
     if len(texts) != len(ids):
         raise InputError(f"texts and ids must be of the same samples, not {len(texts)} and {len(ids)}")
-    found = judge.read(texts)
-    row = _judged(found) | {"entropy": unigram_entropy(ids)}
+    reading = judge.read(texts)
+    row = _likelihood(reading) | {"entropy": unigram_entropy(ids)}
     row |= {f"entropy_{n}": ngram_entropy(ids, n) for n in (2, 3)}
     row |= {f"distinct_{n}": distinct_n(ids, n) for n in (1, 2, 3)}
     row["repetition"] = repetition(ids)
     if reference is not None and min(len(texts), len(reference)) >= MAUVE_LEAST:
-        row["mauve"] = mauve(found.features, reference)
+        row["mauve"] = mauve(reading.features, reference)
     return row
 
 
-def _judged(found: Reading) -> dict[str, float]:
-    bits, bits_se = ratio(found.nats / np.log(2), found.characters)
-    nats, nats_se = ratio(found.nats, found.tokens)
+def _likelihood(reading: Reading) -> dict[str, float]:
+    bits, bits_se = ratio(reading.nats / np.log(2), reading.characters)
+    nats, nats_se = ratio(reading.nats, reading.tokens)
     perplexity = float(np.exp(nats))
     row = {"judge_bpc": bits, "judge_ppl": perplexity}
-    if len(found.nats) > 1:
+    if len(reading.nats) > 1:
         row |= {"judge_bpc_se": bits_se, "judge_ppl_se": perplexity * nats_se}
     return row

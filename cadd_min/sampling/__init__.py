@@ -1,1 +1,7 @@
-"""What sample.py needs: one call with all options, and how text and images are shown."""
+"""What sample.py needs around the sampler.
+
+generate  the sampler's options, a call with them, a line that records them, --watch
+text      prompts with gaps, and a text in the terminal
+images    classes, guidance, inpainting, and where the pictures go
+pictures  grids, GIFs, the forward process, images in the terminal
+"""

@@ -1,4 +1,4 @@
-"""What sample.py is asked for of a model of images: classes, guidance, inpainting, and where the pictures go."""
+"""What sample.py does with a model of images: classes, guidance, inpainting, and where the pictures go."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from cadd_min.data.images import read_image
 from cadd_min.data.pixels import Pixels
 from cadd_min.model import Guided, Model
 from cadd_min.sampler import Step
+from cadd_min.sampling.generate import Watch
 from cadd_min.sampling.pictures import Film, frame, grid, save
-from cadd_min.sampling.watch import Watch
 from cadd_min.utils.errors import InputError
 
 
 class ImageTask:
-    """Checks the arguments, and says what to sample from and what to do with the samples."""
+    """What sample.py does with a model of images. Raises InputError for options that do not fit the model."""
 
-    zhat, num = "soft", 64  # hard loses variety in images: docs/images.md
+    zhat, num = "soft", 64  # "hard" loses variety in images: docs/images.md
 
     def __init__(self, model: Model, pixels: Pixels, args: argparse.Namespace):
         self.model, self.pixels, self.args = model, pixels, args
@@ -49,55 +49,51 @@ class ImageTask:
                 raise InputError(f"--classes must be from 0 to {classes - 1}, not {label}")
 
     def _given(self) -> Tensor | None:
-        """The tokens (L,) of the image to paint in, mask_id where the mask is white."""
+        """Return the tokens (L,) of the image to paint in, mask_id where the mask is white, or None."""
         if (self.args.inpaint is None) != (self.args.mask is None):
             raise InputError("--inpaint and --mask go together: an image, and where to paint in it")
         if self.args.inpaint is None:
             return None
         image, mask = (_open(name, getattr(self.args, name), self.pixels) for name in ("inpaint", "mask"))
-        x = self.pixels.encode(image[None])[0]
-        return torch.where(
-            torch.from_numpy(mask.max(-1, keepdims=True) >= 128).expand(self.pixels.shape).flatten(),
-            self.pixels.mask_id,
-            x,
-        )
+        white = torch.from_numpy(mask.max(-1, keepdims=True) >= 128).expand(self.pixels.shape).flatten()  # (L,)
+        return torch.where(white, self.pixels.mask_id, self.pixels.encode(image[None])[0])
 
     def denoiser(self, count: int) -> Any:
-        """The model, or of a model of classes the one that draws them, in turn."""
+        """Return the model, or for a model of classes its guided denoiser, which draws the classes in turn."""
         if not self.model.config.classes:
             return self.model
-        chosen = torch.tensor(self.args.classes or range(self.model.config.classes))
-        label = chosen[torch.arange(count) % len(chosen)].to(self.model.device)
+        classes = torch.tensor(self.args.classes or range(self.model.config.classes))
+        label = classes[torch.arange(count) % len(classes)].to(self.model.device)  # (count,)
         return Guided(self.model, label, 1.0 if self.args.guidance is None else self.args.guidance)
 
     def prompt(self, count: int) -> Tensor | None:
-        """(count, L), or None."""
+        """Return the image to paint in for all samples (count, L), or None without --inpaint."""
         return None if self.given is None else self.given.expand(count, -1)
 
     def callback(self, steps: int) -> Callable[[Step], None] | None:
-        """What --watch and --gif look at."""
-        watchers: list[Callable[[Step], None]] = []
+        """Return a callback that serves --watch and --gif, or None without either."""
+        callbacks: list[Callable[[Step], None]] = []
         if self.args.watch:
-            watchers.append(Watch(self.pixels.mask_id, steps, lambda step: frame(step, self.pixels)))
+            callbacks.append(Watch(self.pixels.mask_id, steps, lambda step: frame(step, self.pixels)))
         if self.args.gif:
             self.film = Film(self.pixels, steps)
-            watchers.append(self.film)
+            callbacks.append(self.film)
 
-        def watch(step: Step) -> None:
-            for watcher in watchers:
-                watcher(step)
+        def call_all(step: Step) -> None:
+            for callback in callbacks:
+                callback(step)
 
-        return watch if watchers else None
+        return call_all if callbacks else None
 
     def show(self, x: Tensor) -> None:
-        """Write the pictures of the samples (B, L)."""
+        """Write the grid of the samples (B, L), and the GIF of their path where --gif is given."""
         columns = len(self.args.classes) if self.args.classes and len(self.args.classes) > 1 else None
         print(f"samples in {save(self.args.out or Path('samples.png'), grid(self.pixels.decode(x), columns))}")
         if self.film is not None:
             print(f"their path in {save(self.args.gif, *self.film.frames, option='--gif')}")
 
     def settings(self) -> str:
-        """What else there is to say of these samples."""
+        """Return the classes and the guidance, which follow the sampler's settings. Empty without classes."""
         if not self.model.config.classes:
             return ""
         guidance = 1.0 if self.args.guidance is None else self.args.guidance
@@ -105,7 +101,10 @@ class ImageTask:
 
 
 def _open(option: str, path: Path, pixels: Pixels) -> np.ndarray:
-    """The image of --option, (H, W, C) as the model's; grey or coloured is made to fit, another size is not."""
+    """Read the image of --option as (H, W, C) uint8 of the model's shape. Colours are converted, sizes are not.
+
+    Raises InputError for a file that cannot be read, and for another size.
+    """
     try:
         image = read_image(path.read_bytes(), f"--{option} {path}")
     except OSError as error:

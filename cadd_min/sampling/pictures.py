@@ -1,4 +1,4 @@
-"""What there is to see of images: a grid, the path from noise to image, the forward process, the terminal."""
+"""Pictures of samples: a grid, a GIF of the path from noise to image, the forward process, the terminal."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ RESET = "\x1b[0m"
 
 
 def shown(tokens: Tensor, pixels: Pixels) -> np.ndarray:
-    """(N, L) -> (N, H, W, 3) uint8, blue where a value is masked."""
+    """Draw tokens (N, L) as images (N, H, W, 3) uint8. A masked value has its colour of MASKED, a blue."""
     images = np.broadcast_to(pixels.decode(tokens), (len(tokens), *pixels.shape[:2], 3))
     masked = (tokens == pixels.mask_id).view(-1, *pixels.shape).cpu().numpy()
     return np.where(masked, np.array(MASKED, np.uint8), images)
 
 
 def grid(images: np.ndarray, columns: int | None = None, scale: int | None = None, gap: int = 2) -> np.ndarray:
-    """(N, H, W, 1 or 3) uint8 -> one picture of all, (rows (H scale + gap) + gap, ..., 3), as square as it gets.
+    """Draw images (N, H, W, 1 or 3) uint8 as one picture (rows (H scale + gap) + gap, columns (...) + gap, 3) uint8.
 
-    scale: how large a pixel is drawn (default: small images at about 48 pixels).
+    columns: by default so many that the picture is about square; scale: the size of a drawn pixel, by default such that
+    small images are about 48 pixels high.
     """
     count, height, width, _ = images.shape
     columns = columns or math.ceil(math.sqrt(count))
@@ -43,29 +44,35 @@ def grid(images: np.ndarray, columns: int | None = None, scale: int | None = Non
     rows = math.ceil(count / columns)
     picture = np.full((rows * (height * scale + gap) + gap, columns * (width * scale + gap) + gap, 3), 255, np.uint8)
     for i, image in enumerate(images):
-        top, left = (gap + (n * (size * scale + gap)) for n, size in zip(divmod(i, columns), (height, width)))
+        top, left = (gap + n * (size * scale + gap) for n, size in zip(divmod(i, columns), (height, width)))
         picture[top : top + height * scale, left : left + width * scale] = image.repeat(scale, 0).repeat(scale, 1)
     return picture
 
 
 def save(path: Path, *frames: np.ndarray, option: str = "--out", seconds: float = 4.0) -> Path:
-    """Write one picture (H, W, 3), or of several a GIF that lasts so long; whole or not at all."""
+    """Write one picture (H, W, 3) uint8, or several as a GIF of about `seconds`. Returns the path.
+
+    On failure nothing is left there. Raises InputError that names `option` where the file cannot be written.
+    """
     Image = pillow()
     pictures = [Image.fromarray(frame) for frame in frames]
-    more: dict[str, Any] = {}
+    animation: dict[str, Any] = {}
     if len(frames) > 1:
-        durations = [max(20, int(1000 * seconds / len(frames)))] * (len(frames) - 1) + [1500]  # and look at the end
-        more = {"save_all": True, "append_images": pictures[1:], "duration": durations, "loop": 0}
+        durations = [max(20, int(1000 * seconds / len(frames)))] * (len(frames) - 1) + [1500]  # ms; the last one stays
+        animation = {"save_all": True, "append_images": pictures[1:], "duration": durations, "loop": 0}
     try:
         with atomic_write(path) as part:
-            pictures[0].save(part, path.suffix[1:], **more)
+            pictures[0].save(part, path.suffix[1:], **animation)
     except (OSError, ValueError) as error:
         raise InputError(f"{option} {path} cannot be written: {reason(error)}") from None
     return path
 
 
 class Film:
-    """A sampler callback that keeps, for a GIF, what is still masked, and what the latent believes beside it."""
+    """A sampler callback that keeps frames for a GIF: left the sample with its masks, right what z0_hat believes.
+
+    images: the number of samples in a frame; most: the largest number of frames, spread evenly over the steps.
+    """
 
     def __init__(self, pixels: Pixels, steps: int, images: int = 16, most: int = 80):
         self.pixels, self.images = pixels, images
@@ -80,14 +87,17 @@ class Film:
 
 
 def frame(step: Step, pixels: Pixels) -> str:
-    """The first image for a terminal: left what is masked, right what is believed."""
+    """Draw the first image for a terminal: left with its masks, right what z0_hat believes."""
     left, right = (shown(tokens[:1], pixels)[0] for tokens in (step.x, step.belief()))
     gap = np.zeros((len(left), 2, 3), np.uint8)
     return "what is masked | z0_hat\n" + blocks(np.concatenate([left, gap, right], 1))
 
 
 def blocks(image: np.ndarray) -> str:
-    """(H, W, 3) as text for a terminal with 24-bit colours: a character, the upper half block, is two pixels."""
+    """Draw an image (H, W, 3) as text for a terminal with 24-bit colours.
+
+    One character, the upper half block, shows two pixels: its own colour above, its background's below.
+    """
     image = np.pad(image, ((0, len(image) % 2), (0, 0), (0, 0)))
     lines = []
     for upper, lower in zip(image[::2], image[1::2]):
@@ -97,9 +107,10 @@ def blocks(image: np.ndarray) -> str:
 
 
 def strip(model: Model, x_0: Tensor, pixels: Pixels, times: int = 9, seed: int = 0) -> np.ndarray:
-    """The forward process on one image (1, L), from t = 0 to 1: above what is masked, below what the latents still say.
+    """Draw the forward process on one image (1, L), at `times` times from t = 0 to 1.
 
-    Below, a masked value is E[value | z_t] under the table alone, which is all that the latent knows by itself.
+    The upper row shows the masks, the lower row what the latents still tell. There a masked value is E[value | z_t]
+    under the table alone, without the network and the neighbours. A model without latents has the upper row only.
     """
     x_0, t = x_0.expand(times, -1), torch.linspace(0, 1, times, device=x_0.device)
     table = model.table().detach()
@@ -110,15 +121,16 @@ def strip(model: Model, x_0: Tensor, pixels: Pixels, times: int = 9, seed: int =
     if table.shape[1] == 0:
         return grid(upper, columns=times)
     p = log_likelihood(z_t, t.clamp(min=1e-6), table[: pixels.levels], model.schedule).softmax(-1)
-    told = (p @ torch.arange(pixels.levels, device=p.device, dtype=p.dtype)).round().long()
-    lower = shown(torch.where(x_t == model.mask_id, told, x_t), pixels)
+    expected = (p @ torch.arange(pixels.levels, device=p.device, dtype=p.dtype)).round().long()
+    lower = shown(torch.where(x_t == model.mask_id, expected, x_t), pixels)
     return grid(np.concatenate([upper, lower]), columns=times)
 
 
 def preview(model: Model, pixels: Pixels, x_0: Tensor, out: Path | None, step: int) -> str:
-    """Write a grid of samples of a model in training, and at first the forward process on the image x_0 (1, L).
+    """Draw 36 samples of a model in training and write their grid to the folder `out`. Returns a line that names it.
 
-    out: None draws them all the same, and writes nothing.
+    The first call also writes the forward process on the image x_0 (1, L). With out = None the samples are drawn, as
+    in every process of a run, but not written.
     """
     if out is not None and not (out / "forward.png").exists():
         save(out / "forward.png", strip(model, x_0, pixels))

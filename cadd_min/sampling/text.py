@@ -1,4 +1,4 @@
-"""Text around the core: prompts with gaps, and a terminal that shows the denoising live."""
+"""What sample.py does with a model of text: prompts with gaps, and the text of a step in a terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cadd_min.data.hf_tokenizer import prompt_ids
 from cadd_min.data.tokenizer import Tokenizer
 from cadd_min.model import Model
 from cadd_min.orders import Sampling
-from cadd_min.sampling.watch import Watch
+from cadd_min.sampling.generate import Watch
 from cadd_min.utils.errors import InputError
 
 GAP = re.compile(r"\[(\d+)\]")
@@ -21,10 +21,11 @@ DIM, BRIGHT, RESET = "\x1b[2m", "\x1b[1;92m", "\x1b[0m"
 
 
 def parse_prompt(prompt: str, tokenizer: Tokenizer, length: int, chat: bool = False) -> Tensor:
-    """ "The [8] of the union" -> (length,) ids: given text stays, [n] is a gap of n tokens, what follows is free.
+    """Encode a prompt with gaps as ids (length,), like "The [8] of the union".
 
-    chat: all of it is a message under the tokenizer's chat template. Raises InputError for a prompt longer than
-    `length` tokens.
+    The sampler keeps the prompt's text and fills the rest: [n] is a gap of n masks, and masks fill up the length.
+    chat: the whole prompt is a message under the tokenizer's chat template, and has no gaps. Raises InputError for a
+    prompt longer than `length` tokens.
     """
     ids = prompt_ids(tokenizer, True)(prompt) if chat else []
     prompt = "" if chat else prompt
@@ -39,7 +40,7 @@ def parse_prompt(prompt: str, tokenizer: Tokenizer, length: int, chat: bool = Fa
 
 
 def frame(x: Tensor, fresh: Tensor, tokenizer: Tokenizer) -> str:
-    """One sequence (L,) for a terminal: masked positions dim, tokens of this step bright."""
+    """Write one sequence (L,) for a terminal: masked positions dim, tokens of this step (L,) bool bright."""
     parts = []
     for token, new in zip(x.tolist(), fresh.tolist()):
         text = f"{DIM}·{RESET} " if token == tokenizer.mask_id else tokenizer.decode([token])
@@ -48,7 +49,7 @@ def frame(x: Tensor, fresh: Tensor, tokenizer: Tokenizer) -> str:
 
 
 class TextTask:
-    """What sample.py is asked for of a model of text."""
+    """What sample.py does with a model of text. Raises InputError for options that are for models of images."""
 
     zhat, num = "hard", 1
 
@@ -62,7 +63,7 @@ class TextTask:
         return self.model
 
     def prompt(self, count: int) -> Tensor | None:
-        """(count, L), or None."""
+        """Return the prompt for all samples (count, L), or None without --prompt."""
         if not self.args.prompt:
             if self.args.chat:
                 raise InputError("--chat needs a --prompt")
@@ -78,16 +79,16 @@ class TextTask:
     def show(self, x: Tensor) -> None:
         """Print the samples (B, L)."""
         for row in x.tolist():
-            while row[-2:] == [self.tokenizer.eot_id] * 2:  # what fills up an answer
+            while row[-2:] == [self.tokenizer.eot_id] * 2:  # an answer is filled up with ends of text
                 row.pop()
             print(self.tokenizer.decode(row), end="\n\n")
 
     def settings(self) -> str:
-        """What else there is to say of these samples."""
+        """Return what follows the sampler's settings: nothing for text."""
         return ""
 
 
 def preview(model: Model, tokenizer: Tokenizer, steps: int = 64) -> str:
-    """One short sample of a model in training."""
+    """Draw one sample of a model in training, as a single line."""
     x = draw(model, 1, Sampling(steps), generator=torch.Generator().manual_seed(0))
     return " ".join(tokenizer.decode(x[0].tolist()).split())

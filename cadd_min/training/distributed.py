@@ -1,7 +1,8 @@
-"""Many processes as one: who they are, how their gradients meet, how sharded weights become whole again.
+"""One run in many processes: start them, average their gradients, gather sharded weights.
 
-torchrun starts the processes; PyTorch's own DDP (a copy of the weights in each) or FSDP2 (a share of them in each)
-does the work. All do the same at the same time, evaluation and samples too; only the first one prints and writes.
+torchrun starts the processes. PyTorch's own DDP (each process has a copy of the weights) or FSDP2 (each process has a
+share of them) does the work. All processes do the same at the same time, evaluation and samples included. Only the
+first process prints and writes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from cadd_min.utils.errors import InputError
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run; `rank` is this one's number among `size`."""
+    """The processes of a run. This process has the number `rank` of `size`, from 0."""
 
     device: torch.device
     rank: int = 0
@@ -30,11 +31,11 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that prints and writes."""
+        """Whether this process is the one that prints and writes."""
         return self.rank == 0
 
     def mean(self, here: float | Tensor) -> float:
-        """The mean of a number over the processes. All must ask at the same time."""
+        """Return the mean of a number over the processes. All processes must call at the same time."""
         if self.size == 1:
             return float(here)
         value = torch.as_tensor(here, dtype=torch.float64, device=self.device)
@@ -42,18 +43,21 @@ class World:
         return float(value) / self.size
 
     def any(self, here: bool) -> bool:
-        """Whether it holds in any of the processes. All must ask at the same time."""
+        """Tell whether `here` is true in any process. All processes must call at the same time."""
         return self.mean(float(here)) > 0
 
 
 def launched() -> bool:
-    """Whether torchrun has started this process."""
+    """Tell whether torchrun has started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 @contextmanager
 def world(device: str) -> Iterator[World]:
-    """The processes that torchrun has started, each on a GPU of its own, or all on the CPU; without it, this one."""
+    """Join the processes that torchrun has started, each on its own GPU or all on the CPU.
+
+    Without torchrun the world is this process alone. Raises InputError where this machine has no such device.
+    """
     if not launched():
         yield World(torch_device(device))
         return
@@ -64,27 +68,30 @@ def world(device: str) -> Iterator[World]:
     dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
     try:
         yield World(own, dist.get_rank(), dist.get_world_size())
-        dist.barrier()  # one that leaves while another still listens to it can end that one, too
+        dist.barrier()  # a process that leaves early can crash another that still waits for it
     finally:
         dist.destroy_process_group()
 
 
 class Through(nn.Module):
-    """Runs a function of the model as its own forward, through(f, *args) = f(model, *args): DDP and FSDP2 act there."""
+    """Call any function of the model as a forward: through(f, *args) = f(model, *args).
+
+    DDP and FSDP2 act around forward, so every function of the weights has to go through it.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, f: Callable[..., Any], *args: Any, **given: Any) -> Any:
-        return f(self.model, *args, **given)
+    def forward(self, f: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        return f(self.model, *args, **options)
 
 
 def shared(model: nn.Module, processes: World, shard: bool = False) -> nn.Module:
-    """A `Through` of the model whose gradients are the mean over all processes.
+    """Wrap the model in a `Through` whose gradients are the mean over all processes.
 
-    shard: each process keeps a share of every parameter, which become DTensors; else all keep all. Raises InputError
-    where there is nobody to share with.
+    shard: each process keeps a share of every parameter, which becomes a DTensor. Otherwise each process keeps all
+    parameters. Raises InputError for `shard` without torchrun.
     """
     through = Through(model)
     if shard:
@@ -96,7 +103,7 @@ def shared(model: nn.Module, processes: World, shard: bool = False) -> nn.Module
         mesh = init_device_mesh(processes.device.type, (processes.size,))
         for block in model.blocks():  # type: ignore[operator]
             fully_shard(block, mesh=mesh)
-        fully_shard(through, mesh=mesh, reshard_after_forward=True)  # a look at the weights leaves none of them whole
+        fully_shard(through, mesh=mesh, reshard_after_forward=True)  # a forward without a backward must free them
         return through
     if processes.size > 1 and any(p.requires_grad for p in model.parameters()):
         return nn.parallel.DistributedDataParallel(through, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -104,7 +111,10 @@ def shared(model: nn.Module, processes: World, shard: bool = False) -> nn.Module
 
 
 def accumulate_only(through: nn.Module, only: bool) -> None:
-    """Whether the next backward keeps its gradients to itself: all but the last micro-batch of a step do."""
+    """Keep the next backward's gradients in this process if `only`, else average them over the processes.
+
+    Only the last micro-batch of a step averages.
+    """
     if isinstance(through, nn.parallel.DistributedDataParallel):
         through.require_backward_grad_sync = not only
     elif (sync := getattr(through, "set_requires_gradient_sync", None)) is not None:
@@ -112,9 +122,9 @@ def accumulate_only(through: nn.Module, only: bool) -> None:
 
 
 def whole(value: Any, keep: bool = True) -> Any:
-    """A state dict with every sharded tensor made whole, on the CPU. All processes must ask at the same time.
+    """Return a state dict with every sharded tensor gathered on the CPU. All processes must call at the same time.
 
-    keep: whether this process wants it; else None stands in the place of each, and takes no memory.
+    keep: False puts None in the place of each sharded tensor, and saves the memory in processes that do not write.
     """
     if isinstance(value, dict):
         return {key: whole(item, keep) for key, item in value.items()}
@@ -127,7 +137,7 @@ def whole(value: Any, keep: bool = True) -> Any:
 
 
 def share_of(value: Tensor, like: Tensor) -> Tensor:
-    """This process's share of a whole tensor, if `like` is sharded; else the tensor."""
+    """Return this process's share of a whole tensor if `like` is sharded, else the tensor itself."""
     mesh: Any = getattr(like, "device_mesh", None)
     if mesh is None or value.shape != like.shape:
         return value

@@ -1,4 +1,4 @@
-"""A run: train, log, look at held-out data and samples now and then, save, and stop when asked or when it must."""
+"""A run's loop: train, log, evaluate, sample and save, until the last step or until the run is asked to stop."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from cadd_min.training.trainer import Trainer
 from cadd_min.utils.cli import option
 from cadd_min.utils.errors import InputError, Interrupted, is_out_of_memory
 
-LOOK = 10  # steps between two looks whether to stop, at most, where there are many processes, or no log
-LOOK_SECONDS = 1.0  # torchrun kills its processes half a minute after SIGTERM
-LIMIT = 10  # skipped steps in a row after which going on makes no sense
+LOOK = 10  # at most as many steps between two looks at an interrupt (many processes) or at skipped steps (no log)
+LOOK_SECONDS = 1.0  # between two looks at an interrupt: torchrun kills its processes 30 seconds after SIGTERM
+LIMIT = 10  # skipped steps in a row after which the run stops
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How often a run looks up from training; 0 is never."""
+    """How often a run logs, evaluates, samples and saves. 0 is never."""
 
     log_every: int = option(10, "steps between rows of metrics.jsonl")
     eval_every: int = option(1000, "steps between evaluations on held-out data")
@@ -45,83 +45,96 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class Run:
-    """What `fit` needs beside the trainer: where to write, what to look at, what travels in the checkpoint."""
+    """A run's folder, its held-out data, its samples, and what its checkpoints hold beside the trainer's state."""
 
     out: Path
     held_out: list[Batch]
-    show_sample: Callable[[Trainer, Path | None], str]  # writes into the folder, if it is given one
+    show_sample: Callable[[Trainer, Path | None], str]  # draws a sample; writes only where a folder is given
     contents: dict[str, Any]  # model_config, tokenizer, settings: plain values
 
 
 class Fit:
-    """One run's loop. Every process has one and takes the same turns; only the first writes and prints."""
+    """The loop of one run. All processes take the same turns; only the first process writes and prints."""
 
     def __init__(self, trainer: Trainer, run: Run, config: FitConfig):
         self.trainer, self.run, self.config = trainer, run, config
         self.first = trainer.world.first
         self.log = MetricsLog(run.out, trainer.step) if self.first else None
-        self.looked, self.next_look = (trainer.step, time.monotonic()), trainer.step
-        self.tokens = trainer.config.batch_size * trainer.accumulate * trainer.model.config.length
-        total, what = trainer.config.steps, trainer.model.config.model
-        self.bar = tqdm(total=total, initial=trainer.step, desc=what, unit="step", disable=not self.first)
+        self.last_look, self.next_look = (trainer.step, time.monotonic()), trainer.step  # see `_stopping`
+        self.step_tokens = trainer.config.batch_size * trainer.accumulate * trainer.model.config.length
+        steps, name = trainer.config.steps, trainer.model.config.model
+        self.bar = tqdm(total=steps, initial=trainer.step, desc=name, unit="step", disable=not self.first)
 
     def __call__(self) -> None:
         """Train to the last step. Raises Interrupted after Ctrl-C or SIGTERM, InputError where it cannot go on."""
-        trainer, target = self.trainer, self.trainer.config.steps
+        trainer, every, steps = self.trainer, self.config, self.trainer.config.steps
         try:
-            with interrupts() as interrupted, _want_is_named(self.run):
-                while trainer.step < target and not self._stopping(interrupted):
+            with interrupts() as interrupted, _naming_shortages(self.run):
+                while trainer.step < steps and not self._stopping(interrupted):
                     values = trainer.train_step()
                     self.bar.update()
-                    self._look_up(values, trainer.step == target)
+                    last, saving = trainer.step == steps, self._due(every.save_every)
+                    if self._due(every.log_every, last):
+                        self._log(values)
+                    if self._due(every.log_every or LOOK, last) or saving:
+                        self._check_skipped()
+                    if self._due(every.eval_every, last) and self.run.held_out:
+                        self._evaluate()
+                    if self._due(every.sample_every, last):
+                        self._say(self.run.show_sample(trainer, self.run.out if self.first else None))
+                    if saving:
+                        self.save()
                 self.save()
         finally:
             self.bar.close()
             if self.log is not None:
                 self.log.close()
-        if trainer.step < target:
+        if trainer.step < steps:
             out = self.run.out
             raise Interrupted(f"stopped after step {trainer.step}, saved in {out}; --resume --out {out} continues")
 
     def save(self) -> None:
-        """Write the checkpoint."""
+        """Write the checkpoint. All processes must call at the same time."""
         state = self.trainer.state_dict()
         if self.first:
             checkpoint.save(self.run.out / checkpoint.FILE, {**self.run.contents, "trainer": state})
 
+    def _due(self, every: int, last: bool = False) -> bool:
+        return every > 0 and (self.trainer.step % every == 0 or last)
+
     def _stopping(self, interrupted: list[int]) -> bool:
-        """Whether any process was asked to: with many, they look together every second or so, and every LOOK steps."""
+        """Tell whether any process was asked to stop. All processes get the same answer.
+
+        A single process looks after every step. Many processes have to ask each other, so they look about once in
+        LOOK_SECONDS, but at least every LOOK steps.
+        """
         world, step, now = self.trainer.world, self.trainer.step, time.monotonic()
         if world.size == 1:
             return bool(interrupted)
         if step < self.next_look:
             return False
-        done = step - self.looked[0]
-        pace = world.mean((now - self.looked[1]) / done if done else LOOK_SECONDS)  # seconds a step, agreed upon
-        self.looked, self.next_look = (step, now), step + max(1, min(LOOK, int(LOOK_SECONDS / max(pace, 1e-9))))
+        last_step, last_time = self.last_look
+        own_pace = (now - last_time) / (step - last_step) if step > last_step else LOOK_SECONDS
+        pace = world.mean(own_pace)  # seconds a step: the mean, so that all processes choose the same next look
+        self.last_look, self.next_look = (step, now), step + max(1, min(LOOK, int(LOOK_SECONDS / max(pace, 1e-9))))
         return world.any(bool(interrupted))
 
-    def _look_up(self, values: dict[str, Tensor], last: bool) -> None:
-        """What this step asks for beside training."""
-        trainer, config, step = self.trainer, self.config, self.trainer.step
-        saving = _due(step, config.save_every, False)
-        if _due(step, config.log_every, last):
-            self._write(values)
-        if _due(step, config.log_every or LOOK, last) or saving:
-            self._check()
-        if self.run.held_out and _due(step, config.eval_every, last):
-            held_out = trainer.evaluate(self.run.held_out)
-            ce, bound = held_out["val_ce"], held_out["val_bound"]
-            self._say(f"held-out CE {ce:.3f}, bound {bound:.3f} nats/token ({bound / math.log(2):.3f} bits)")
-            if self.log is not None:
-                self.log.write(step, **held_out)
-        if _due(step, config.sample_every, last):
-            self._say(self.run.show_sample(trainer, self.run.out if self.first else None))
-        if saving:
-            self.save()
+    def _log(self, values: dict[str, Tensor]) -> None:
+        """Write a row of metrics: means over the processes."""
+        row = {name: self.trainer.world.mean(value) for name, value in values.items()}
+        row["lr"], row["latent_norm"] = self.trainer.optimizer.param_groups[0]["lr"], self.trainer.latent_norm()
+        row["skipped"] = int(self.trainer.skipped)
+        speed = (self.bar.format_dict["rate"] or 0) * self.step_tokens
+        skipped = f", {row['skipped']} skipped" if row["skipped"] else ""
+        self.bar.set_postfix_str(f"loss {row['ce']:.3f}, {speed:,.0f} tokens/s{skipped}")
+        if self.log is not None:
+            self.log.write(self.trainer.step, **row, tokens_per_second=round(speed))
 
-    def _check(self) -> None:
-        """Stop a run whose steps are all skipped. The norm is of all processes' gradients, so all find the same."""
+    def _check_skipped(self) -> None:
+        """Raise InputError after LIMIT skipped steps in a row, or after half of a shorter run.
+
+        The gradient's norm is that of all processes together, so all of them raise at the same step.
+        """
         count = int(self.trainer.in_a_row)
         if count >= min(LIMIT, max(1, self.trainer.config.steps // 2)):
             raise InputError(
@@ -129,16 +142,13 @@ class Fit:
                 "lower --lr or --clip, or try --dtype float32; the last checkpoint is untouched"
             )
 
-    def _write(self, values: dict[str, Tensor]) -> None:
-        """A row of metrics, means over the processes."""
-        row = {name: self.trainer.world.mean(value) for name, value in values.items()}
-        row["lr"], row["latent_norm"] = self.trainer.optimizer.param_groups[0]["lr"], self.trainer.latent_norm()
-        row["skipped"] = int(self.trainer.skipped)
-        speed = (self.bar.format_dict["rate"] or 0) * self.tokens
-        skipped = f", {row['skipped']} skipped" if row["skipped"] else ""
-        self.bar.set_postfix_str(f"loss {row['ce']:.3f}, {speed:,.0f} tokens/s{skipped}")
+    def _evaluate(self) -> None:
+        """Measure the averaged weights on held-out data, print and log the result."""
+        measures = self.trainer.evaluate(self.run.held_out)
+        ce, bound = measures["val_ce"], measures["val_bound"]
+        self._say(f"held-out CE {ce:.3f}, bound {bound:.3f} nats/token ({bound / math.log(2):.3f} bits)")
         if self.log is not None:
-            self.log.write(self.trainer.step, **row, tokens_per_second=round(speed))
+            self.log.write(self.trainer.step, **measures)
 
     def _say(self, text: str) -> None:
         if self.first:
@@ -150,13 +160,9 @@ def fit(trainer: Trainer, run: Run, config: FitConfig) -> None:
     Fit(trainer, run, config)()
 
 
-def _due(step: int, every: int, last: bool) -> bool:
-    return every > 0 and (step % every == 0 or last)
-
-
 @contextmanager
-def _want_is_named(run: Run) -> Iterator[None]:
-    """Out of memory is an InputError that names the settings that need less; out of room on the disk is one, too."""
+def _naming_shortages(run: Run) -> Iterator[None]:
+    """Turn a lack of memory or of disk space into an InputError that names the options which need less."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -176,11 +182,11 @@ def _want_is_named(run: Run) -> Iterator[None]:
 
 @contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """A list that stays empty until Ctrl-C (or SIGTERM) is received once; the second one interrupts as usual."""
+    """Collect Ctrl-C and SIGTERM in a list, empty at first. A second signal raises KeyboardInterrupt, as usual."""
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if received and not launched():  # torchrun passes on what its processes have received already
+        if received and not launched():  # torchrun sends its processes a signal that they may have received already
             raise KeyboardInterrupt
         received.append(number)
 

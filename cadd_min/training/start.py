@@ -1,4 +1,4 @@
-"""What the training scripts share: settings from the command line or from a checkpoint, a folder, and the run."""
+"""What the training scripts share: read the settings, make the run's folder, start or resume the training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ RUNS = Path("runs")
 
 
 def build_parser(description: str | None, model: type = ModelConfig) -> argparse.ArgumentParser:
-    """The options that every training has; model: the configuration whose options are the model's."""
+    """Make a parser with the options that all training scripts share.
+
+    model: the dataclass whose options describe the model.
+    """
     parser = Parser(description)
     parser.add_argument("--out", type=Path, help="folder of the run (default: a new one in runs/)")
     parser.add_argument("--resume", action="store_true", help="go on with --out, or with the newest run")
@@ -39,9 +42,10 @@ def build_parser(description: str | None, model: type = ModelConfig) -> argparse
 
 
 def parse_args(parser: argparse.ArgumentParser, script: str) -> tuple[argparse.Namespace, dict[str, Any] | None]:
-    """The settings, and the checkpoint to resume from: its settings hold unless the command line says otherwise.
+    """Read the settings from the command line. Returns them and the checkpoint to resume from, or None.
 
-    script: the one that asks, which the checkpoint must be of.
+    With --resume the checkpoint's settings are the defaults, and the command line may change them. Raises InputError
+    for a checkpoint of another script than `script`.
     """
     parser.set_defaults(script=script)
     args = parser.parse_args()
@@ -49,19 +53,23 @@ def parse_args(parser: argparse.ArgumentParser, script: str) -> tuple[argparse.N
         return args, None
     content, where = checkpoint.load(args.out or RUNS), checkpoint.find(args.out or RUNS)
     checkpoint.check_outline(content, where)
-    found = checkpoint.trained_by(content)
-    if found != script:
-        raise InputError(f"--resume: {where} was trained by {found}: resume it with that")
+    trained_by = checkpoint.trained_by(content)
+    if trained_by != script:
+        raise InputError(f"--resume: {where} was trained by {trained_by}: resume it with that")
     set_defaults(parser, content.get("settings"), str(where))
     parser.set_defaults(out=where.parent)
     return parser.parse_args(), content
 
 
 def new_folder(args: argparse.Namespace) -> Path:
-    """--out if it is free, or the next free name in runs/: made here, so that no other run takes it."""
+    """Make the folder of a new run: --out, or the next free name in runs/.
+
+    The folder is made at once, so that no other run takes the same name. Raises InputError where --out holds a run, is
+    a file, or cannot be made.
+    """
     name = f"{Path(args.dataset).stem}-{args.model}"
-    names = [args.out] if args.out else [RUNS / (name + (f"-{n}" if n > 1 else "")) for n in range(1, 1000)]
-    for folder in names:
+    folders = [args.out] if args.out else [RUNS / (name + (f"-{n}" if n > 1 else "")) for n in range(1, 1000)]
+    for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=args.out is not None)
         except FileExistsError:
@@ -73,7 +81,7 @@ def new_folder(args: argparse.Namespace) -> Path:
         if checkpoint.holds_run(folder):
             raise InputError(f"--out {folder} holds a run already: --resume it, or name another folder")
         return folder
-    raise InputError(f"--out: {names[0]} and the next {len(names)} names are taken; give one")
+    raise InputError(f"--out: {folders[0]} and the next {len(folders)} names are taken; give one")
 
 
 def train(
@@ -86,17 +94,18 @@ def train(
     show_sample: Callable[[Trainer, Path | None], str],
     what: str,
 ) -> None:
-    """Train on `data` by these settings, from the start or from where `resumed` left off.
+    """Train a model with these settings, from the start or from the checkpoint `resumed`.
 
-    make: makes the model; codec: the tokenizer, or what stands for it: its spec() goes into the checkpoint;
-    show_sample(trainer, folder): a line about a sample, no folder where it shall not write; what: the data, in words.
+    Args: make() -> the model; data(index) -> micro-batch `index`; codec: the tokenizer or the pixels, whose spec() goes
+    into the checkpoint; show_sample(trainer, folder) -> a line about a sample, which is written where a folder is
+    given; what: the data, in words. Raises InputError where the data has other tokens than the checkpoint's.
     """
     if resumed and codec.spec() != resumed["tokenizer"]:
         raise InputError(
             f"--dataset {args.dataset} has other tokens than the run had: resume on the same data, or anew"
         )
     train_config, fit_config = from_args(TrainConfig, args), from_args(FitConfig, args)
-    ops.backend()  # it must be there before a folder is made
+    ops.backend()  # where this fails, no folder must be left behind
     with world(args.device) as processes:
         torch.manual_seed(args.seed)
         trainer = Trainer(make().to(processes.device), data, train_config, processes)
@@ -105,13 +114,7 @@ def train(
             out = new_folder(args)
         if resumed:
             restore(trainer, resumed, out)
-        settings = {
-            k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "resume")
-        }
-        # a resumed run does not measure again, and its steps stay as large, however many processes share them
-        settings |= {"dtype": trainer.dtype, "accumulate": trainer.accumulate}
-        shape = checkpoint.model_dict(trainer.model.config)
-        contents = {"settings": settings, "model_config": shape, "tokenizer": codec.spec()}
+        contents = _contents(args, trainer, codec)
         if processes.first:
             _announce(args, trainer, processes, out, what, contents)
         fit(trainer, Run(out, list(held_out), show_sample, contents), fit_config)
@@ -119,8 +122,20 @@ def train(
             print(f"trained: {out / checkpoint.FILE}; now: python sample.py --ckpt {out}")
 
 
+def _contents(args: argparse.Namespace, trainer: Trainer, codec: Any) -> dict[str, Any]:
+    """Return what the run's checkpoints hold beside the trainer's state, as plain values."""
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "resume")}
+    # the values that "auto" and 0 stand for: a resumed run keeps its dtype, and its steps stay as large
+    settings |= {"dtype": trainer.dtype, "accumulate": trainer.accumulate}
+    shape = checkpoint.model_dict(trainer.model.config)
+    return {"settings": settings, "model_config": shape, "tokenizer": codec.spec()}
+
+
 def restore(trainer: Trainer, content: dict[str, Any], where: Path) -> None:
-    """Put a trainer where a checkpoint left it. Raises InputError."""
+    """Give a trainer the state of a checkpoint.
+
+    Raises InputError that names the file `where` for a state that does not fit or is damaged.
+    """
     with blaming(where):
         state = content["trainer"]
         checkpoint.check_state(trainer.model, state["model"], where)
@@ -130,9 +145,9 @@ def restore(trainer: Trainer, content: dict[str, Any], where: Path) -> None:
 def _announce(
     args: argparse.Namespace, trainer: Trainer, processes: World, out: Path, what: str, contents: dict[str, Any]
 ) -> None:
-    """Say what begins, and leave it in run.json; what a killed run left half written goes."""
+    """Print what is trained, write it to run.json, and remove the files that a killed run left half written."""
     remove_leftovers(out)
-    where = f"{processes.device}" + (f" in {processes.size} processes" if processes.size > 1 else "")
+    where = str(processes.device) + (f" in {processes.size} processes" if processes.size > 1 else "")
     print(
         f"{args.model} {getattr(args, 'preset', '')}, {trainer.parameters():,} parameters, {trainer.dtype} on {where}, "
         f"backend {ops.backend().name}, {what}, run in {out}"

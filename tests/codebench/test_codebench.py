@@ -1,4 +1,4 @@
-"""Models of code: the problems' files, extraction, pass@k, and three steps that go on where they were cut off."""
+"""Benchmarks of code: the files of problems, extraction, pass@k, and three steps that resume where they are cut off."""
 
 import argparse
 import gzip
@@ -31,7 +31,7 @@ NEEDS_HUMANEVAL = pytest.mark.skipif(not HAS_HUMANEVAL, reason=problems.INSTALL)
 
 
 def human_row(number: int, name: str, body: str, expected: str) -> dict[str, object]:
-    """A problem in HumanEval's format: a function of one number."""
+    """Make a problem in HumanEval's format: a function of one number."""
     return {
         "task_id": f"Own/{number}",
         "prompt": f'import math\n\n\ndef {name}(n):\n    """ What {name} makes of a number. """\n',
@@ -95,39 +95,39 @@ def test_extraction(human):
     whole = f"def root(n):\n{body}"
     before = "import math\n\n\n"
     cases = {
-        body: prompt + body,  # a completion
-        f"{body}\ndef other():\n    pass": prompt + body,  # up to where it begins something else
+        body: prompt + body,  # a completion of the prompt
+        f"{body}\ndef other():\n    pass": prompt + body,  # ends where another function begins
         f"{body}\nprint(root(4))": prompt + body,
         f"{body}# and more\n": prompt + body[:-1],
-        f"Here it is:\n```python\n{whole}```\nIt works.": before + whole,  # a function with what stands before it
-        f"```\n{body}```": prompt + body,  # a block may be a completion, too
+        f"Here it is:\n```python\n{whole}```\nIt works.": before + whole,  # a function, after the imports
+        f"```\n{body}```": prompt + body,  # a block may also hold a completion
         f"```python\n{whole}": before + whole,  # cut off before it was closed
-        f"```\npip install x\n```\nthen\n```py\n{whole}```": before + whole,  # the block that has the function
+        f"```\npip install x\n```\nthen\n```py\n{whole}```": before + whole,  # the block that defines the function
         f"```python\n\ndef helper():\n    pass\n\n{whole}```": f"{before}\ndef helper():\n    pass\n\n{whole}",
-        f"{body}```\n\nThis function finds a root.": prompt + body,  # closes a block that the prompt has opened
+        f"{body}```\n\nThis function finds a root.": prompt + body,  # closes a block that the prompt opened
         f"{body}```\nExample:\n```python\nprint(root(4))\n```": prompt + body,
         f"{whole}```\nIt works.": prompt + whole,
-        f"Here it is:\n```\n{whole}```": before + whole,  # one without a language opens, too
+        f"Here it is:\n```\n{whole}```": before + whole,  # a fence without a language also opens a block
         "": prompt,
     }
     for text, program in cases.items():
         assert extract(text, problem) == program, text
-    other = problems.mbpp(write(human.with_name("m.jsonl"), MBPP))[0]
-    assert extract("def add(n): return n\n[DONE]\nYou are", other) == "def add(n): return n\n"
-    assert extract("def add(n): return n\n```\nThis adds.\n```python\nadd(1)\n```", other) == "def add(n): return n\n"
-    assert extract("Sure:\n```python\ndef add(n): return n\n```", other) == "def add(n): return n\n"
+    adder = problems.mbpp(write(human.with_name("m.jsonl"), MBPP))[0]
+    assert extract("def add(n): return n\n[DONE]\nYou are", adder) == "def add(n): return n\n"
+    assert extract("def add(n): return n\n```\nThis adds.\n```python\nadd(1)\n```", adder) == "def add(n): return n\n"
+    assert extract("Sure:\n```python\ndef add(n): return n\n```", adder) == "def add(n): return n\n"
 
 
 def test_mbpp_asks_as_its_paper_does(tmp_path):
     path = write(tmp_path / "mbpp.jsonl", MBPP)
-    found = problems.mbpp(path)
-    assert [p.task_id for p in found] == ["11", "12"]  # of task ids 11 to 510
+    test_split = problems.mbpp(path)
+    assert [p.task_id for p in test_split] == ["11", "12"]  # the split is task ids 11 to 510
     assert [p.task_id for p in problems.mbpp(path, "all")] == [str(row["task_id"]) for row in MBPP]
-    prompt = found[0].prompt
+    prompt = test_split[0].prompt
     assert prompt.count("[BEGIN]") == 4 and prompt.count("[DONE]") == 3 and "\r" not in prompt
     assert re.findall(r"that adds (\d+)", prompt) == ["2", "3", "4", "11"]
     assert prompt.endswith("Your code should pass these tests:\n\n" + "\n".join(MBPP[4]["test_list"]) + "\n[BEGIN]\n")
-    assert found[0].entry_point == "add" and problems.mbpp(path, shots=0)[0].prompt.count("[BEGIN]") == 1
+    assert test_split[0].entry_point == "add" and problems.mbpp(path, shots=0)[0].prompt.count("[BEGIN]") == 1
     for rows, message in ((MBPP[3:], "lacks problem 2.*fewer --shots"), (MBPP[:4], "ask for --split all")):
         with pytest.raises(InputError, match=message):
             problems.mbpp(write(path, rows))
@@ -220,26 +220,21 @@ def test_a_folder_keeps_to_its_settings(tmp_path):
             settle(tmp_path, "rows.jsonl", {"seed": 1})
 
 
-def options(out: Path, human: Path, more: str = "") -> list[str]:
-    return f"--benchmark humaneval --problems {human} --out {out} --num-samples 4 --k 1 4 {more}".split()
-
-
-def assess(out: Path, human: Path, complete: assess_code.Complete, more: str = "") -> str:
+def assess(out: Path, human: Path, complete: assess_code.Complete, options: str = "") -> str:
+    """Run all steps with four samples a problem. `options` come last, so they override these."""
     parser = argparse.ArgumentParser()
     assess_code.add_arguments(parser)
-    args = parser.parse_args(options(out, human, more))
+    command = f"--benchmark humaneval --problems {human} --out {out} --num-samples 4 --k 1 4 {options}"
+    args = parser.parse_args(command.split())
     return assess_code.assess(problems.humaneval(human), complete, "a test's", out, args)
 
 
 def answers(prompts: list[str], seed: int) -> list[str]:
-    """Right, wrong, endless or no program, as the seed has it."""
+    """Answer each prompt with a right, a wrong, an endless or a malformed program, drawn by the seed."""
     rng = random.Random(seed)
     right = {"double": "    return n + n", "root": "    return math.isqrt(n)", "odd": "    return n % 2 == 1"}
-    found = []
-    for prompt in prompts:
-        name = re.findall(r"def (\w+)", prompt)[-1]
-        found.append(rng.choice([right[name], "    return -1", "    return (", "    while True: pass"]))
-    return found
+    names = [re.findall(r"def (\w+)", prompt)[-1] for prompt in prompts]
+    return [rng.choice([right[name], "    return -1", "    return (", "    while True: pass"]) for name in names]
 
 
 def test_the_steps_and_their_table(human, tmp_path):
@@ -265,7 +260,7 @@ def test_the_steps_and_their_table(human, tmp_path):
 
 
 def test_answers_are_the_same_wherever_it_was_cut_off(human, tmp_path):
-    """Also in the middle of a batch; and more samples may be asked for later."""
+    """Cut the file at three places, also in the middle of a batch, after a run with fewer samples."""
     assess(tmp_path / "whole", human, answers, "--batch-size 5")
     whole = (tmp_path / "whole" / "generations.jsonl").read_bytes()
     assert len(set(whole.splitlines())) == 12
@@ -281,7 +276,7 @@ def test_answers_are_the_same_wherever_it_was_cut_off(human, tmp_path):
 
 
 def test_execution_goes_on_after_a_kill(human, tmp_path):
-    """SIGKILL in the middle: what had ended is kept, and nothing is run twice."""
+    """Kill an evaluation by SIGKILL: finished results must be kept, and no program may run twice."""
     program = "import time; time.sleep(0.2)\n"
     rows = [{**row, "canonical_solution": row["canonical_solution"] + program} for row in HUMAN]
     path = write(human, [{**row, "task_id": f"Own/{i}"} for i, row in enumerate(rows * 10)])
@@ -296,9 +291,9 @@ def test_execution_goes_on_after_a_kill(human, tmp_path):
         run.kill()
     done = results.read_bytes()
     assert 3 <= done.count(b"\n") < 30
-    found = subprocess.run(start, env=environment, capture_output=True, text=True, check=True)
+    resumed = subprocess.run(start, env=environment, capture_output=True, text=True, check=True)
     assert results.read_bytes().startswith(done[: done.rfind(b"\n") + 1]) and results.read_bytes().count(b"\n") == 30
-    assert "30 passed" in found.stdout
+    assert "30 passed" in resumed.stdout
 
 
 def test_the_whole_chain_with_a_model_of_this_project(call, human, tmp_path):
@@ -352,7 +347,10 @@ def plus_row(**changes: object) -> dict[str, object]:
 
 
 def test_evalplus_asks_the_reference_solution(tmp_path, monkeypatch):
-    """In its format, from its cache: more inputs, a tolerance for floats, and a root that has many values."""
+    """Check the tests made from a file in evalplus's format, in its cache.
+
+    They have more inputs, a tolerance for floats, and accept any root of a polynomial.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "evalplus").mkdir()
     zero = "def poly(xs, x):\n    return sum(c * x**i for i, c in enumerate(xs))\n\n\ndef find_zero(xs):\n"
@@ -393,7 +391,7 @@ def test_evalplus_of_mbpp_has_the_types_of_its_package(tmp_path):
     with sandbox.opened(sandbox.Limits(seconds=5)) as run:
         assert run(problem.solution, problem.tests).status == "passed"
         reverse = "def similar_elements(a, b):\n    assert type(a) is tuple\n    return [x for x in b if x in a][::-1]"
-        assert run(reverse, problem.tests).status == "passed"  # its package compares them as sets
+        assert run(reverse, problem.tests).status == "passed"  # the package compares these outputs as sets
         assert run(reverse.replace("if x in a", ""), problem.tests).status == "wrong"
 
 

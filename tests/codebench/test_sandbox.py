@@ -1,4 +1,4 @@
-"""Hostile programs, each harmless even where it is not contained: bounded, and aimed only at what the test made."""
+"""Hostile programs in the sandbox. Each is harmless without it: bounded, and aimed only at objects of the test."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from cadd_min.codebench.sandbox import Limits
 from cadd_min.utils.errors import InputError
 
 LIMITS = Limits(seconds=2, memory=256, processes=6, folder=16)
-MARK = f"/{uuid.uuid4().hex}"  # in the environment of every contained process, so that none is overlooked
+MARK = f"/{uuid.uuid4().hex}"  # in the environment of every contained process: `left_over` finds them by it
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def run():
         patch.setitem(sandbox.ENVIRONMENT, "PATH", MARK)
         try:
             yield stack.enter_context(sandbox.opened(LIMITS))
-        except InputError as refused:  # a wall that this machine has not; one that leaks fails the tests
+        except InputError as refused:  # skip where this machine lacks a wall; a leaking wall fails the tests
             if "cannot be contained on this machine" not in str(refused):
                 raise
             pytest.skip(str(refused))
@@ -35,11 +35,11 @@ def run():
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory):
-    """What the programs aim at: a file, a folder, a process and a server of the test."""
+    """Make the targets of the programs: a file, a folder, a process and a server."""
     folder = tmp_path_factory.mktemp("victims")
     (folder / "file").write_text("untouched")
     for path in (folder, *folder.parents[:2]):
-        path.chmod(0o777)  # so that no permission protects it
+        path.chmod(0o777)  # the walls must protect it, not the permissions
     (folder / "file").chmod(0o666)
     victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -50,13 +50,13 @@ def names(tmp_path_factory):
 
 
 def left_over() -> list[str]:
-    """Processes that have been contained and are still there."""
-    found = []
+    """List the ids of contained processes that still run."""
+    ids = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
             if MARK.encode() in path.read_bytes():
-                found.append(path.parent.name)
-    return found
+                ids.append(path.parent.name)
+    return ids
 
 
 HOSTILE = {
@@ -141,13 +141,16 @@ IMPORTS = (
 
 @pytest.mark.parametrize("name", [*HOSTILE, *FORGING])
 def test_hostile_programs_are_contained_and_fail(name, run, names, monkeypatch):
-    """Within seconds, without a trace. A right answer follows where it is not the answer that is forged."""
+    """Check that each program fails in seconds, leaves no process, and reaches none of its targets.
+
+    A right solution follows the hostile code, so only the hostile code can fail. Forging programs must fail without it.
+    """
     monkeypatch.setenv("CADD_MIN_SECRET", "a secret")
     constants = "".join(f"{name.upper()} = {value!r}\n" for name, value in names.items())
     right = "\ndef f(x): return x + 1\n" if name in HOSTILE else "\n"
     start = time.monotonic()
-    found = run(f"{IMPORTS}{constants}{(HOSTILE | FORGING)[name]}{right}", "assert f(1) == 2")
-    assert found.status in ("wrong", "error", "timeout", "killed"), found
+    outcome = run(f"{IMPORTS}{constants}{(HOSTILE | FORGING)[name]}{right}", "assert f(1) == 2")
+    assert outcome.status in ("wrong", "error", "timeout", "killed"), outcome
     assert time.monotonic() - start < LIMITS.seconds + 6
     assert left_over() == []
     assert Path(names["file"]).read_text() == "untouched" and os.listdir(names["folder"]) == ["file"]
@@ -165,12 +168,15 @@ def test_what_went_wrong_is_told(run):
         "import os\nos.kill(os.getpid(), 9)": ("killed", "ended without an answer"),
     }
     for program, (status, detail) in cases.items():
-        found = run(program, "assert f(1) == 2, 'not 2'")
-        assert (found.status, detail in found.detail) == (status, True), found
+        outcome = run(program, "assert f(1) == 2, 'not 2'")
+        assert (outcome.status, detail in outcome.detail) == (status, True), outcome
 
 
 def test_what_programs_need_works(run):
-    """Dataclasses, pickles, threads, a child, files, time and a seeded hash: nothing is taken that tests rest on."""
+    """Check that the walls leave what solutions and tests need.
+
+    That is dataclasses, pickles, threads, a child process, files, and a hash with a fixed seed.
+    """
     program = """
 from __future__ import annotations
 import dataclasses, os, pathlib, pickle, random, subprocess, sys, tempfile, threading
@@ -191,7 +197,7 @@ def f(x):
 """
     assert run(program, "assert f(1) == 2 and hash('a') == hash('a') and __name__ != '__main__'").status == "passed"
     texts = {run("raise ValueError(hash('a'))", "").detail for _ in range(2)}
-    assert len(texts) == 1  # as sets of strings are in one order, a program passes or fails every time
+    assert len(texts) == 1  # sets of strings have one order, so a program passes always or never
 
 
 def test_nothing_stays_from_one_program_to_the_next(run):
@@ -200,13 +206,13 @@ def test_nothing_stays_from_one_program_to_the_next(run):
 
 
 def test_what_may_be_read_may_not_be_written(run, names, monkeypatch):
-    """Even where permissions let everybody."""
+    """Check that writing fails even where the file's permissions allow it."""
     paths = [*sandbox.readable(), names["folder"]]
     monkeypatch.setattr(sandbox, "readable", lambda: paths)
     assert run(f"assert open({names['file']!r}).read() == 'untouched'", "").status == "passed"
     for action in ("open(FILE, 'a')", "os.remove(FILE)", "os.mkdir(FILE + '.new')", "os.chmod(FILE, 0)"):
-        found = run(f"import os\nFILE = {names['file']!r}\n{action}", "")
-        assert found.status == "error" and "Read-only file system" in found.detail, found
+        outcome = run(f"import os\nFILE = {names['file']!r}\n{action}", "")
+        assert outcome.status == "error" and "Read-only file system" in outcome.detail, outcome
 
 
 @pytest.mark.parametrize(
@@ -221,7 +227,7 @@ def test_what_may_be_read_may_not_be_written(run, names, monkeypatch):
     ],
 )
 def test_without_a_wall_nothing_is_run(without, leak, run, monkeypatch):
-    """The probe itself finds that something is open, and says what."""
+    """Take away one wall: the probe must find the leak and name it before any program runs."""
     if without == "environment":
         monkeypatch.setitem(sandbox.ENVIRONMENT, "CADD_MIN_SECRET", "a secret")
     elif without.startswith("RLIMIT"):
@@ -238,7 +244,7 @@ def test_without_a_wall_nothing_is_run(without, leak, run, monkeypatch):
 
 def test_a_machine_that_cannot_contain_is_told_so(monkeypatch):
     monkeypatch.setitem(contained.NAMESPACES, "mounts", 0)
-    monkeypatch.setattr(sandbox, "readable", lambda: ["/dev/null"])  # no Python in it
+    monkeypatch.setattr(sandbox, "readable", lambda: ["/dev/null"])  # no Python can start there
     with pytest.raises(InputError, match=r"cannot be contained on this machine \(.+\)"), sandbox.opened(LIMITS):
         pytest.fail("opened")
     monkeypatch.setattr(sys, "platform", "darwin")
@@ -247,7 +253,7 @@ def test_a_machine_that_cannot_contain_is_told_so(monkeypatch):
 
 
 def test_a_killed_evaluation_leaves_no_program_behind(run):
-    """The process that started them dies by SIGKILL; what it started dies with it."""
+    """Kill the evaluating process by SIGKILL: the programs that it started must die with it."""
     code = (
         "from cadd_min.codebench import sandbox\n"
         f"sandbox.ENVIRONMENT['PATH'] = {MARK!r}\n"

@@ -1,4 +1,4 @@
-"""The door to torch-fidelity: what happens without it, and that its file of weights is never unpickled."""
+"""torch-fidelity: the error without the package, and that no file of weights is unpickled."""
 
 import importlib.util
 import pickle
@@ -22,6 +22,8 @@ def test_without_the_library_it_says_what_to_install():
 
 @pytest.mark.skipif(not INSTALLED, reason="needs torch-fidelity: pip install -e '.[fid]'")
 def test_weights_that_are_no_weights_are_one_sentence(tmp_path):
+    """Check files with a code-running pickle, with other tensors, and no file. The pickle must not run."""
+
     class Bomb:
         def __reduce__(self):
             return (open, (str(tmp_path / "exploded"), "w"))

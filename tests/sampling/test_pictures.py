@@ -1,4 +1,4 @@
-"""Pictures are real images of the right size, and show what they say."""
+"""Pictures have the right size and format, and show the right values."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def test_the_grid_has_the_right_size_and_every_image_in_its_place(tmp_path):
     for i, image in enumerate(images):
         top, left = 1 + 9 * (i // 3), 1 + 13 * (i % 3)
         assert np.array_equal(picture[top : top + 8 : 2, left : left + 12 : 2], image)
-    assert (picture[10:19, 28:] == 255).all()  # the place that stays empty
+    assert (picture[10:19, 28:] == 255).all()  # the empty place of the sixth image
     with Image.open(save(tmp_path / "new" / "grid.png", picture)) as file:
         assert file.format == "PNG" and np.array_equal(np.asarray(file), picture)
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["grid.png"]
@@ -46,7 +46,7 @@ def test_masked_values_are_blue_in_grey_images_and_by_colour_in_others():
 
 @pytest.mark.parametrize("model, zhat", [("cadd", "soft"), ("cadd", "hard"), ("cadd", "sample"), ("mdlm", "hard")])
 def test_the_film_shows_masks_and_beliefs(model, zhat, tmp_path):
-    """A GIF of the right size and length; its first frame is masked but for a few, its last is the sample."""
+    """Check the GIF's size and length, and that its last frame is the sample. A belief must not change known tokens."""
     net, film = images(NANO, model=model, latent_dim=2), Film(GREY, 6, images=4)
     steps = []
     x = sample(net, (5, 64), net.table(), net.schedule, 17, steps=6, zhat=zhat, num_latents=2, generator=rng(0),
@@ -54,8 +54,8 @@ def test_the_film_shows_masks_and_beliefs(model, zhat, tmp_path):
     for step in steps:
         belief, masked = step.belief(), step.x == net.mask_id
         assert (belief < net.mask_id).all()
-        old = ~masked & ~step.fresh
-        assert torch.equal(belief[old], step.x[old])  # what was known is believed
+        known = ~masked & ~step.fresh
+        assert torch.equal(belief[known], step.x[known])
     width = grid(shown(x[:4], GREY)).shape[1]
     with Image.open(save(tmp_path / "x.gif", *film.frames, option="--gif")) as gif:
         assert (gif.format, gif.n_frames) == ("GIF", 6) and gif.size == (2 * width, film.frames[0].shape[0])
@@ -64,24 +64,24 @@ def test_the_film_shows_masks_and_beliefs(model, zhat, tmp_path):
 
 
 def test_beliefs_are_those_of_the_logits():
-    """One position, a denoiser that is sure: hard, soft and sample all believe it, at every step."""
+    """Check every belief under a denoiser that is sure of token 9, for each estimate z0_hat."""
     net = images(NANO, latent_dim=2)
 
     def oracle(x, z, t):
         return torch.where(torch.arange(17) == 9, 50.0, 0.0).expand(*x.shape, 17)
 
     for zhat in ("hard", "soft", "sample"):
-        seen = []
+        beliefs = []
         sample(oracle, (1, 64), net.table(), net.schedule, 17, steps=4, zhat=zhat, generator=rng(0),
-               callback=lambda step, seen=seen: seen.append(step.belief()))  # fmt: skip
-        assert len(seen) == 4 and all((belief == 9).all() for belief in seen)
+               callback=lambda step, beliefs=beliefs: beliefs.append(step.belief()))  # fmt: skip
+        assert len(beliefs) == 4 and all((belief == 9).all() for belief in beliefs)
 
 
 def test_terminal_blocks_are_two_pixels_each():
     image = np.arange(3 * 2 * 3, dtype=np.uint8).reshape(3, 2, 3)
     lines = blocks(image).splitlines()
     assert len(lines) == 2 and lines[0].startswith("\x1b[38;2;0;1;2m\x1b[48;2;6;7;8m▀") and lines[1].endswith("\x1b[0m")
-    assert "\x1b[48;2;0;0;0m" in lines[1]  # no fourth row: black
+    assert "\x1b[48;2;0;0;0m" in lines[1]  # the missing fourth row is black
 
 
 @pytest.mark.parametrize("model", ["cadd", "mdlm"])

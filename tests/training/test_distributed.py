@@ -1,4 +1,4 @@
-"""Two processes are one: the same gradients, the same run, whole checkpoints. Real ones, over gloo on the CPU."""
+"""Two processes do what one does: the same gradients, the same run, the same checkpoints. Over gloo on the CPU."""
 
 import os
 import re
@@ -35,8 +35,8 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
-def made(processes, model: str = "cadd", **more) -> Trainer:
-    return Trainer(nano(model), batch, TrainConfig(**(OPTIONS | more)), processes)
+def made(processes, model: str = "cadd", **options) -> Trainer:
+    return Trainer(nano(model), batch, TrainConfig(**(OPTIONS | options)), processes)
 
 
 def gradients(processes, model: str, accumulate: int, shard: bool = False) -> list[torch.Tensor]:
@@ -46,7 +46,7 @@ def gradients(processes, model: str, accumulate: int, shard: bool = False) -> li
 
 
 def goes_on(processes, shard: bool, state: dict) -> dict:
-    """Three steps from there on, and what is then looked at."""
+    """Make three steps from a saved state. Returns the new state and what is measured of the sharded weights."""
     fit = made(processes, accumulate=2, shard=shard)
     fit.load_state_dict(state)
     for _ in range(3):
@@ -56,7 +56,7 @@ def goes_on(processes, shard: bool, state: dict) -> dict:
 
 
 def shown(processes, accumulate: int = 2) -> list[tuple[torch.Tensor, ...]]:
-    """What the loss of each micro-batch is given: tokens, times, the first of the noise."""
+    """Record what the loss of each micro-batch gets: tokens, times, the first numbers of the noise."""
     fit, seen = made(processes, accumulate=accumulate), []
 
     def loss(model, batch, u, objective, generator):
@@ -74,19 +74,19 @@ SHARD = pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
 
 
 def in_process(rank: int, port: str, folder: Path) -> None:
-    """All that the tests below ask of two processes, at once: starting them takes the time."""
+    """Compute everything that the tests below need of two processes, once, because starting them is slow."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     state = torch.load(folder / "three.pt", weights_only=True)
     with world("cpu") as processes:
-        found = {
+        results = {
             "gradients": {(*case, s): gradients(processes, *case, s) for case in CASES for s in (False, True)},
             "resumed": {s: goes_on(processes, s, state) for s in (False, True)},
             "shown": shown(processes),
             "any": [processes.any(rank == 1), processes.any(False)],
             "mean": processes.mean(torch.tensor(2.0 * rank)),
         }
-        torch.save(found, folder / f"{rank}.pt")
+        torch.save(results, folder / f"{rank}.pt")
     leave(0)
 
 
@@ -101,7 +101,7 @@ def three_steps() -> Trainer:
 
 @pytest.fixture(scope="module")
 def two(three_steps, tmp_path_factory) -> list[dict]:
-    """What each of two processes found."""
+    """Run two processes. Returns the results of each."""
     folder = tmp_path_factory.mktemp("two")
     torch.save(three_steps.state_dict(), folder / "three.pt")
     mp.spawn(in_process, (free_port(), folder), nprocs=2)
@@ -112,43 +112,46 @@ def two(three_steps, tmp_path_factory) -> list[dict]:
 @pytest.mark.parametrize("model, accumulate", CASES)
 def test_gradients_of_two_processes_are_those_of_one_on_the_joined_batch(model, accumulate, shard, two):
     joined = gradients(None, model, accumulate)
-    for found in two:
-        for one, other in zip(joined, found["gradients"][model, accumulate, shard]):
-            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
-    half = gradients(None, model, 1)  # the test can see: half of the batch has others
+    for results in two:
+        for expected, gradient in zip(joined, results["gradients"][model, accumulate, shard]):
+            torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    half = gradients(None, model, 1)  # the check is not empty: half of the batch has different gradients
     assert any(not torch.allclose(a, b, rtol=1e-2, atol=1e-4) for a, b in zip(joined, half))
 
 
 @SHARD
 def test_a_run_goes_on_in_another_number_of_processes(shard, two, three_steps):
-    """Three steps of one process, three of two, three of one: as nine of one, and evaluated alike."""
-    straight, other = made(None, accumulate=2), made(None, accumulate=2)
+    """Compare three steps of one process, three of two and three of one with nine steps of one.
+
+    Half-way, one process must evaluate the state of the two as they did.
+    """
+    straight, mixed = made(None, accumulate=2), made(None, accumulate=2)
     straight.load_state_dict(three_steps.state_dict())
     middle = two[0]["resumed"][shard]
-    other.load_state_dict(middle["state"])
-    assert (other.step, other.sequences) == (6, 96) and other.optimizer.state_dict()["state"][0]["step"] == 6
-    assert other.evaluate([batch(100), batch(101)]) == pytest.approx(middle["held_out"], rel=1e-5)
-    assert other.latent_norm() == pytest.approx(middle["norm"], rel=1e-5)
+    mixed.load_state_dict(middle["state"])
+    assert (mixed.step, mixed.sequences) == (6, 96) and mixed.optimizer.state_dict()["state"][0]["step"] == 6
+    assert mixed.evaluate([batch(100), batch(101)]) == pytest.approx(middle["held_out"], rel=1e-5)
+    assert mixed.latent_norm() == pytest.approx(middle["norm"], rel=1e-5)
     for _ in range(6):
         straight.train_step()
     for _ in range(3):
-        other.train_step()
+        mixed.train_step()
     for key, value in straight.state_dict()["ema"].items():
-        torch.testing.assert_close(other.state_dict()["ema"][key], value, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(mixed.state_dict()["ema"][key], value, rtol=1e-2, atol=1e-3)
 
 
 def test_each_process_has_its_own_data_times_and_noise_and_together_they_are_one_process(two):
-    alone, together = shown(None), [found["shown"][0] for found in two]
-    for one, other in zip(alone, together):
-        assert all(torch.equal(a, b) for a, b in zip(one, other))
+    alone, together = shown(None), [results["shown"][0] for results in two]
+    for expected, given in zip(alone, together):
+        assert all(torch.equal(a, b) for a, b in zip(expected, given))
     assert not torch.equal(together[0][2], together[1][2]) and not torch.equal(together[0][0], together[1][0])
     times = torch.cat([together[0][1], together[1][1]])
-    assert len((times * 16).ceil().unique()) == 16  # one in each sixteenth over both
+    assert len((times * 16).ceil().unique()) == 16  # stratified over both processes: one time in each sixteenth
 
 
 def test_what_holds_in_one_process_all_of_them_hear_of(two):
-    assert [found["any"] for found in two] == [[True, False]] * 2
-    assert [found["mean"] for found in two] == [1.0, 1.0]
+    assert [results["any"] for results in two] == [[True, False]] * 2
+    assert [results["mean"] for results in two] == [1.0, 1.0]
 
 
 def torchrun(
@@ -161,7 +164,10 @@ def torchrun(
 
 @pytest.mark.parametrize("rank, late", [({"RANK": "1"}, ""), ({}, "late")], ids=["torchrun's", "alone"])
 def test_a_process_of_torchruns_ends_before_the_interpreter_does(rank, late):
-    """Where a thread of gloo's may abort it; what was said is said, and the exit code is the same."""
+    """Check that `leave` skips the interpreter's end, where a thread of gloo may abort the process.
+
+    The output before it must appear, and the exit code must stay.
+    """
     script = """import atexit; from cadd_min.utils.errors import InputError; from cadd_min.utils.cli import run
 def main():
     atexit.register(print, "late", end="")
@@ -175,7 +181,7 @@ run(main)"""
 
 @pytest.fixture
 def alone(monkeypatch):
-    """The one process of a torchrun with one."""
+    """Make this process the only process of a torchrun."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
         monkeypatch.setenv(name, value)
     with world("cpu") as processes:
@@ -183,7 +189,7 @@ def alone(monkeypatch):
 
 
 def test_a_sharded_model_is_compiled_a_block_at_a_time(alone, monkeypatch):
-    """In one process, by the tracer without its code generator: the same steps as of a model that is not compiled."""
+    """Compare steps of the compiled model with steps of the plain model. The tracer runs without code generation."""
     traced, real = [], torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda f, fullgraph: traced.append(f) or real(f, fullgraph=fullgraph, backend="eager")
@@ -198,7 +204,7 @@ def test_a_sharded_model_is_compiled_a_block_at_a_time(alone, monkeypatch):
 
 
 class Dispatched(TorchDispatchMode):
-    """Notes the names of the operators that run."""
+    """A mode that records the names of the operators that run."""
 
     def __init__(self):
         super().__init__()
@@ -210,21 +216,27 @@ class Dispatched(TorchDispatchMode):
 
 
 def test_accumulation_shares_gradients_once_a_step(alone, monkeypatch):
-    """FSDP2 lays out the gradients of each block, and the others, to be shared: as often in four batches as in one."""
+    """Count how often FSDP2 packs gradients to share them: as often for four micro-batches as for one.
+
+    It packs once for each block and once for the other parameters. The twin shares after each micro-batch.
+    """
     counts = []
     for accumulate, twin in ((1, False), (4, False), (4, True)):
-        if twin:  # one that shares them after each
+        if twin:
             monkeypatch.setattr("cadd_min.training.trainer.accumulate_only", lambda through, only: None)
         fitted = made(alone, accumulate=accumulate, shard=True)
-        with Dispatched() as seen:
+        with Dispatched() as dispatched:
             fitted.backward()
-        counts.append(sum("chunk_cat" in name for name in seen.names))
+        counts.append(sum("chunk_cat" in name for name in dispatched.names))
     assert counts[0] == counts[1] == len(nano().blocks()) + 1 and counts[2] == 4 * counts[0]
 
 
 @pytest.mark.parametrize("seconds, looks", [(0.001, 10), (0.3, 3), (60.0, 1)])
 def test_long_steps_are_looked_at_one_by_one(seconds, looks, monkeypatch, tmp_path):
-    """torchrun kills half a minute after SIGTERM: ten steps of minutes would be too many between two looks."""
+    """Check the steps between two looks at an interrupt, for steps of three lengths.
+
+    torchrun kills its processes 30 seconds after SIGTERM, so a run with long steps has to look after each.
+    """
 
     class Two(World):
         mean = staticmethod(float)
@@ -255,8 +267,8 @@ def test_sigterm_to_torchrun_saves_once_and_says_so_once(text, tmp_path):
             time.sleep(0.1)
         time.sleep(1)
         running.send_signal(signal.SIGTERM)
-        said = running.communicate(timeout=60)[1]
-    assert len(re.findall(r"stopped after step \d+, saved in", said)) == 1
+        errors = running.communicate(timeout=60)[1]
+    assert len(re.findall(r"stopped after step \d+, saved in", errors)) == 1
     assert checkpoint.load(out)["trainer"]["step"] >= 1 and not list(out.glob("*.tmp"))
 
 
@@ -271,7 +283,7 @@ def test_torchrun_trains_samples_and_goes_on_alone(shard, tmp_path):
               "--dataset", str(text), "--out", str(out)]  # fmt: skip
     done = torchrun(tmp_path, *common, "--steps", "6", *(["--shard"] if shard else []))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("trained:") == 1 and "in 2 processes" in done.stdout  # one speaks
+    assert done.stdout.count("trained:") == 1 and "in 2 processes" in done.stdout  # only the first process prints
     assert [row["step"] for row in read_metrics(out / "metrics.jsonl") if "ce" in row] == [1, 2, 3, 4, 5, 6]
     saved = checkpoint.load(out)
     assert saved["settings"]["accumulate"] == 2 and saved["trainer"]["seen"] == 48

@@ -1,4 +1,4 @@
-"""Nothing is lost when a run dies: killed at any moment, a damaged file, no numbers, no memory, no room."""
+"""A run that dies loses nothing: killed at any moment, a damaged file, not a number, out of memory, a full disk."""
 
 import json
 import math
@@ -34,8 +34,9 @@ def state(step: int) -> dict:
 
 # ------------------------------------------------------------------------------------------------- kill -9
 
-# One process that has imported everything, and forks a life at a time: a life is the training script, killed or not.
-# Every other one is killed at a random moment after its first step, every other one while a file is half written.
+# One process imports everything and forks the training script again and again, until the given number of kills.
+# A fifth of the runs is killed before the first step. The others are killed at a random moment after it, and half of
+# them as soon as a file is half written.
 LIVES = """
 import os, random, runpy, signal, sys, time
 from pathlib import Path
@@ -66,7 +67,7 @@ while killed <= kills:
         os.waitpid(pid, 0)
         break
     if rng.random() < 0.2:
-        time.sleep(rng.uniform(0, 0.3))  # before it has begun
+        time.sleep(rng.uniform(0, 0.3))  # before the first step
     else:
         before = steps()
         while steps() <= before:
@@ -93,13 +94,13 @@ def test_a_run_killed_at_21_random_moments_ends_bit_for_bit_where_the_undisturbe
     for name, kills in (("killed", 21), ("undisturbed", 0)):
         out = tmp_path / name
         command = [sys.executable, "-c", LIVES, str(out), str(kills), *common, "--out", str(out)]
-        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."})
-        assert found.returncode == 0, found.stderr
-        results[name] = [int(n) for n in found.stdout.split()]
+        lives = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."})
+        assert lives.returncode == 0, lives.stderr
+        results[name] = [int(n) for n in lives.stdout.split()]
         assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == list(range(1, 151))
         assert not list(out.glob("*.tmp"))
     killed, while_writing = results["killed"]
-    assert killed == 21 and while_writing >= 5  # these left a half-written file
+    assert killed == 21 and while_writing >= 5  # these kills left a half-written file
     one, two = (checkpoint.load(tmp_path / name)["trainer"] for name in ("killed", "undisturbed"))
     assert one["step"] == two["step"] == 150
     for part in ("model", "ema"):
@@ -113,7 +114,7 @@ def test_a_run_killed_at_21_random_moments_ends_bit_for_bit_where_the_undisturbe
 
 
 def test_every_cut_and_every_flipped_bit_is_found_and_the_checkpoint_before_is_used(tmp_path, capsys):
-    """Cuts anywhere; a flip in each of 300 random places, of which torch.load itself notices the fewest."""
+    """Check 30 cuts and 300 flipped bits at random places. torch.load alone misses more than 100 of them."""
     path = tmp_path / checkpoint.FILE
     for step in (1, 2):
         checkpoint.save(path, state(step))
@@ -134,8 +135,8 @@ def test_every_cut_and_every_flipped_bit_is_found_and_the_checkpoint_before_is_u
             unnoticed += 1
         except Exception:
             pass
-    assert unnoticed > 100  # without the checksum
-    checkpoint.save(path, state(3))  # the damaged file does not take the place of the good one before it
+    assert unnoticed > 100  # so the checksum is needed
+    checkpoint.save(path, state(3))  # the damaged file must not replace the good previous checkpoint
     path.unlink()
     assert checkpoint.load(tmp_path)["trainer"]["step"] == 1
 
@@ -145,7 +146,7 @@ def test_a_run_that_died_between_two_renames_has_its_checkpoint(tmp_path, capsys
     checkpoint.save(path, state(7))
     path.rename(path.with_name(checkpoint.PREVIOUS))
     assert checkpoint.load(tmp_path / "run")["trainer"]["step"] == 7 and "of step 7" in capsys.readouterr().err
-    assert checkpoint.find(tmp_path) == path  # the newest run of a folder of runs
+    assert checkpoint.find(tmp_path) == path  # also as the newest run in a folder of runs
 
 
 def test_without_one_before_a_damaged_checkpoint_is_an_error(tmp_path):
@@ -165,7 +166,7 @@ def test_a_checkpoint_is_still_an_archive_that_torch_and_unzip_read(tmp_path):
         assert archive.testzip() is None and len(archive.comment) == checkpoint.DIGEST
 
 
-# ------------------------------------------------------------------------------------------------- no numbers, no room
+# ------------------------------------------------------------------------------------------- NaN, memory, disk space
 
 
 def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted():
@@ -175,12 +176,12 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted():
     before = trainer()
     before.load_state_dict(disturbed.state_dict())
     loss = disturbed.training_loss
-    disturbed.training_loss = lambda *args: (lambda found: found._replace(total=found.total * math.nan))(loss(*args))
+    disturbed.training_loss = lambda *args: (lambda value: value._replace(total=value.total * math.nan))(loss(*args))
     disturbed.train_step()
     for p, q in zip(disturbed.model.parameters(), before.model.parameters()):
         assert torch.equal(p, q)
-    one, two = (fitted.optimizer.state_dict()["state"] for fitted in (disturbed, before))
-    assert all(torch.equal(one[n][key], two[n][key]) for n in two for key in two[n])
+    moments, unchanged = (fitted.optimizer.state_dict()["state"] for fitted in (disturbed, before))
+    assert all(torch.equal(moments[n][key], unchanged[n][key]) for n in unchanged for key in unchanged[n])
     assert (int(disturbed.skipped), int(disturbed.in_a_row), disturbed.step) == (1, 1, 2)
     disturbed.training_loss = loss
     disturbed.train_step()
@@ -193,8 +194,8 @@ def test_a_run_of_skipped_steps_stops_and_keeps_what_it_had(tmp_path):
     loss = fitted.training_loss
 
     def fails(*args):
-        found = loss(*args)
-        return found._replace(total=found.total * (math.inf if fitted.step >= bad_from else 1))
+        value = loss(*args)
+        return value._replace(total=value.total * (math.inf if fitted.step >= bad_from else 1))
 
     fitted.training_loss = fails
     with pytest.raises(InputError, match=r"not finite in \d+ steps in a row, to step \d+: lower --lr"):
@@ -208,7 +209,7 @@ def test_a_run_of_skipped_steps_stops_and_keeps_what_it_had(tmp_path):
 
 @pytest.mark.parametrize("script, help", [("train_text.py", "--vocab-size"), ("finetune.py", "--lora 16")])
 def test_out_of_memory_names_what_would_help(script, help, tmp_path):
-    """The real thing: 4 EiB, which no allocator has."""
+    """Run out of memory by an allocation of 4 EiB, and check that the error names the script's own options."""
     fitted = trainer(steps=2)
     fitted.training_loss = lambda *args: torch.empty(2**60)
     run = run_of(tmp_path)
@@ -218,7 +219,7 @@ def test_out_of_memory_names_what_would_help(script, help, tmp_path):
 
 
 def test_a_read_only_folder_is_named(tmp_path, text, call):
-    """As a file where the folder should be: root, who runs many a container, may write into a read-only one."""
+    """Check a read-only folder as --out. Root may write there, so for root a file stands in the folder's place."""
     folder = tmp_path / "locked"
     folder.mkdir()
     folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
@@ -230,7 +231,7 @@ def test_a_read_only_folder_is_named(tmp_path, text, call):
 
 
 def test_a_full_disk_in_the_middle_of_a_run_is_a_sentence_and_the_checkpoint_stays(tmp_path):
-    """The kernel refuses to write more than a limit to a file: metrics.jsonl meets it soon after a checkpoint."""
+    """Imitate a full disk by a limit on a file's size. metrics.jsonl meets the limit soon after a checkpoint."""
     code = """
 import resource, runpy, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -245,12 +246,12 @@ runpy.run_path("train_text.py", run_name="__main__")
 """
     text = tmp_path / "t.txt"
     text.write_text("To be, or not to be, that is the question. " * 400)
-    few = "--preset nano --length 16 --vocab-size 300 --dtype float32 --log-every 1 --eval-every 0 --sample-every 0"
-    command = [sys.executable, "-c", code, *few.split(), "--save-every", "5", "--cache", str(tmp_path / "cache"),
+    tiny = "--preset nano --length 16 --vocab-size 300 --dtype float32 --log-every 1 --eval-every 0 --sample-every 0"
+    command = [sys.executable, "-c", code, *tiny.split(), "--save-every", "5", "--cache", str(tmp_path / "cache"),
                "--dataset", str(text), "--out", str(tmp_path / "run")]  # fmt: skip
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."})
-    last = found.stderr.strip().splitlines()[-1]
-    assert found.returncode == 2 and "Traceback" not in found.stderr, found.stderr
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."})
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert re.fullmatch(
         r"error: --out .* cannot be written to \(File too large\); the last checkpoint is untouched", last
     )
@@ -261,9 +262,9 @@ def test_a_run_folder_says_what_made_it_and_the_same_seed_makes_the_same_curve(t
     command = f"train_text.py --preset nano --steps 4 --log-every 1 --dataset {text} --vocab-size 300 --length 16 --eval-every 0 --sample-every 0"  # noqa: E501
     for name in "ab":
         assert call(f"{command} --out {tmp_path / name}")[0] == 0
-    found = json.loads((tmp_path / "a" / "run.json").read_text())
-    assert found["settings"]["seed"] == 0 and found["model_config"]["vocab_size"] == 300
-    (start,) = found["starts"]
+    recorded = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert recorded["settings"]["seed"] == 0 and recorded["model_config"]["vocab_size"] == 300
+    (start,) = recorded["starts"]
     assert start["packages"]["torch"] == torch.__version__ and start["processes"] == 1 and "cpu" in start["device"]
     assert start["commit"] is None or len(start["commit"].rstrip("+")) == 40
     one, two = ([row["ce"] for row in read_metrics(tmp_path / name / "metrics.jsonl")] for name in "ab")

@@ -1,4 +1,4 @@
-"""Training: it learns, it is reproducible bit for bit, and a run that dies loses nothing."""
+"""Training learns, is reproducible bit for bit, and loses nothing when it is interrupted."""
 
 import json
 import math
@@ -48,10 +48,10 @@ def test_resume_is_bit_for_bit(model, options, tmp_path):
     "model, dtype", [("cadd", "float32"), ("mdlm", "float32"), ("cdm", "float32"), ("cadd", "bfloat16")]
 )
 def test_one_batch_can_be_overfitted(model, dtype, monkeypatch):
-    """One batch with its noise, again and again: nothing of it may stay beyond the network's reach.
+    """Check that the loss goes to zero on one batch with always the same noise.
 
-    Rotary positions are relative, so a sequence without a single unmasked token (and without a latent) cannot know
-    where its tokens stand: this noise leaves one everywhere.
+    Rotary positions are relative. In a sequence without unmasked tokens and without latents, no token can know its
+    place. The chosen seed leaves an unmasked token in every sequence.
     """
     import cadd_min.training.trainer as module
 
@@ -59,7 +59,7 @@ def test_one_batch_can_be_overfitted(model, dtype, monkeypatch):
     fit = trainer(model, lambda i: batch(0), steps=400, lr=3e-3, wrong_hints=0.0, dtype=dtype)
     losses = [float(fit.train_step()["ce"]) for _ in range(400)]
     assert losses[0] > 2 and losses[-1] < 0.02
-    assert fit.model.head.weight.dtype == torch.float32  # whatever the network computes in
+    assert fit.model.head.weight.dtype == torch.float32  # whatever the dtype of the computation
 
 
 @pytest.mark.slow
@@ -73,7 +73,7 @@ def test_compiled_steps_are_the_same_steps():
 
 
 def test_accumulation_equals_the_larger_batch():
-    """Two micro-batches give the mean of their gradients."""
+    """Compare two micro-batches with the mean of their gradients, computed apart."""
     whole, model = trainer(accumulate=2), nano()
     config = whole.config
     u = stratified_times(16, seeded(config.seed, 0, use=1)).view(2, 8)
@@ -85,16 +85,16 @@ def test_accumulation_equals_the_larger_batch():
 
 
 def test_loss_is_the_cross_entropy_of_the_logits_at_masked_positions(monkeypatch):
-    """The chunked loss against the plain one from model(...): the two paths to the logits agree."""
+    """Compare the chunked loss with the cross-entropy of model(...): the two paths to the logits must agree."""
     import cadd_min.objective as module
 
-    model, config, seen = nano(bayes_head=True), TrainConfig(batch_size=8), {}
+    model, config, noised = nano(bayes_head=True), TrainConfig(batch_size=8), {}
     torch.nn.init.normal_(model.head.weight, generator=rng(5))
     forward = module.ops.forward_noising
-    monkeypatch.setattr(module.ops, "forward_noising", lambda *a: seen.setdefault("x, z", forward(*a)))
+    monkeypatch.setattr(module.ops, "forward_noising", lambda *a: noised.setdefault("x, z", forward(*a)))
     x_0, u = batch(0).x_0, stratified_times(8, rng(1))
     loss = training_loss(model, Batch(x_0), u, config, rng(0))
-    (x_t, z_t), t = seen["x, z"], (T_MIN + (1 - T_MIN) * u).float()
+    (x_t, z_t), t = noised["x, z"], (T_MIN + (1 - T_MIN) * u).float()
     masked = x_t == model.mask_id
     ce = torch.nn.functional.cross_entropy(model(x_t, z_t, t)[masked], x_0[masked], reduction="sum")
     assert float(loss.total.detach()) == pytest.approx(float(ce.detach()) / x_0.numel(), rel=1e-5)
@@ -102,7 +102,7 @@ def test_loss_is_the_cross_entropy_of_the_logits_at_masked_positions(monkeypatch
 
 
 def test_logits_never_exist_at_once():
-    """Peak of the largest tensor made by forward and backward at V = 5,000: far below (N, V)."""
+    """Check that the largest tensor of forward and backward at V = 5,000 is far below the logits (N, V)."""
     features = torch.randn(4096, 8, requires_grad=True)
     head, targets = torch.randn(5000, 8, requires_grad=True), torch.zeros(4096, dtype=torch.int64)
     with torch.profiler.profile(profile_memory=True, record_shapes=False) as profile:
@@ -134,7 +134,8 @@ def test_dtype_is_measured():
 def test_evaluation_is_the_same_each_time_and_bounds_the_entropy():
     fit = trainer(steps=1)
     one, two = (fit.evaluate([batch(100 + i) for i in range(16)]) for _ in range(2))
-    assert one == two and one["val_bound"] > math.log(11) - 0.1  # of uniform tokens; 16 draws of the time err by less
+    # the tokens are uniform, so their entropy is log 11; the error of 16 draws of t is smaller than 0.1
+    assert one == two and one["val_bound"] > math.log(11) - 0.1
     assert one["val_bound"] == pytest.approx(one["val_bound_discrete"] + one["val_bound_continuous"])
 
 
@@ -155,16 +156,16 @@ def test_elbo_weights_alone_cannot_train_a_cdm():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_a_step_waits_for_the_gpu_only_to_count_its_masks():
-    """PyTorch itself warns of each wait: one for the number of masked positions, whatever else the step does."""
+    """Check by PyTorch's own warnings that a step waits once: for the number of masked positions."""
     fitted = Trainer(nano().cuda(), batch, TrainConfig(batch_size=8, dtype="bfloat16"))
     fitted.train_step()
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        with pytest.warns(UserWarning, match="synchroniz") as found:
+        with pytest.warns(UserWarning, match="synchroniz") as warnings:
             fitted.train_step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in found if "synchroniz" in str(w.message)]) == 1
+    assert len([w for w in warnings if "synchroniz" in str(w.message)]) == 1
 
 
 def test_damaged_checkpoints_are_refused_and_nothing_is_unpickled(tmp_path):
@@ -172,7 +173,7 @@ def test_damaged_checkpoints_are_refused_and_nothing_is_unpickled(tmp_path):
     checkpoint.save(path, {"trainer": trainer().state_dict()})
     whole = path.read_bytes()
     evil = tmp_path / "evil.pt"
-    checkpoint.save(evil, {"x": Path("/")})  # a pickled object, with a checksum that is right
+    checkpoint.save(evil, {"x": Path("/")})  # a pickled object under a correct checksum
     for content in (whole[: len(whole) // 2], whole[:100], b"", b"not a checkpoint", evil.read_bytes()):
         path.write_bytes(content)
         with pytest.raises(InputError, match="not a checkpoint"):
@@ -192,7 +193,7 @@ def test_damaged_checkpoints_are_refused_and_nothing_is_unpickled(tmp_path):
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
-    """The kernel refuses to write more than a limit: the same error path as a full disk."""
+    """Imitate a full disk by a limit on a file's size: the error path is the same."""
     code = f"""
 import resource, signal, sys, torch
 from pathlib import Path
@@ -218,7 +219,7 @@ def test_metrics_drop_what_a_resumed_run_does_again(tmp_path):
         log.write(step, ce=1.0 / step, latent_norm=1.0, val_bound=2.0)
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 40, "ce"')  # cut short by a crash
+        file.write('{"step": 40, "ce"')  # as a crash cuts it short
     MetricsLog(tmp_path, 20).close()
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [10, 20]
     assert loss_curve(tmp_path / "metrics.jsonl").stat().st_size > 5000
@@ -226,7 +227,7 @@ def test_metrics_drop_what_a_resumed_run_does_again(tmp_path):
 
 @pytest.mark.slow
 def test_tensorboard_gets_the_same_values(tmp_path):
-    """What TensorBoard itself reads back."""
+    """Read the values back by TensorBoard's own reader."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -240,21 +241,21 @@ def test_tensorboard_gets_the_same_values(tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_saves_and_resume_continues_as_if_nothing_had_happened(tmp_path):
-    """Ctrl-C, then, when it goes on, SIGTERM, and on again: as a run that nobody disturbed."""
+    """Interrupt a run by Ctrl-C, resume it, interrupt it by SIGTERM, resume it: it must end as an undisturbed run."""
     text = tmp_path / "t.txt"
     text.write_text("To be, or not to be, that is the question. " * 400)
     common = ["--preset", "nano", "--length", "16", "--vocab-size", "300", "--batch-size", "4", "--steps", "60",
               "--dtype", "float32", "--eval-every", "0", "--sample-every", "0", "--log-every", "1",
               "--cache", str(tmp_path / "cache"), "--dataset", str(text)]  # fmt: skip
 
-    def start(*more: str) -> subprocess.Popen:
-        command = [sys.executable, "train_text.py", *more]
+    def start(*options: str) -> subprocess.Popen:
+        command = [sys.executable, "train_text.py", *options]
         return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
     assert start(*common, "--out", str(tmp_path / "a")).wait() == 0
     metrics, before = tmp_path / "b" / "metrics.jsonl", 0
-    for number, how in ((signal.SIGINT, common), (signal.SIGTERM, ["--resume"])):
-        process = start(*how, "--out", str(tmp_path / "b"))
+    for number, options in ((signal.SIGINT, common), (signal.SIGTERM, ["--resume"])):
+        process = start(*options, "--out", str(tmp_path / "b"))
         while not metrics.exists() or metrics.read_text().count("\n") < before + 3:
             assert process.poll() is None
             time.sleep(0.01)
