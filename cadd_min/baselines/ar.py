@@ -1,6 +1,11 @@
-"""The autoregressive model: p(x_0) = product over i of p(x_0^i | x_0^1, ..., x_0^(i-1)), by a causal network.
+"""The autoregressive model (as GPT, Radford et al. 2018): each token is predicted from the tokens before it.
 
-Its likelihood is exact, no bound, so its nats are what a diffusion model's bound is compared with.
+    p(x_0) = product over i of p(x_0^i | x_0^1, ..., x_0^(i-1))
+
+The network is causal, and its input is x_0 shifted by one position. The likelihood is exact, not a bound: the bounds
+of the diffusion models are compared with it.
+
+Shapes: tokens (B, L), features (B L, F), head (V, F).
 """
 
 from __future__ import annotations
@@ -20,12 +25,12 @@ from cadd_min.sampler import Step
 
 
 def shifted(x_0: Tensor, mask_id: int) -> Tensor:
-    """The network's input (B, L): the mask stands for the beginning, then every token but the last."""
+    """Shift tokens by one position: the mask for the beginning, then every token but the last. (B, L) -> (B, L)."""
     return torch.cat([torch.full_like(x_0[:, :1], mask_id), x_0[:, :-1]], 1)
 
 
 def causal_features(model: Model, x_0: Tensor, label: Tensor | None = None) -> Tensor:
-    """(B L, F), the features that predict each token from what is left of it. t is 0: nothing is noisy."""
+    """Compute the features (B L, F) that predict each token from the tokens to its left. t is 0: nothing is noisy."""
     return features(model, shifted(x_0, model.mask_id), torch.zeros(len(x_0), device=x_0.device), label).flatten(0, 1)
 
 
@@ -35,16 +40,16 @@ def training_loss(model: Model, batch: Batch, u: Tensor, objective: Objective, g
     All positions count as masked, and the squared error is zero.
     """
     x_0, label, _ = batch
-    ce, _ = token_losses(causal_features(model, x_0, label), model.head_matrix(), x_0.flatten())
+    ce, _ = token_losses(causal_features(model, x_0, label), model.head_matrix(), x_0.flatten())  # (B L,)
     count = torch.tensor(x_0.numel(), device=x_0.device)
     return Loss(ce.mean(), ce.detach().sum(), count, ce.new_zeros(()))
 
 
 @torch.no_grad()
 def nelbo_parts(model: Model, x_0: Tensor, *, steps: int | None = None, generator: Generator | None = None) -> Bound:
-    """-log p(x_0) itself, (B,) nats: the bound is exact, so `steps` and `generator` are ignored."""
+    """Compute -log p(x_0), (B,) nats. The likelihood is exact: `steps` and `generator` are ignored."""
     nats, _ = token_losses(causal_features(model, x_0), model.head_matrix(), x_0.flatten())
-    discrete = nats.view_as(x_0).sum(-1)
+    discrete = nats.view_as(x_0).sum(-1)  # (B,)
     return Bound(discrete, torch.zeros_like(discrete))
 
 
@@ -52,23 +57,25 @@ def nelbo_parts(model: Model, x_0: Tensor, *, steps: int | None = None, generato
 def sample(
     model: Model, x: Tensor, how: Sampling, seed: Tensor, callback: Callable[[Step], None] | None = None
 ) -> Tensor:
-    """Draw x_0 (B, L) int64 from left to right: L forwards whatever `steps` says, each over all tokens so far.
+    """Draw x_0 (B, L) int64 from left to right, one forward pass for each position. The number of steps is ignored.
 
-    No keys and values are cached, so a sample costs as much as L / 2 steps of a diffusion model.
-    Args: x (B, L), mask_id where free; seed (2,), at offset 0. A token given in the middle stays, and conditions what
-    is right of it only. callback sees a `Step` after each token, i of L of them as t = 1 - i / L.
+    Each pass runs over all tokens so far. Keys and values are not cached, so a sample costs as much as L / 2 steps of a
+    diffusion model.
+    Args: x (B, L): the given tokens, and mask_id where a token is to be drawn. Given tokens never change, and condition
+    only the positions to their right. seed (2,): at offset 0. callback: gets a `Step` after each drawn position i of L,
+    from t = 1 - i / L.
     """
     head, (batch, length) = model.head_matrix(), x.shape
     x = x.clone()
-    zero = torch.zeros(batch, device=head.device)
-    position = length * torch.arange(batch, device=head.device)
+    time = torch.zeros(batch, device=head.device)
+    starts = length * torch.arange(batch, device=head.device)  # the flat position of each sequence's first token
     for i in range(length):
-        free = x[:, i] == model.mask_id
+        free = x[:, i] == model.mask_id  # (B,)
         if not free.any():
             continue
-        logits = logits_of(features(model, shifted(x[:, : i + 1], model.mask_id), zero)[:, -1], head)
+        logits = logits_of(features(model, shifted(x[:, : i + 1], model.mask_id), time)[:, -1], head)  # (B, V)
         t, s = 1 - i / length, 1 - (i + 1) / length
-        _, u = philox.choices(seed, position + i)
+        _, u = philox.choices(seed, starts + i)
         x[free, i] = draw_tokens(logits[free], model.mask_id, how.temperature_at(t), how.top_p, u[free])
         if callback is not None:
             fresh = torch.zeros_like(x, dtype=torch.bool)

@@ -1,7 +1,8 @@
-"""One door to what differs between the core and its baselines: a model's loss, its bound and its chain.
+"""One door to what differs between the core and its baselines: a model's training loss, its bound and its chain.
 
-cadd, mdlm and cdm are the core: objective.py, loss.py, sampler.py. A baseline brings its own three functions in the
-file of its name. Everything around them is shared: data, optimiser, checkpoints, metrics.
+The models cadd, mdlm and cdm are the core: objective.training_loss, loss.nelbo_parts, sampler.reverse_chain. Each
+baseline has a file of its name with three functions: training_loss, nelbo_parts, sample. All else is shared: data,
+optimiser, checkpoints, metrics.
 """
 
 from __future__ import annotations
@@ -23,20 +24,21 @@ from cadd_min.sampler import Step, first_tokens, reverse_chain
 from cadd_min.utils.errors import InputError
 
 MODULES: dict[str, ModuleType] = {"ar": ar, "udm": udm, "sedd": sedd}  # each has training_loss, nelbo_parts, sample
-UNDERSTOOD = ("steps", "temperature", "top_p", "zhat")  # by every baseline; zhat says nothing where there is no latent
+UNDERSTOOD = ("steps", "temperature", "top_p", "zhat")  # allowed for every baseline; zhat has no effect without latents
 STEPPED = ("udm", "sedd")  # these take their steps from a time grid; ar takes one step for each token
 
 
 def training_loss(name: str) -> Callable[..., Loss]:
-    """Return the training loss of a model by its name, with the arguments of `objective.training_loss`."""
+    """Return a model's training loss by the model's name. It takes the arguments of `objective.training_loss`."""
     return MODULES[name].training_loss if name in MODULES else objective.training_loss
 
 
 def bound(model: Model, batch: Batch, *, steps: int | None = None, generator: torch.Generator | None = None) -> Bound:
     """Estimate the likelihood bound of a batch: two parts, (B,) nats each.
 
-    The bound is of the free tokens given the others, and given the labels where the batch has them.
-    steps: of the discrete chain, or None for continuous time.
+    For the core, the bound is on the free tokens given the others, and given the labels where the batch has them. For a
+    baseline it is on all tokens, without labels.
+    Args: steps: of the discrete chain, or None for continuous time. Raises InputError for steps below 1.
     """
     x_0, label, free = batch
     if model.config.model in MODULES:
@@ -47,13 +49,13 @@ def bound(model: Model, batch: Batch, *, steps: int | None = None, generator: to
 
 
 def check(model: Model, settings: Sampling) -> None:
-    """Raise InputError for a setting that this model's chain does not heed."""
-    name, usual = model.config.model, Sampling()
+    """Raise InputError for a setting that this model's chain would ignore."""
+    name, defaults = model.config.model, Sampling()
     if name not in MODULES:
         check_hitting(settings, model.schedule)
         return
     for field, value in vars(settings).items():
-        if field in UNDERSTOOD or value == getattr(usual, field):
+        if field in UNDERSTOOD or value == getattr(defaults, field):
             continue
         if field != "time_grid":
             raise InputError(f"{field.replace('_', ' ')} is for cadd, mdlm and cdm, and this is {name}")
@@ -73,8 +75,9 @@ def draw(
 ) -> Tensor:
     """Draw samples (count, L) by the chain of the model.
 
-    denoiser: the model under guidance, or None for the model itself; prompt, generator, callback: see `sampler.sample`.
-    Raises InputError as `check` does.
+    Args: denoiser: the model under guidance, or None for the model itself; a baseline ignores it. prompt, generator,
+    callback: see `sampler.sample`.
+    Raises InputError for a setting that `check` refuses, and for a prompt of another shape or with other numbers.
     """
     check(model, settings)
     name, shape, table = model.config.model, (count, model.config.length), model.table()

@@ -1,7 +1,7 @@
-"""The denoiser with the methods of the Hugging Face hub. folder.py says what these read and write.
+"""The denoiser with the methods of the Hugging Face hub. They read and write the folders of folder.py.
 
 from cadd_min.checkpoints.hub import Denoiser
-model = Denoiser.from_pretrained("owner/name")    # or a folder
+model = Denoiser.from_pretrained("owner/name")    # or the path of a folder
 model.push_to_hub("owner/other-name")
 """
 
@@ -30,7 +30,7 @@ class Denoiser(
     paper_url="https://arxiv.org/abs/2510.01329",
     tags=["discrete-diffusion"],
 ):
-    """A `cadd_min.model.Denoiser` together with its codec, a tokenizer or pixels."""
+    """A `cadd_min.model.Denoiser` together with its codec: a tokenizer, or pixels."""
 
     def __init__(self, config: model.ModelConfig, codec: Codec):
         super().__init__(config)
@@ -40,9 +40,10 @@ class Denoiser(
     def from_pretrained(
         cls, pretrained_model_name_or_path: Path | str, *, revision: str | None = None, **download: Any
     ) -> Denoiser:
-        """Open a folder, here or at the hub; download: token, cache_dir and the like. Raises InputError.
+        """Open a model from a folder or from the hub. Raises InputError.
 
-        This replaces the mixin's method and not only its hook: the mixin reads the configuration before the hook runs.
+        download: options of huggingface_hub.snapshot_download, like token and cache_dir. This replaces the mixin's
+        method, not only the hook inside it: the mixin reads the configuration before the hook runs.
         """
         content = folder.read(pretrained_model_name_or_path, revision, **download)
         plain, codec = load.denoiser_of(content, Path(pretrained_model_name_or_path))
@@ -51,7 +52,7 @@ class Denoiser(
         return own.eval()
 
     def save_pretrained(self, save_directory: Path | str, **options: Any) -> str | None:
-        """Write a new folder with a model card; options: the mixin's. Raises InputError."""
+        """Write a new folder with a model card. options: those of the mixin's method. Raises InputError."""
         new_folder(save_directory)  # the mixin would first delete a config.json
         return super().save_pretrained(save_directory, **options)
 

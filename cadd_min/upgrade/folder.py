@@ -1,7 +1,7 @@
 """An upgraded model as a folder in the Hugging Face library's own format, with cadd.json beside it.
 
-The library opens the folder as the masked model that it is without its latent. A folder without cadd.json opens here
-as a masked model, too.
+The library opens the folder too, as the masked model without its latent. In this project a folder without cadd.json
+opens as a masked model.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from cadd_min.utils.huggingface import hub_folder
 
 FORMAT, VERSION = "cadd_min upgrade", 1
 UPGRADED = "cadd.json"
-FOUND = ("base", "vocab_size", "mask_id", "masked_lm")  # of UpgradeConfig: found again when the folder is opened
+FOUND = ("base", "vocab_size", "mask_id", "masked_lm")  # fields of UpgradeConfig that the library's files already hold
 
 
 def save(model: Upgraded, tokenizer: HFTokenizer, folder: Path | str) -> None:
     """Write a model to `folder`, which must be new or empty. Nothing is left there on failure.
 
-    This merges LoRA into `model`: do not use it afterwards. Raises InputError.
+    This merges LoRA into `model`: do not use `model` afterwards. Raises InputError.
     """
     folder = new_folder(folder)
     config = {name: value for name, value in dataclasses.asdict(model.config).items() if name not in FOUND}
@@ -62,12 +62,12 @@ def settings(name: str) -> dict[str, Any]:
 
 
 def open_upgraded(name: str, length: int | None = None, mask_token: str | None = None) -> tuple[Upgraded, HFTokenizer]:
-    """Open an upgraded model from a folder or from the hub. A model without cadd.json is taken as a masked model.
+    """Open an upgraded model from a folder or from the hub. A model without cadd.json opens as a masked model.
 
-    length: of its sequences, instead of the length that it was tuned on; mask_token: see `families.open_source`.
+    length: tokens in a sequence; None: as in tuning, or 256 without cadd.json. mask_token: see `families.open_source`.
     Raises InputError.
     """
     source = families.open_source(name, mask_token)
-    how = settings(name) or {"model": "mdlm", "length": 256}
-    tuned_on = how.pop("length")
-    return upgrade(source, tuned_on if length is None else length, **how), source.tokenizer
+    options = settings(name) or {"model": "mdlm", "length": 256}
+    tuned_length = options.pop("length")
+    return upgrade(source, tuned_length if length is None else length, **options), source.tokenizer

@@ -1,12 +1,12 @@
-"""An existing language model as the denoiser p(x_0 | x_t, z_t): z_t joins its input at masked positions, nothing else.
+"""An existing language model as the denoiser p(x_0 | x_t, z_t). Only its input changes, and only at masked positions.
 
-The paper's claim is that CADD changes no architecture. So any model that takes embeddings and returns logits will do:
-where a token is masked, the embedding of the mask gets the hint of the latent on top; where it is not, and with the
-latent off, the model computes what it always did, bit for bit.
+CADD changes no architecture, so any model that takes embeddings and returns logits will do. Where a token is masked,
+the latent's hint is added to the embedding of the mask. Elsewhere, and with the latent off, the model computes what it
+computed before, bit for bit.
 
-How long is the latent? The table's directions are those of the pretrained embedding, and their length is set as
-everywhere (see latent.py: a share of log V told at half time). What the network reads is brought to the length of its
-own embeddings, measured, so that the hint of a token that is nearly sure looks like that token.
+How long is the latent? The rows of the table have the directions of the pretrained embedding. Their length is set from
+`evidence`, as in every model of this project (see latent.py). The hint that the network reads is scaled to the
+length of the network's own embeddings, which is measured. So the hint of a nearly certain token looks like that token.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ LORA = "pip install peft"
 
 @dataclass(frozen=True)
 class UpgradeConfig:
-    """Everything that shapes an upgraded model but its weights; it travels in the checkpoint."""
+    """Everything that shapes an upgraded model but its weights. It travels in the checkpoint."""
 
     base: str  # the pretrained model's configuration, JSON
     vocab_size: int  # rows of its embedding, the mask's among them
     mask_id: int
     length: int  # tokens in a sequence
-    shift: bool  # the logits at place i are of token i + 1
-    masked_lm: bool  # of the library's two kinds of model with a language model's head
-    unit: float  # length of an embedding, as it was found
+    shift: bool  # the logits at position i are of token i + 1
+    masked_lm: bool  # whether the library opens it as a masked language model; else as a causal one
+    unit: float  # length of a token's embedding in the pretrained model
     model: str = option("cadd", "cadd, or mdlm: the same without the latent")
     discrete: str = option("linear", "schedule of the masks, alpha_t: linear or cosine")
     continuous: str = option("capped", "schedule of the latent: linear, cosine, capped, or flow (matching)")
     latent_norm: float = option(0.0, "length of the latent table's rows; 0: from --evidence")
     evidence: float = option(0.1, "share of log V nats that the latent alone tells at half time")
-    hint: str = option("linear", "what of z_t the network reads: linear (shrunk by what it is worth) or raw")
-    lora: int = option(0, "train only matrices of this rank beside the model's own (LoRA); 0: the whole model")
-    freeze_embedding: bool = option(False, "keep the token embedding as it is")
-    anneal: int = option(0, "steps of training in which attention is opened to the right, by and by")
+    hint: str = option("linear", "how the network reads z_t: linear (the best linear estimate of z_0) or raw")
+    lora: int = option(0, "rank of LoRA, whose matrices alone are trained; 0: train the whole model")
+    freeze_embedding: bool = option(False, "do not train the token embedding")
+    anneal: int = option(0, "steps in which attention is opened to the right token by token; 0: at once")
 
     image, classes = None, 0  # a model of text, without labels
 
@@ -73,15 +73,15 @@ class UpgradeConfig:
         self.schedule()
 
     def schedule(self) -> NoiseSchedule:
-        """The noise schedule of this model."""
+        """Return the noise schedule of this model."""
         return NoiseSchedule(self.discrete, self.continuous)
 
 
 class Upgraded(Model):
     """A pretrained network as the denoiser. Labels are ignored.
 
-    V counts the mask, whose logit is never read. D is the embedding's width, or 0 for a masked model. network: a
-    PreTrainedModel, which is changed: its head leaves it, so that the network returns the head's input.
+    V counts the mask, whose logit is never read. D is the embedding's width, or 0 for a masked model. The network, a
+    PreTrainedModel, is changed: its head moves to `self.head`, so that the network returns the head's input.
     """
 
     config: UpgradeConfig
@@ -112,7 +112,7 @@ class Upgraded(Model):
 
     @property
     def embedding(self) -> nn.Embedding:
-        """The network's token embedding."""
+        """Return the network's token embedding."""
         return self.backbone.get_input_embeddings()
 
     def table(self) -> Tensor:
@@ -120,10 +120,10 @@ class Upgraded(Model):
 
     def features(self, x_t: Tensor, z_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         z_tilde = self.latent.fuse(self.embedding(x_t), z_t, x_t == self.mask_id, t, self.embedding.weight)
-        h = self.backbone(inputs_embeds=z_tilde, attention_mask=self._window(x_t)).logits
-        if self.config.shift:  # the first place has no logits of its own
+        h = self.backbone(inputs_embeds=z_tilde, attention_mask=self._window(x_t)).logits  # (B, L, width)
+        if self.config.shift:  # no position predicts the first token, which gets the second token's features
             h = torch.cat([h[:, :1], h[:, :-1]], 1)
-        return h if self.head.bias is None else torch.cat([h, torch.ones_like(h[..., :1])], -1)
+        return h if self.head.bias is None else torch.cat([h, torch.ones_like(h[..., :1])], -1)  # (B, L, F)
 
     def head_matrix(self) -> Tensor:
         weight, bias = self.head.weight, self.head.bias
@@ -133,28 +133,31 @@ class Upgraded(Model):
         return F.linear(features[..., : self.head.weight.shape[1]], self.head.weight, self.head.bias)
 
     def at_step(self, step: int) -> None:
-        """Open the attention to the right: from no token to all tokens in config.anneal steps.
+        """Open the attention to the right, from no token to all tokens in config.anneal steps.
 
-        DiffuLLaMA (Gong et al. 2024) also shows the future step by step, but at random.
+        DiffuLLaMA (Gong et al. 2024) also shows later tokens step by step, but chooses them at random.
         """
         opening = step < self.config.anneal
         self.ahead = self.config.length * step // self.config.anneal if opening else None
 
     def _window(self, x: Tensor) -> Tensor | None:
-        """(1, 1, L, L) bool, where attention may look, while it is being opened; None: everywhere."""
+        """Make the attention mask (1, 1, L, L) bool of tokens x (B, L) while attention is opened; None: no mask."""
         if self.ahead is None or self.ahead >= x.shape[1]:
             return None
-        place = torch.arange(x.shape[1], device=x.device)
-        return (place <= place[:, None] + self.ahead)[None, None]
+        position = torch.arange(x.shape[1], device=x.device)
+        return (position <= position[:, None] + self.ahead)[None, None]
 
     def blocks(self) -> list[nn.Module]:
         lists = [module for module in self.backbone.modules() if isinstance(module, nn.ModuleList)]
-        longest: nn.ModuleList = max(lists, key=len)
-        return list(longest)
+        layers: nn.ModuleList = max(lists, key=len)
+        return list(layers)
 
 
 def look_both_ways(network: Any) -> None:
-    """Let attention be bidirectional: said to the library, and to each layer, which decides where there is no mask."""
+    """Make attention bidirectional, in the library's configuration and in each layer.
+
+    Without an attention mask, the layer's own attribute decides.
+    """
     network.config.is_causal = False
     for module in network.modules():
         if hasattr(module, "is_causal"):
@@ -162,20 +165,21 @@ def look_both_ways(network: Any) -> None:
 
 
 def upgrade(
-    source: Source, length: int, *, shift: bool | None = None, unit: float | None = None, **how: Any
+    source: Source, length: int, *, shift: bool | None = None, unit: float | None = None, **options: Any
 ) -> Upgraded:
-    """The source as a denoiser of sequences of `length`.
+    """Make a denoiser of sequences of `length` tokens from a pretrained model. Its network is changed in place.
 
-    shift: whether its logits at place i are of token i + 1, if not as in its family; unit: what is else measured; how:
-    the options of `UpgradeConfig`. Raises InputError for a model that takes no embeddings, looks one way, is too short,
-    or does more than a linear map with its last layer.
+    Args: shift: whether the logits at position i are of token i + 1; None: as in the model's family. unit: length of a
+    token's embedding; None: measured. options: those of `UpgradeConfig`.
+    Raises InputError for a model that takes no embeddings, cannot look to the right, has fewer positions than `length`,
+    or computes its logits by more than a linear map of its last layer.
     """
     network, name = source.network, source.name
     if "inputs_embeds" not in inspect.signature(network.forward).parameters:
         raise InputError(f"--from {name}: the model must take inputs_embeds, and a {type(network).__name__} does not")
     if length > (most := longest(network)):
         raise InputError(f"length must be at most {most}, what {name} was made for, not {length}")
-    if how.get("anneal") and source.family != AUTOREGRESSIVE:
+    if options.get("anneal") and source.family != AUTOREGRESSIVE:
         raise InputError(f"anneal opens the attention of an autoregressive model, and {name} looks both ways already")
     config = UpgradeConfig(
         base=network.config.to_json_string(use_diff=False),
@@ -184,22 +188,25 @@ def upgrade(
         length=length,
         shift=source.family.shift if shift is None else shift,
         masked_lm=source.family == MASKED,
-        unit=unit or _length(network.get_input_embeddings()),
-        **how,
+        unit=unit or _median_norm(network.get_input_embeddings()),
+        **options,
     )
     look_both_ways(network)
     try:
         return trainable(_tried(config, network, name))
     except InputError:
         raise
-    except Exception as error:  # a network of another make fails in its own way
+    except Exception as error:  # each architecture fails in its own way
         why = first_line(error)
         raise InputError(f"--from {name}: a {type(network).__name__} cannot be upgraded: {why}") from None
 
 
 @torch.no_grad()
 def _tried(config: UpgradeConfig, network: Any, name: str) -> Upgraded:
-    """The model, after a look at what it does with four tokens. Raises InputError."""
+    """Make the model, and try it on four tokens: its logits must be the network's, and it must look to the right.
+
+    Raises InputError where it fails.
+    """
     probe = network.get_input_embeddings()(torch.arange(min(4, config.length))[None])
     expected = network(inputs_embeds=probe).logits
     model = Upgraded(config, network)
@@ -216,7 +223,10 @@ def _tried(config: UpgradeConfig, network: Any, name: str) -> Upgraded:
 
 
 def longest(network: Any) -> float:
-    """Tokens that it has positions for; some of the embeddings of positions are of no token (RoBERTa)."""
+    """Return for how many tokens the network has positions; infinite where it does not say.
+
+    Some rows of a position embedding belong to no token (RoBERTa), and do not count.
+    """
     most = getattr(network.config, "max_position_embeddings", None) or 0
     if not isinstance(most, int) or most < 1:
         return math.inf
@@ -227,7 +237,7 @@ def longest(network: Any) -> float:
 
 
 def build(config: UpgradeConfig) -> Upgraded:
-    """The model of this configuration, with random weights."""
+    """Build the model of a configuration, with random weights. Raises InputError."""
     from transformers import AutoConfig
 
     values = json.loads(config.base)
@@ -238,7 +248,11 @@ def build(config: UpgradeConfig) -> Upgraded:
 
 
 def trainable(model: Upgraded) -> Upgraded:
-    """The same model, its parameters marked by what is to be trained: all, or with LoRA (Hu et al. 2022) new ones."""
+    """Mark which parameters are trained, and return the same model.
+
+    These are all parameters, with freeze_embedding all but the embedding, and with LoRA (Hu et al. 2022) only its new
+    matrices. Raises InputError where LoRA's package is missing.
+    """
     config = model.config
     if config.lora:
         try:
@@ -254,7 +268,7 @@ def trainable(model: Upgraded) -> Upgraded:
 
 
 def merged(model: Upgraded) -> Any:
-    """The network as the library has it, its head in its place and LoRA's matrices added in. Changes the model."""
+    """Return the library's network with its head back in place and LoRA merged. Do not use `model` afterwards."""
     network = model.backbone
     if model.config.lora:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -263,21 +277,22 @@ def merged(model: Upgraded) -> Any:
             if isinstance(module, BaseTunerLayer):
                 module.merge()
                 _put(network, name, module.get_base_layer())
-        del network.peft_config  # or peft warns when the network gets matrices anew
+        del network.peft_config  # or peft warns when the network gets new matrices
     _put(network, model.head_place, model.head)
     return network
 
 
 def source_of(model: Upgraded, tokenizer: HFTokenizer, name: str) -> Source:
-    """The network with all that it has learned, to be upgraded anew, as if from its folder. Changes the model."""
+    """Return a tuned network as a source, to be upgraded again as if from a folder. Do not use `model` afterwards."""
     network = merged(model).requires_grad_(True)
     return Source(name, network, tokenizer, MASKED if model.config.masked_lm else AUTOREGRESSIVE)
 
 
 def kept(config: UpgradeConfig | ModelConfig) -> dict[str, Any]:
-    """The settings that a model keeps when it is tuned again, unless others are asked for.
+    """Return the settings that a model keeps when it is tuned again, unless the command line says otherwise.
 
-    Attention that was being opened is open by then; a masked model of this project has no latent, and so none of it.
+    anneal becomes 0, as attention is open after the first tuning. A masked model of this project has no latent, so it
+    keeps no settings of the latent.
     """
     if isinstance(config, UpgradeConfig):
         return {**dataclasses.asdict(config), "anneal": 0}
@@ -286,15 +301,16 @@ def kept(config: UpgradeConfig | ModelConfig) -> dict[str, Any]:
 
 
 def _put(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Let `module` be what `root` has under that name."""
+    """Replace the module of `root` with this dotted name by `module`."""
     parent, _, last = name.rpartition(".")
     setattr(root.get_submodule(parent), last, module)
 
 
 def upgrade_own(model: Denoiser, how: dict[str, Any]) -> Denoiser:
-    """A model of this project, such as one of MDLM's weights, with these options of `UpgradeConfig`.
+    """Make a model of this project (such as MDLM's public weights) anew with other options and the same weights.
 
-    Raises InputError for one that is no masked model of text, or options that only others have.
+    how: all options of `UpgradeConfig`. Raises InputError for a model that is no masked model of text, and for options
+    that only the library's models have.
     """
     choose("model", how["model"], MODELS)
     for name in ("lora", "anneal"):
@@ -302,21 +318,20 @@ def upgrade_own(model: Denoiser, how: dict[str, Any]) -> Denoiser:
             raise InputError(f"{name} is for models of the Hugging Face library, and --from is one of this project")
     if model.config.model not in MODELS or model.config.image is not None:
         raise InputError(f"--from must be a masked model of text, not {model.config.model}")
-    shape = {name: how[name] for name in ("model", "discrete", "continuous", "latent_norm", "evidence", "hint")}
-    config = dataclasses.replace(model.config, **shape)
-    if model.config.model == "mdlm" and config.model == "cadd":
-        config = dataclasses.replace(
-            config, latent_dim=0, hint_unit=_length(model.embedding) / Denoiser(config).latent.norm
-        )
+    changes = {name: how[name] for name in ("model", "discrete", "continuous", "latent_norm", "evidence", "hint")}
+    config = dataclasses.replace(model.config, **changes)
+    if model.config.model == "mdlm" and config.model == "cadd":  # the latent is new: scale its hint to the embedding
+        hint_unit = _median_norm(model.embedding) / Denoiser(config).latent.norm
+        config = dataclasses.replace(config, latent_dim=0, hint_unit=hint_unit)
     new = Denoiser(config)
-    kept_not = new.load_state_dict(model.state_dict(), strict=False)
-    if not all(key.startswith("latent.") for key in (*kept_not.missing_keys, *kept_not.unexpected_keys)):
-        raise InputError(f"--from has other weights than its configuration says: {kept_not}")
+    mismatch = new.load_state_dict(model.state_dict(), strict=False)
+    if not all(key.startswith("latent.") for key in (*mismatch.missing_keys, *mismatch.unexpected_keys)):
+        raise InputError(f"--from has other weights than its configuration says: {mismatch}")
     new.embedding.requires_grad_(not how["freeze_embedding"])
     return new
 
 
 @torch.no_grad()
-def _length(embedding: nn.Embedding) -> float:
-    """Of a token's embedding: the median. Asked of the module: Gemma's multiplies its rows."""
+def _median_norm(embedding: nn.Embedding) -> float:
+    """Return the median length of a token's embedding. The module is called, as Gemma's multiplies its rows."""
     return float(embedding(torch.arange(len(embedding.weight))).norm(dim=-1).median())

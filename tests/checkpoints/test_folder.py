@@ -1,4 +1,4 @@
-"""Folders for others: what goes in comes out, whole or not at all, and nothing but tensors and JSON is read."""
+"""Folders for others: models come back unchanged, a failed save leaves nothing, and only tensors and JSON are read."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ FILES = {"model.safetensors", "config.json", "codec.json"}
 
 
 def trained(**options: object) -> Denoiser:
-    """As good as: a new head is zero and says nothing."""
+    """Make a small model with random weights: the head of a new model is zero, and its logits test nothing."""
     model = nano(**options)
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=rng(3))
@@ -36,6 +36,7 @@ def trained(**options: object) -> Denoiser:
 
 
 def logits(model: Denoiser) -> torch.Tensor:
+    """Compute logits (2, L, V) of masked positions with random latents."""
     x, length = torch.full((2, model.config.length), model.mask_id), model.config.length
     return model(x, torch.randn(2, length, model.latent.dim, generator=rng(1)), torch.tensor([0.3, 0.8]))
 
@@ -45,10 +46,14 @@ def logits(model: Denoiser) -> torch.Tensor:
                                      {"latent_dim": 5, "fusion": "concat", "bayes_head": True, "head_bias": True},
                                      {"model": "ar"}])  # fmt: skip
 def test_a_model_of_text_comes_back_as_it_was(options, tmp_path):
+    """Check the configuration, logits and tokenizer that come back, and the folder's files and metadata.
+
+    A tensor that is not saved, or a field lost in JSON, would change them.
+    """
     model = trained(**options)
     save_pretrained(model, LETTERS, tmp_path / "new" / "folder", settings={"dtype": "bfloat16", "lr": 1.0}, step=7)
-    found, letters = from_pretrained(tmp_path / "new" / "folder")
-    assert found.config == model.config and torch.equal(logits(found), logits(model)) and not found.training
+    opened, letters = from_pretrained(tmp_path / "new" / "folder")
+    assert opened.config == model.config and torch.equal(logits(opened), logits(model)) and not opened.training
     assert letters.spec() == LETTERS.spec()
     assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == FILES
     config = json.loads((tmp_path / "new" / "folder" / "config.json").read_text())
@@ -59,26 +64,30 @@ def test_a_model_of_text_comes_back_as_it_was(options, tmp_path):
 
 @pytest.mark.parametrize("size", [PATCH_PRESETS["tiny"], UNET_PRESETS["nano"]])
 def test_a_model_of_images_too(size, tmp_path):
+    """Check the configuration and the codec of pixels that come back, for both backbones of images."""
     pixels = Pixels((8, 8, 1), 17)
     model = Denoiser(ModelConfig(17, 64, size, image=(8, 8, 1), classes=2, latent_table="ordered"))
     save_pretrained(model, pixels, tmp_path / "images")
-    found, codec = from_pretrained(tmp_path / "images")
-    assert found.config == model.config and codec == pixels
+    opened, codec = from_pretrained(tmp_path / "images")
+    assert opened.config == model.config and codec == pixels
 
 
 def test_names_are_those_of_the_model_itself_whatever_wraps_it(tmp_path):
+    """Check the names and dtypes in the file for models that are in float64, compiled, or in DataParallel."""
     model = trained()
-    own = set(model.state_dict())
-    inside = trained()
-    inside.backbone = torch.compile(inside.backbone)
-    assert any("_orig_mod." in name for name in inside.state_dict())
-    for n, wrapped in enumerate((model.double(), torch.compile(model), torch.nn.DataParallel(model), inside)):
+    names = set(model.state_dict())
+    compiled_inside = trained()
+    compiled_inside.backbone = torch.compile(compiled_inside.backbone)
+    assert any("_orig_mod." in name for name in compiled_inside.state_dict())
+    models = (model.double(), torch.compile(model), torch.nn.DataParallel(model), compiled_inside)
+    for n, wrapped in enumerate(models):
         save_pretrained(wrapped, LETTERS, tmp_path / str(n))
         weights = load_file(tmp_path / str(n) / "model.safetensors")
-        assert set(weights) == own and all(value.dtype == torch.float32 for value in weights.values())
+        assert set(weights) == names and all(value.dtype == torch.float32 for value in weights.values())
 
 
 def test_a_folder_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    """Check that a failed save leaves the target as it was, and that neither a file nor a full folder is replaced."""
     model, folder = trained(), tmp_path / "folder"
     folder.mkdir()
     for broken in ("os.replace", "json.dumps"):
@@ -90,7 +99,7 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path, monkeypatch):
             patch.setattr(broken, fails)
             save_pretrained(model, LETTERS, folder)
         assert list(tmp_path.iterdir()) == [folder] and not list(folder.iterdir())
-    save_pretrained(model, LETTERS, folder)  # an empty one may be filled
+    save_pretrained(model, LETTERS, folder)  # an empty folder may be filled
     before = {path: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(InputError, match="folder exists: name a new folder"):
         save_pretrained(trained(seed=1), LETTERS, folder)
@@ -103,7 +112,7 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_leaves_nothing(tmp_path):
-    """The kernel refuses to write more than a limit: the same error path as a full disk."""
+    """Check that a failed save leaves no file. A limit on the size of files stands for a full disk."""
     code = f"""
 import resource, signal
 from cadd_min.utils.cli import run
@@ -119,12 +128,13 @@ run(lambda: save_pretrained(trained(), LETTERS, {str(tmp_path / "folder")!r}))
 
 
 def rewrite(path: Path, **change: object) -> None:
-    """A JSON file with some of its values changed; None takes one away."""
+    """Change values in a JSON file. None removes a value."""
     content = json.loads(path.read_text()) | change
     path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
 
 
 def test_what_is_wrong_with_a_folder_is_one_sentence(tmp_path):
+    """Check that each kind of damage raises an InputError of one line that says what is wrong."""
     good, size = nano().config, {"layers": 2, "width": 32, "heads": 2, "cond": 32, "kind": "Size"}
 
     def model_config(**change):
@@ -176,6 +186,7 @@ def test_what_is_wrong_with_a_folder_is_one_sentence(tmp_path):
 
 
 def test_what_is_neither_a_folder_nor_at_the_hub_is_one_sentence(tmp_path, monkeypatch):
+    """Check that without a network the error names the folder and the hub, in one line."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("owner/name", "hf:owner/name", str(tmp_path / "none"), "no name"):
         with pytest.raises(InputError, match=rf"there is no folder {name}, nor can .* be downloaded") as error:
@@ -184,7 +195,7 @@ def test_what_is_neither_a_folder_nor_at_the_hub_is_one_sentence(tmp_path, monke
 
 
 def cached(home: Path, name: str, source: Path) -> None:
-    """The hub's own cache as it is once owner/name was downloaded."""
+    """Move a folder into the hub client's cache, as if owner/name had been downloaded."""
     folder = home / f"models--{name.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("0" * 40)
@@ -193,13 +204,14 @@ def cached(home: Path, name: str, source: Path) -> None:
 
 
 def test_the_hub_by_its_clients_cache(call, tmp_path, monkeypatch):
+    """Check that owner/name opens from the client's cache, in Python and by --ckpt, and another name is refused."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     model = trained()
     save_pretrained(model, LETTERS, tmp_path / "source", step=5)
     cached(tmp_path / "hub", "owner/name", tmp_path / "source")
-    found, _ = from_pretrained("owner/name")
-    assert torch.equal(logits(found), logits(model))
+    opened, _ = from_pretrained("owner/name")
+    assert torch.equal(logits(opened), logits(model))
     code, out, err = call("sample.py --ckpt hf:owner/name --steps 2")
     assert code == 0 and "model cadd at step 5 (hf:owner/name/model.safetensors)" in out, err
     code, _, err = call("sample.py --ckpt hf:owner/other --steps 2")
@@ -209,36 +221,43 @@ def test_the_hub_by_its_clients_cache(call, tmp_path, monkeypatch):
 
 
 def test_the_methods_of_the_hubs_mixin(tmp_path, monkeypatch):
+    """Check from_pretrained, save_pretrained and push_to_hub, the last with a client that only records the upload.
+
+    The mixin alone would delete a config.json before it saves.
+    """
     from huggingface_hub import HfApi
 
     from cadd_min.checkpoints import hub
 
     model = trained()
     save_pretrained(model, LETTERS, tmp_path / "a")
-    ours = hub.Denoiser.from_pretrained(tmp_path / "a")
-    assert torch.equal(logits(ours), logits(model)) and ours.codec.spec() == LETTERS.spec() and not ours.training
-    ours.save_pretrained(tmp_path / "b")
+    opened = hub.Denoiser.from_pretrained(tmp_path / "a")
+    assert torch.equal(logits(opened), logits(model)) and opened.codec.spec() == LETTERS.spec() and not opened.training
+    opened.save_pretrained(tmp_path / "b")
     assert {path.name for path in (tmp_path / "b").iterdir()} == FILES | {"README.md"}
     assert "2510.01329" in (tmp_path / "b" / "README.md").read_text()
     assert torch.equal(logits(from_pretrained(tmp_path / "b")[0]), logits(model))
     with pytest.raises(InputError, match="exists"):
-        ours.save_pretrained(tmp_path / "a")
+        opened.save_pretrained(tmp_path / "a")
     assert from_pretrained(tmp_path / "a")[0].config == model.config  # its config.json was left alone
     with pytest.raises(InputError, match="it has no"):
         hub.Denoiser.from_pretrained(tmp_path)
-    sent = []
+    uploaded = []
 
     def upload(self, **options):
-        sent.append(from_pretrained(options["folder_path"])[0])
+        uploaded.append(from_pretrained(options["folder_path"])[0])
         return "url"
 
     monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **options: type("Url", (), {"repo_id": repo_id}))
     monkeypatch.setattr(HfApi, "upload_folder", upload)
-    assert ours.push_to_hub("owner/name") == "url" and torch.equal(logits(sent[0]), logits(model))
+    assert opened.push_to_hub("owner/name") == "url" and torch.equal(logits(uploaded[0]), logits(model))
 
 
 def test_the_core_needs_neither_package(tmp_path):
-    """With both hidden: importing works, checkpoints work, and a folder says what to install."""
+    """Check that checkpoints load without huggingface_hub and safetensors.
+
+    Opening or saving a folder must say what to install, and leave nothing behind.
+    """
     save_pretrained(trained(), LETTERS, tmp_path / "folder")
     save_untrained(tmp_path / "checkpoint.pt", nano().config, LETTERS.spec())
     code = f"""
@@ -269,6 +288,7 @@ assert not (folder / "new").exists()
 
 
 def test_a_run_is_exported_sampled_and_measured_like_the_run(call, text):
+    """Compare an exported folder with its run: the averaged weights, and the output of sample.py and evaluate.py."""
     assert call(f"train_text.py --dataset {text} {TINY} --model mdlm --dtype bfloat16 --out runs/a")[0] == 0
     code, out, err = call("export.py folder runs/a shared")
     assert code == 0 and "written: shared, mdlm at step 4" in out, err
@@ -276,9 +296,9 @@ def test_a_run_is_exported_sampled_and_measured_like_the_run(call, text):
     assert all(torch.equal(value, weights[name]) for name, value in state["ema"].items())  # the averaged weights
     assert not torch.equal(weights["embedding.weight"], state["model"]["embedding.weight"])
     for command in ("sample.py --steps 3 --num 2", "evaluate.py bound --num 6 --T 2"):
-        ours, theirs = (call(f"{command} --ckpt {folder}") for folder in ("runs/a", "shared"))
-        assert theirs[0] == 0 and "bfloat16" in theirs[1], theirs[2]
-        assert theirs[1].replace("shared/model.safetensors", "runs/a/checkpoint.pt") == ours[1]
+        of_run, of_folder = (call(f"{command} --ckpt {folder}") for folder in ("runs/a", "shared"))
+        assert of_folder[0] == 0 and "bfloat16" in of_folder[1], of_folder[2]
+        assert of_folder[1].replace("shared/model.safetensors", "runs/a/checkpoint.pt") == of_run[1]
     code, _, err = call("export.py folder runs/a shared")
     assert code == 2 and "shared exists" in err
     code, _, err = call("train_text.py --resume --out shared")
@@ -286,6 +306,7 @@ def test_a_run_is_exported_sampled_and_measured_like_the_run(call, text):
 
 
 def test_images_are_measured_too_where_the_folder_says_which(call, tmp_path):
+    """Check that the bound is measured on the data set that the folder names, and refused where it names none."""
     pixels, model = Pixels((8, 8, 1), 17), Denoiser(ModelConfig(17, 64, PATCH_PRESETS["tiny"], image=(8, 8, 1)))
     save_pretrained(model, pixels, tmp_path / "digits", settings={"dataset": "digits"})
     save_pretrained(model, pixels, tmp_path / "unknown")
@@ -300,6 +321,7 @@ def test_images_are_measured_too_where_the_folder_says_which(call, tmp_path):
 
 
 def test_gpt2s_tokens_too(tmp_path):
+    """Check that a vocabulary of GPT-2 comes back, and that wrappers' names are stripped from a weight's name."""
     words = gpt2(300)
     save_pretrained(nano(vocab_size=300), words, tmp_path / "words")
     assert from_pretrained(tmp_path / "words")[1].fingerprint() == words.fingerprint()

@@ -1,4 +1,4 @@
-"""The public MDLM's weights compute here what they compute there, and the other way round."""
+"""The public MDLM's weights: the converted model computes the same log probabilities, in both directions."""
 
 import math
 
@@ -30,7 +30,7 @@ class Norm(nn.Module):
 
 
 class Block(nn.Module):
-    """MDLM's: complex numbers turn the pairs (i, i + head_dim / 2) of queries and keys."""
+    """MDLM's block. Complex numbers rotate the pairs (i, i + head_dim / 2) of queries and keys."""
 
     def __init__(self, width, cond):
         super().__init__()
@@ -40,18 +40,18 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
         self.adaLN_modulation = nn.Linear(cond, 6 * width)
 
-    def forward(self, x, c, turn):
+    def forward(self, x, c, rotation):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c)[:, None].chunk(6, -1)
         q, k, v = self.attn_qkv(self.norm1(x) * (1 + scale_a) + shift_a).chunk(3, -1)
-        q, k, v = (each.unflatten(-1, (HEADS, -1)).transpose(1, 2) for each in (q, k, v))
-        q, k = (torch.complex(*each.chunk(2, -1)) * turn for each in (q, k))
+        q, k, v = (y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in (q, k, v))  # (B, heads, L, head_dim)
+        q, k = (torch.complex(*y.chunk(2, -1)) * rotation for y in (q, k))  # (B, heads, L, head_dim / 2)
         weights = ((q @ k.mH).real / math.sqrt(v.shape[-1])).softmax(-1)
         x = x + gate_a * self.attn_out((weights @ v).transpose(1, 2).flatten(2))
         return x + gate_m * self.mlp(self.norm2(x) * (1 + scale_m) + shift_m)
 
 
 class PublicDiT(nn.Module):
-    """The released network by its description: tokens (B, L) and sigma (B,) to logits (B, L, V + 1)."""
+    """The released network after its description: tokens (B, L) and sigma (B,) to logits (B, L, V + 1)."""
 
     def __init__(self):
         super().__init__()
@@ -77,57 +77,66 @@ class PublicDiT(nn.Module):
 
 
 def randomised(net: nn.Module, seed: int, std: float = 0.4) -> nn.Module:
-    """Every parameter moved at random, as training would: norms, biases and what starts as zero too."""
+    """Move every parameter at random, as training would, so that no norm is 1 and no bias 0."""
     for parameter in net.parameters():
         parameter.data += std * torch.randn(parameter.shape, generator=rng(seed + parameter.numel()))
     return net.eval()
 
 
 def public_state(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Make random weights under the names of the released file."""
     torch.manual_seed(seed)
     return {f"backbone.{name}": value for name, value in randomised(PublicDiT(), seed).state_dict().items()}
 
 
 def public_log_probabilities(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """(B, L, V): without a time, and the mask is never predicted."""
+    """Compute log p (B, L, V) as MDLM does: sigma is 0, and the mask has probability zero."""
     net = PublicDiT()
     net.load_state_dict({name.removeprefix("backbone."): value for name, value in state.items()})
     return net(x, torch.zeros(len(x)))[..., :-1].log_softmax(-1)
 
 
 def log_probabilities(model, x: torch.Tensor, t: float) -> torch.Tensor:
+    """Compute log p (B, L, V) of this project's model at time t."""
     return model(x, torch.zeros(*x.shape, 0), torch.full((len(x),), t)).log_softmax(-1)
 
 
 def some_tokens(vocab_size: int = VOCAB) -> torch.Tensor:
+    """Draw tokens (3, LENGTH) from 0 to vocab_size, which is the mask's id where it is VOCAB."""
     return torch.randint(vocab_size + 1, (3, LENGTH), generator=rng(1))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("prefix", ["backbone.", ""])
 def test_theirs_here_gives_the_same_log_probabilities_at_every_position_and_time(prefix):
+    """Compare the converted model with the public network at three times, with the prefix "backbone." and without.
+
+    A wrong fold of a norm, a wrong scale of the embedding, or a time that is not constant would show.
+    """
     state, x = public_state(), some_tokens()
     expected = public_log_probabilities(state, x)
-    assert expected.std() > 0.5  # it says something
+    assert expected.std() > 0.5  # far from uniform
     model = from_mdlm({prefix + name.removeprefix("backbone."): v for name, v in state.items()}, LENGTH)
     for t in (0.0, 0.3, 1.0):
         assert torch.allclose(log_probabilities(model, x, t), expected, atol=2e-4)
 
 
 def test_the_bias_of_the_head_reaches_the_loss_and_its_gradient():
+    """Compare the gradient of the head's bias with a finite difference of the training loss."""
     model, x, config = from_mdlm(public_state(), LENGTH), some_tokens(VOCAB - 1), Objective(wrong_hints=0.0)
     loss = lambda: training_loss(model, Batch(x), torch.linspace(0.1, 0.9, len(x)), config, rng(2)).total
     loss().backward()
-    way = torch.randn(VOCAB, generator=rng(3))
-    model.head.bias.data += 0.01 * way
-    ahead = loss().item()
-    model.head.bias.data -= 0.02 * way
-    slope = float(model.head.bias.grad @ way)
-    assert abs(slope) > 0.1 and (ahead - loss().item()) / 0.02 == pytest.approx(slope, rel=0.01)
+    direction = torch.randn(VOCAB, generator=rng(3))
+    model.head.bias.data += 0.01 * direction
+    loss_after = loss().item()
+    model.head.bias.data -= 0.02 * direction
+    slope = float(model.head.bias.grad @ direction)
+    assert abs(slope) > 0.1 and (loss_after - loss().item()) / 0.02 == pytest.approx(slope, rel=0.01)
 
 
 @torch.no_grad()
 def test_there_and_back_again():
+    """Compare names, shapes and log probabilities after both conversions, and the tensors after a third."""
     state, x = public_state(), some_tokens()
     back = to_mdlm(from_mdlm(state, LENGTH))
     assert {n: v.shape for n, v in back.items()} == {n: v.shape for n, v in state.items()}
@@ -140,7 +149,11 @@ def test_there_and_back_again():
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [False, True])
 def test_ours_there_is_what_it_is_at_the_time_that_was_chosen(bias, monkeypatch):
-    """A model that looks at the time, and whose queries, keys and values have biases: theirs have neither."""
+    """Compare MDLM's form of a model at t = 0.2 with the model at that time, and with the form converted back.
+
+    The model sees the time, and its queries, keys and values have biases: MDLM has neither. The conversion must not
+    change the model's own tensors.
+    """
     monkeypatch.setattr("tests.toys.NANO", mdlm_weights.Size(LAYERS, WIDTH, HEADS, COND))
     model, x = randomised(nano("mdlm", VOCAB, LENGTH, head_bias=bias), 5, 0.3), some_tokens()
     early, late = (log_probabilities(model, x, t) for t in (0.2, 0.9))
@@ -148,13 +161,14 @@ def test_ours_there_is_what_it_is_at_the_time_that_was_chosen(bias, monkeypatch)
     state = to_mdlm(model, 0.2)
     assert torch.allclose(public_log_probabilities(state, x), early, atol=2e-4)
     assert torch.allclose(log_probabilities(from_mdlm(state, LENGTH), x, 0.9), early, atol=2e-4)
-    model.double()  # the precision of the conversion: it must not work on the model's own tensors
+    model.double()  # in the conversion's own dtype a conversion without a copy would change the model
     before = {name: value.clone() for name, value in model.state_dict().items()}
     to_mdlm(model, 0.2)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_what_has_no_form_of_theirs_is_refused():
+    """Check that a model that sees the time needs a t in [0, 1], and that CADD and models with classes are refused."""
     for t in (None, 1.5, math.nan):
         with pytest.raises(InputError, match="--time must say at which t from 0 to 1"):
             to_mdlm(nano("mdlm"), t)
@@ -165,6 +179,7 @@ def test_what_has_no_form_of_theirs_is_refused():
 
 
 def test_a_missing_left_over_or_misshapen_tensor_is_named():
+    """Check that the error names the first tensor that does not fit."""
     for change, message in (
         ({"backbone.blocks.1.norm2.weight": None}, "blocks.1.norm2.weight is missing"),
         ({"backbone.rotary_emb.inv_freq": None}, "rotary_emb.inv_freq is missing"),
@@ -180,13 +195,14 @@ def test_a_missing_left_over_or_misshapen_tensor_is_named():
 
 
 def test_files_of_tensors_are_read_and_nothing_in_them_is_run(tmp_path):
+    """Check each kind of file, and that a pickle that would run code is refused without running it."""
     state = public_state()
     save_file(state, tmp_path / "model.safetensors")
     torch.save(state, tmp_path / "weights.bin")
     torch.save({"state_dict": state, "step": 3}, tmp_path / "lightning.ckpt")
     for source in (tmp_path, *tmp_path.iterdir()):
-        found = mdlm_weights.read(source)
-        assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+        tensors = mdlm_weights.read(source)
+        assert tensors.keys() == state.keys() and all(torch.equal(tensors[name], state[name]) for name in state)
 
     class Evil:
         def __reduce__(self):
@@ -200,7 +216,7 @@ def test_files_of_tensors_are_read_and_nothing_in_them_is_run(tmp_path):
 
 
 def test_on_the_command_line_there_and_back(call, tmp_path, monkeypatch):
-    """Of GPT-2's vocabulary, and a tiny network."""
+    """Check both conversions by export.py, for a tiny network with GPT-2's vocabulary, and that no file is replaced."""
     monkeypatch.setattr("tests.checkpoints.test_mdlm.VOCAB", 50257)
     save_file(public_state(), tmp_path / "theirs.safetensors")
     code, out, err = call("export.py from-mdlm theirs.safetensors ours --length 12")
@@ -216,6 +232,7 @@ def test_on_the_command_line_there_and_back(call, tmp_path, monkeypatch):
 
 
 def test_other_vocabularies_have_no_tokenizer_here(call, tmp_path):
+    """Check that weights with another vocabulary than GPT-2's are refused and leave no folder, and so is CADD."""
     save_file(public_state(), tmp_path / "small.safetensors")
     code, _, err = call("export.py from-mdlm small.safetensors ours")
     assert code == 2 and "has 11 tokens, expected GPT-2's 50257" in err and not (tmp_path / "ours").exists()

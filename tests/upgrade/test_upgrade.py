@@ -1,4 +1,4 @@
-"""An existing model as the denoiser: off, it is what it was; on, only masked positions see the latent."""
+"""An existing model as the denoiser: without its latent it is unchanged, and only masked positions see the latent."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 WORDS = ["<pad>", "<s>", "</s>", "[MASK]", *"abcdefghijklmnopqrstuvwxyz ", "the", "of", "and"]
-V, L = 40, 12  # rows of the embedding, more than there are words
+V, L = 40, 12  # V: rows of the embedding, more than there are words
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": V}
 MASK = 3
 
 
 def words(mask: bool = True) -> Any:
-    """A tokenizer of letters."""
-    known = [word for word in WORDS if mask or word != "[MASK]"]
-    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(known)}, unk_token="<pad>"))
+    """Make a tokenizer of letters, with a mask token or without."""
+    vocab = [word for word in WORDS if mask or word != "[MASK]"]
+    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(vocab)}, unk_token="<pad>"))
     fast.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     fast.decoder = tokenizers.decoders.Fuse()
     special = {"mask_token": "[MASK]"} if mask else {}
@@ -48,14 +48,15 @@ def words(mask: bool = True) -> Any:
     )
 
 
-def llama(**more: Any) -> Any:
+def llama(**settings: Any) -> Any:
+    """Make a tiny random Llama."""
     return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**SMALL, num_key_value_heads=1, max_position_embeddings=64, **more)
+        transformers.LlamaConfig(**SMALL, num_key_value_heads=1, max_position_embeddings=64, **settings)
     )
 
 
 def write_llada(folder: Path) -> Any:
-    """A Llama, written under LLaDA's names."""
+    """Write a Llama under LLaDA's names."""
     from safetensors.torch import save_file
 
     model = llama(rope_parameters={"rope_type": "default", "rope_theta": 500.0}, rms_norm_eps=1e-5)
@@ -74,8 +75,8 @@ def write_llada(folder: Path) -> Any:
     }
     state = {}
     for name, value in model.state_dict().items():
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
+        for llama_name, llada_name in names.items():
+            name = name.replace(llama_name, llada_name)
         state[name] = value.contiguous()
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
@@ -103,7 +104,7 @@ def write_llada(folder: Path) -> Any:
 
 
 def write_dream(folder: Path) -> Any:
-    """A Qwen2 that calls itself Dream."""
+    """Write a Qwen2 whose config.json says that it is Dream."""
     model = transformers.Qwen2ForCausalLM(
         transformers.Qwen2Config(**SMALL, num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=False)
     )
@@ -142,7 +143,7 @@ def write_gpt2(folder: Path) -> Any:
     return model
 
 
-FAMILIES = {  # how it is written, and whether its logits stand one place before their token
+FAMILIES = {  # the function that writes the model, and whether its logits stand one position before their token
     "llada": (write_llada, False),
     "dream": (write_dream, True),
     "bert": (write_bert, False),
@@ -153,17 +154,16 @@ FAMILIES = {  # how it is written, and whether its logits stand one place before
 
 
 def write(name: str, folder: Path, mask: bool = True) -> Any:
-    """A folder of a tiny random model, as its authors would publish it; returns that model, without dropout."""
+    """Write the folder of a tiny random model as its authors would publish it. Returns the model without dropout."""
     folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
     model = FAMILIES[name][0](folder)
-    tokenizer = words(mask)
-    tokenizer.save_pretrained(folder)
+    words(mask).save_pretrained(folder)
     return model.eval()
 
 
 def original(name: str, model: Any, x: torch.Tensor) -> torch.Tensor:
-    """The logits of the library's own model, each at the place of its token, with attention to both sides."""
+    """Compute the logits of the library's own model at the positions of their tokens, with attention to both sides."""
     for module in model.modules():
         if hasattr(module, "is_causal"):
             module.is_causal = False
@@ -173,7 +173,7 @@ def original(name: str, model: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def noisy(model: Upgraded, seed: int = 0, length: int = L) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(x_t, z_t, t), some positions masked."""
+    """Make (x_t, z_t, t) with every third position masked."""
     x = torch.randint(4, 30, (2, length), generator=rng(seed))
     x[:, ::3] = model.mask_id
     return x, torch.randn(2, length, model.latent.dim, generator=rng(seed + 1)), torch.tensor([0.3, 0.8])
@@ -181,39 +181,51 @@ def noisy(model: Upgraded, seed: int = 0, length: int = L) -> tuple[torch.Tensor
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_with_its_latent_off_it_is_the_original_bit_for_bit(name: str, tmp_path: Path) -> None:
-    theirs = write(name, tmp_path / "m")
-    for how in ({"model": "mdlm"}, {"model": "cadd"}):
-        model = upgrade(open_source(str(tmp_path / "m")), L, **how).eval()
+    """Compare the logits at z_t = 0, and those of a masked model, with the library's own model, bit for bit.
+
+    Power: with z_t on, the logits change.
+    """
+    library = write(name, tmp_path / "m")
+    for kind in ("mdlm", "cadd"):
+        model = upgrade(open_source(str(tmp_path / "m")), L, model=kind).eval()
         assert model.mask_id == MASK and model.config.shift is FAMILIES[name][1]
         x, z, t = noisy(model)
-        expected = original(name, theirs, x)
+        expected = original(name, library, x)
         assert torch.equal(model(x, 0 * z, t), expected)
         rows = torch.tensor([0, 5, 13])
         torch.testing.assert_close(model.logits_at(x, 0 * z, t, rows), expected.flatten(0, 1)[rows])
         torch.testing.assert_close(model.features(x, 0 * z, t) @ model.head_matrix().T, expected)
-        if model.latent.dim:  # and on, it is not
+        if model.latent.dim:
             assert not torch.equal(model(x, z, t), expected)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_only_masked_positions_see_the_latent_and_all_places_see_both_sides(name: str, tmp_path: Path) -> None:
+    """Check that z_t changes the network's input at masked positions only, and the last token changes the first logits.
+
+    The second fails where a layer of the library stays causal.
+    """
     write(name, tmp_path / "m")
     model = upgrade(open_source(str(tmp_path / "m")), L).eval()
     x, z, t = noisy(model)
-    seen: list[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []
     model.backbone.register_forward_pre_hook(
-        lambda _, args, given: seen.append(given["inputs_embeds"]), with_kwargs=True
+        lambda _, args, kwargs: inputs.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
     model(x, z, t)
     e, masked = model.embedding(x), x == model.mask_id
-    assert torch.equal(seen[0][~masked], e[~masked]) and not torch.equal(seen[0][masked], e[masked])
-    other = x.clone()
-    other[:, -1] = 5
-    first = 1 if model.config.shift else 0  # the first place of a shifted model has the second's logits
-    assert not torch.equal(model(x, z, t)[:, first], model(other, z, t)[:, first])
+    assert torch.equal(inputs[0][~masked], e[~masked]) and not torch.equal(inputs[0][masked], e[masked])
+    changed = x.clone()
+    changed[:, -1] = 5
+    first = 1 if model.config.shift else 0  # the first position of a shifted model has the second's logits
+    assert not torch.equal(model(x, z, t)[:, first], model(changed, z, t)[:, first])
 
 
 def test_a_sure_hint_looks_like_the_embedding_of_its_token(tmp_path: Path) -> None:
+    """Check at t = 0 that the hint has the direction and about the length of the token's embedding.
+
+    The length of the latent itself carries the share `evidence` of log V at t = 1/2, as in latent.py.
+    """
     write("bert", tmp_path / "m")
     model = upgrade(open_source(str(tmp_path / "m")), L)
     x_0, t = torch.randint(4, 30, (1, L), generator=rng(0)), torch.zeros(1)
@@ -222,12 +234,12 @@ def test_a_sure_hint_looks_like_the_embedding_of_its_token(tmp_path: Path) -> No
     added = model.latent.fuse(0 * e, z, masked == model.mask_id, t, model.embedding.weight)
     assert torch.cosine_similarity(added, e, -1).min() > 0.999
     assert 0.6 < (added.norm(dim=-1).mean() / e.norm(dim=-1).mean()).item() < 1.6
-    told = float(model.latent.norm**2 * model.schedule.snr(torch.tensor(0.5)) / 2)
-    assert told == pytest.approx(0.1 * math.log(V), rel=0.2)  # nats at half time, as in latent.py
+    nats = float(model.latent.norm**2 * model.schedule.snr(torch.tensor(0.5)) / 2)
+    assert nats == pytest.approx(0.1 * math.log(V), rel=0.2)
 
 
 @pytest.mark.parametrize(
-    "how, trained",
+    "options, trained",
     [
         ({}, lambda name: True),
         ({"freeze_embedding": True}, lambda name: "word_embeddings" not in name and name != "head.weight"),
@@ -235,11 +247,12 @@ def test_a_sure_hint_looks_like_the_embedding_of_its_token(tmp_path: Path) -> No
     ],
     ids=["full", "frozen embedding", "lora"],
 )
-def test_gradients_reach_what_is_to_be_trained_and_nothing_else(how: Any, trained: Any, tmp_path: Path) -> None:
+def test_gradients_reach_what_is_to_be_trained_and_nothing_else(options: Any, trained: Any, tmp_path: Path) -> None:
+    """Compare the names of parameters that get a gradient with those that are to be trained."""
     write("bert", tmp_path / "m")
-    model = upgrade(open_source(str(tmp_path / "m")), L, **how).train()
+    model = upgrade(open_source(str(tmp_path / "m")), L, **options).train()
     for parameter in model.parameters():
-        if parameter.requires_grad:  # LoRA's second matrices begin at 0, and hide the first from the gradient
+        if parameter.requires_grad:  # LoRA's second matrices start at 0, which makes the first ones' gradients 0
             torch.nn.init.normal_(parameter, std=0.1)
     model(*noisy(model)).square().sum().backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
@@ -248,14 +261,15 @@ def test_gradients_reach_what_is_to_be_trained_and_nothing_else(how: Any, traine
     assert with_gradient - {n for n in with_gradient if "token_type" in n} == expected
 
 
-@pytest.mark.parametrize("how", [{}, {"lora": 2}, {"model": "mdlm"}], ids=["full", "lora", "mdlm"])
+@pytest.mark.parametrize("options", [{}, {"lora": 2}, {"model": "mdlm"}], ids=["full", "lora", "mdlm"])
 @pytest.mark.parametrize("name", ["llada", "bert", "llama"])
-def test_saved_and_loaded_it_is_the_same(name: str, how: Any, tmp_path: Path) -> None:
+def test_saved_and_loaded_it_is_the_same(name: str, options: Any, tmp_path: Path) -> None:
+    """Compare logits before saving with those of the checkpoint (bit for bit) and of the folder (up to rounding)."""
     write(name, tmp_path / "m")
     source = open_source(str(tmp_path / "m"))
-    model = upgrade(source, L, evidence=0.2, **how).eval()
+    model = upgrade(source, L, evidence=0.2, **options).eval()
     with torch.no_grad():
-        for n, parameter in enumerate(model.parameters()):  # as if trained: LoRA begins as nothing
+        for n, parameter in enumerate(model.parameters()):  # as if trained: LoRA starts without effect
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng(n)))
     x, z, t = noisy(model)
     expected = model(x, z, t)
@@ -267,53 +281,59 @@ def test_saved_and_loaded_it_is_the_same(name: str, how: Any, tmp_path: Path) ->
         "trainer": state,
     }
     checkpoint.save(tmp_path / "run" / "checkpoint.pt", content)
-    again, tokenizer, _ = load_denoiser(tmp_path / "run")
-    assert torch.equal(again(x, z, t), expected) and tokenizer.spec() == source.tokenizer.spec()
+    loaded, tokenizer, _ = load_denoiser(tmp_path / "run")
+    assert torch.equal(loaded(x, z, t), expected) and tokenizer.spec() == source.tokenizer.spec()
     save(model, source.tokenizer, tmp_path / "folder")
-    again, tokenizer = open_upgraded(str(tmp_path / "folder"))
-    torch.testing.assert_close(again.eval()(x, z, t), expected, atol=1e-5, rtol=1e-4)  # LoRA is added in: rounding
-    assert (tokenizer.mask_id, tokenizer.eot_id, again.config.length) == (MASK, 2, L)
-    assert again.config.evidence == 0.2 and again.config.lora == 0
+    opened, tokenizer = open_upgraded(str(tmp_path / "folder"))
+    torch.testing.assert_close(opened.eval()(x, z, t), expected, atol=1e-5, rtol=1e-4)  # merging LoRA rounds
+    assert (tokenizer.mask_id, tokenizer.eot_id, opened.config.length) == (MASK, 2, L)
+    assert opened.config.evidence == 0.2 and opened.config.lora == 0
 
 
 def test_the_library_opens_an_upgraded_folder_too(tmp_path: Path) -> None:
+    """Compare the library's logits from the folder with those of the upgraded model at z_t = 0."""
     write("bert", tmp_path / "m")
     source = open_source(str(tmp_path / "m"))
     model = upgrade(source, L)
     x, z, t = noisy(model)
     expected = model(x, 0 * z, t)
     save(model, source.tokenizer, tmp_path / "folder")
-    theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "folder").eval()
-    torch.testing.assert_close(theirs(x).logits, expected)
+    library = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "folder").eval()
+    torch.testing.assert_close(library(x).logits, expected)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "folder").mask_token_id == MASK
 
 
 def test_attention_opens_by_and_by(tmp_path: Path) -> None:
+    """Count at how many positions the last token changes the logits while attention is opened in ten steps.
+
+    The count grows from at most one position to all.
+    """
     write("llama", tmp_path / "m")
     model = upgrade(open_source(str(tmp_path / "m")), L, anneal=10).eval()
     x, z, t = noisy(model)
-    other = x.clone()
-    other[:, -1] = 7  # the last token
+    changed = x.clone()
+    changed[:, -1] = 7
 
-    def reach() -> int:  # from how many places it is seen, its own among them
-        changed = (model(x, z, t) != model(other, z, t)).any(-1)[0]
-        return int(changed[1:].sum()) + (1 if model.config.shift else int(changed[0]))
+    def count_affected() -> int:
+        affected = (model(x, z, t) != model(changed, z, t)).any(-1)[0]  # (L,)
+        return int(affected[1:].sum()) + (1 if model.config.shift else int(affected[0]))
 
-    found = []
+    counts = []
     for step in (0, 3, 9, 10):
         model.at_step(step)
-        found.append(reach())
-    assert found[0] <= 1 and found == sorted(found) and found[-1] >= L - 1 and found[1] < L // 2 + 3
+        counts.append(count_affected())
+    assert counts[0] <= 1 and counts == sorted(counts) and counts[-1] >= L - 1 and counts[1] < L // 2 + 3
 
 
 def test_a_mask_token_that_a_model_lacks_is_added(tmp_path: Path) -> None:
+    """Check a new mask's id, embedding (the mean of all) and text, and that unsuitable mask tokens are refused."""
     write("llama", tmp_path / "m", mask=False)
     with pytest.raises(InputError, match="no mask token: name one with --mask-token"):
         open_source(str(tmp_path / "m"))
     source = open_source(str(tmp_path / "m"), "<mask>")
     count = len(WORDS) - 1
     weight = source.network.get_input_embeddings().weight
-    assert source.tokenizer.mask_id == count and len(weight) == V  # one of the rows to spare
+    assert source.tokenizer.mask_id == count and len(weight) == V  # the new mask takes a spare row
     torch.testing.assert_close(weight[count], weight[:count].mean(0))
     assert source.tokenizer.decode([4, count, 5]) == source.tokenizer.decode([4]) + "[mask]" + source.tokenizer.decode(
         [5]
@@ -325,10 +345,11 @@ def test_a_mask_token_that_a_model_lacks_is_added(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             open_source(str(tmp_path / "m"), name)
-    assert open_source(str(tmp_path / "m"), "<s>").tokenizer.mask_id == 1  # a special one that is there
+    assert open_source(str(tmp_path / "m"), "<s>").tokenizer.mask_id == 1  # a special token of the tokenizer
 
 
 def test_special_tokens_in_a_text_are_ordinary_characters(tmp_path: Path) -> None:
+    """Check that the text of a special token does not become that token, but in a chat template does."""
     write("bert", tmp_path / "m")
     tokenizer = open_source(str(tmp_path / "m")).tokenizer
     assert MASK not in tokenizer.encode("a[MASK]b") and 2 not in tokenizer.encode("a</s>b")
@@ -346,6 +367,7 @@ def test_special_tokens_in_a_text_are_ordinary_characters(tmp_path: Path) -> Non
 
 
 def damage(folder: Path, **values: Any) -> None:
+    """Change values in a folder's config.json."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | values))
 
@@ -368,6 +390,7 @@ def damage(folder: Path, **values: Any) -> None:
     ],
 )
 def test_a_folder_that_is_no_model_is_a_sentence(harm: Any, message: str, tmp_path: Path) -> None:
+    """Check that a damaged folder raises an InputError of one line that says what is wrong."""
     write("bert", tmp_path / "m")
     harm(tmp_path / "m")
     with pytest.raises(InputError, match=message) as error:
@@ -376,6 +399,7 @@ def test_a_folder_that_is_no_model_is_a_sentence(harm: Any, message: str, tmp_pa
 
 
 def test_a_tokenizer_without_its_unknown_token_is_a_sentence(tmp_path: Path) -> None:
+    """Check that text outside of the vocabulary raises InputError where the vocabulary lacks its unknown token."""
     write("bert", tmp_path / "m")
     fast = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[MASK]": 1}, unk_token="[UNK]"))
     bad = HFTokenizer(fast.to_str(), V, 1, 2)
@@ -385,7 +409,10 @@ def test_a_tokenizer_without_its_unknown_token_is_a_sentence(tmp_path: Path) -> 
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
-    """The kernel refuses to write more than a limit: in the weights, and in the tokenizer after them."""
+    """Check that a failed save leaves no file, whether the weights or, after them, the tokenizer do not fit.
+
+    A limit on the size of files stands for a full disk.
+    """
     write("bert", tmp_path / "m")
     code = f"""
 import resource, signal
@@ -407,12 +434,13 @@ for limit in (3000, 1000):
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: could not save")]
-    assert len(said) == 2 and all("File too large" in line and "nothing was changed" in line for line in said), done
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: could not save")]
+    assert len(errors) == 2 and all("File too large" in line and "nothing was changed" in line for line in errors), done
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_roberta_has_fewer_positions_than_it_says(tmp_path: Path) -> None:
+    """Check that the rows up to RoBERTa's padding index do not count: its 20 rows are 18 positions."""
     config = transformers.RobertaConfig(**SMALL, max_position_embeddings=20, pad_token_id=1)
     transformers.RobertaForMaskedLM(config).save_pretrained(tmp_path / "m")
     words().save_pretrained(tmp_path / "m")
@@ -423,6 +451,7 @@ def test_roberta_has_fewer_positions_than_it_says(tmp_path: Path) -> None:
 
 
 def test_gemma_multiplies_its_embeddings_and_so_does_the_hint(tmp_path: Path) -> None:
+    """Check that the unit is measured after Gemma's multiplication, so that a hint is as long as an embedding."""
     config = transformers.GemmaConfig(**SMALL, num_key_value_heads=1, head_dim=8)
     transformers.GemmaForCausalLM(config).save_pretrained(tmp_path / "m")
     words().save_pretrained(tmp_path / "m")
@@ -436,6 +465,7 @@ def test_gemma_multiplies_its_embeddings_and_so_does_the_hint(tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_in_training_nothing_is_random_but_the_noise(name: str, tmp_path: Path) -> None:
+    """Check that two forward passes in training mode agree bit for bit: no dropout is left."""
     write(name, tmp_path / "m")
     model = upgrade(open_source(str(tmp_path / "m")), L).train()
     x, z, t = noisy(model)
@@ -443,6 +473,7 @@ def test_in_training_nothing_is_random_but_the_noise(name: str, tmp_path: Path) 
 
 
 def test_an_upgraded_folder_is_tuned_again_as_it_was(tmp_path: Path, call: Any) -> None:
+    """Check that finetune.py keeps a folder's and a run's settings, and refuses to change them in a resumed run."""
     write("llada", tmp_path / "m")
     source = open_source(str(tmp_path / "m"))
     save(upgrade(source, L, continuous="flow", evidence=0.3, lora=2), source.tokenizer, tmp_path / "folder")
@@ -456,20 +487,24 @@ def test_an_upgraded_folder_is_tuned_again_as_it_was(tmp_path: Path, call: Any) 
     for option, sentence in (("--hint raw", "hint is linear"), ("--shift", "shift is False")):
         code, _, err = call(f"finetune.py --resume --out {tmp_path / 'run'} {option}")
         assert code == 2 and f"{sentence} in this run, and cannot become another" in err
-    run = run.replace(str(tmp_path / "folder"), str(tmp_path / "run"))  # a run is, too
+    run = run.replace(str(tmp_path / "folder"), str(tmp_path / "run"))  # a run's folder in place of an upgraded folder
     code, _, err = call(f"{run} --hint raw --cache {tmp_path} --out {tmp_path / 'on'}")
     assert code == 0, err
-    again = load_denoiser(tmp_path / "on")[0].config
-    assert dataclasses.replace(again, base=config.base) == dataclasses.replace(config, hint="raw")
+    tuned = load_denoiser(tmp_path / "on")[0].config
+    assert dataclasses.replace(tuned, base=config.base) == dataclasses.replace(config, hint="raw")
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_a_run_with_lora_is_tuned_again_from_where_it_was(name: str, tmp_path: Path) -> None:
+    """Compare the logits of a run with LoRA with those of its next upgrade, with LoRA and without.
+
+    Only the new LoRA matrices, or else all parameters, are to be trained. No warning of peft may appear.
+    """
     write(name, tmp_path / "m")
     source = open_source(str(tmp_path / "m"))
     first = upgrade(source, L, lora=2, evidence=0.3, anneal=4 if name == "llama" else 0).eval()
     with torch.no_grad():
-        for n, parameter in enumerate(first.parameters()):  # as if trained: LoRA begins as nothing
+        for n, parameter in enumerate(first.parameters()):  # as if trained: LoRA starts without effect
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng(n)))
     x, z, t = noisy(first)
     expected = first(x, z, t)
@@ -488,6 +523,7 @@ def test_a_run_with_lora_is_tuned_again_from_where_it_was(name: str, tmp_path: P
 
 
 def test_a_tokenizer_of_another_model_is_a_sentence(tmp_path: Path) -> None:
+    """Check that a tokenizer with more tokens than the embedding has rows is refused."""
     write("bert", tmp_path / "m")
     small = transformers.BertForMaskedLM(transformers.BertConfig(**{**SMALL, "vocab_size": 20}))
     small.save_pretrained(tmp_path / "m")
@@ -497,7 +533,7 @@ def test_a_tokenizer_of_another_model_is_a_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "how, message",
+    "settings, message",
     [
         ({"length": 65}, "length must be at most 64"),
         ({"model": "cdm"}, "model must be one of cadd, mdlm"),
@@ -509,13 +545,15 @@ def test_a_tokenizer_of_another_model_is_a_sentence(tmp_path: Path) -> None:
         ({"anneal": 3}, "looks both ways already"),
     ],
 )
-def test_settings_that_cannot_be_are_a_sentence(how: Any, message: str, tmp_path: Path) -> None:
+def test_settings_that_cannot_be_are_a_sentence(settings: Any, message: str, tmp_path: Path) -> None:
+    """Check that a setting out of range raises an InputError that names the setting."""
     write("bert", tmp_path / "m")
     with pytest.raises(InputError, match=message):
-        upgrade(open_source(str(tmp_path / "m")), **{"length": L, **how})
+        upgrade(open_source(str(tmp_path / "m")), **{"length": L, **settings})
 
 
 def test_a_model_that_takes_no_embeddings_is_a_sentence(tmp_path: Path) -> None:
+    """Check that a network without the argument inputs_embeds is refused."""
     write("bert", tmp_path / "m")
     source = open_source(str(tmp_path / "m"))
 
@@ -529,6 +567,7 @@ def test_a_model_that_takes_no_embeddings_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_a_model_that_does_more_with_its_logits_is_a_sentence(tmp_path: Path) -> None:
+    """Check that Gemma 2, which soft-caps its logits, is refused: the head alone would give other logits."""
     config = transformers.Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8, final_logit_softcapping=3.0)
     torch.manual_seed(0)
     (tmp_path / "m").mkdir()
@@ -539,6 +578,7 @@ def test_a_model_that_does_more_with_its_logits_is_a_sentence(tmp_path: Path) ->
 
 
 def test_without_the_library_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that without transformers the error says what to install."""
     find = families.importlib.util.find_spec
     monkeypatch.setattr(
         families.importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name)
@@ -550,11 +590,12 @@ def test_without_the_library_it_says_how_to_get_it(tmp_path: Path, monkeypatch: 
 TUNE = "--length 16 --batch-size 4 --steps 30 --warmup 3 --eval-every 15 --sample-every 30 --lr 3e-3 --dtype float32"
 
 
-@pytest.mark.parametrize("how", ["", "--model mdlm", "--lora 2 --checkpointing", "--anneal 10 --continuous flow"])
-def test_finetune_on_text_then_sample(how: str, tmp_path: Path, call: Any) -> None:
+@pytest.mark.parametrize("options", ["", "--model mdlm", "--lora 2 --checkpointing", "--anneal 10 --continuous flow"])
+def test_finetune_on_text_then_sample(options: str, tmp_path: Path, call: Any) -> None:
+    """Check that the bound falls in training, that the run can be sampled, and that it can be resumed."""
     write("llama", tmp_path / "m", mask=False)
     (tmp_path / "a.txt").write_text("the dog and the cat of the hill " * 400)
-    run = f"finetune.py --from {tmp_path / 'm'} --mask-token <mask> --dataset {tmp_path / 'a.txt'} {TUNE} {how}"
+    run = f"finetune.py --from {tmp_path / 'm'} --mask-token <mask> --dataset {tmp_path / 'a.txt'} {TUNE} {options}"
     code, _, err = call(f"{run} --cache {tmp_path} --out {tmp_path / 'run'}")
     assert code == 0, err
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -567,6 +608,10 @@ def test_finetune_on_text_then_sample(how: str, tmp_path: Path, call: Any) -> No
 
 
 def test_finetune_on_pairs_leaves_the_prompt_alone(tmp_path: Path, call: Any) -> None:
+    """Check that samples begin with the prompt in its chat template, whether --from or --ckpt names the folder.
+
+    Held-out pairs are not trained on, and a prompt longer than the sequence is refused.
+    """
     write("bert", tmp_path / "m")
     lines = [json.dumps({"prompt": f"{a}{b}", "response": b + a}) for a in "abcdefgh" for b in "abcdefgh"]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
@@ -576,13 +621,18 @@ def test_finetune_on_pairs_leaves_the_prompt_alone(tmp_path: Path, call: Any) ->
     code, _, err = call(f"export.py folder {tmp_path / 'run'} {tmp_path / 'folder'}")
     code, out, err = call(f"sample.py --from {tmp_path / 'folder'} --steps 4 --prompt ab --chat --length 10")
     assert code == 0 and out.startswith("<s>ab</s><s>"), err
-    code, again, err = call(f"sample.py --ckpt {tmp_path / 'folder'} --steps 4 --prompt ab --chat")
-    assert code == 0 and again.startswith("<s>ab</s><s>"), err
+    code, out, err = call(f"sample.py --ckpt {tmp_path / 'folder'} --steps 4 --prompt ab --chat")
+    assert code == 0 and out.startswith("<s>ab</s><s>"), err
     code, _, err = call(f"sample.py --from {tmp_path / 'folder'} --prompt abcdefgh --chat --length 8")
     assert code == 2 and "--prompt has 11 tokens" in err
 
 
 def test_a_model_of_this_project_is_upgraded_as_well(tmp_path: Path, call: Any) -> None:
+    """Check that finetune.py makes CADD of a masked model of this project.
+
+    With the masked model's weights and z_t = 0 the CADD model must give the same logits. The frozen embedding
+    stays as it was, also after the run is resumed.
+    """
     (tmp_path / "a.txt").write_text("the dog and the cat of the hill " * 400)
     data = f"--dataset {tmp_path / 'a.txt'} --cache {tmp_path}"
     call(f"train_text.py {data} {TINY} --model mdlm --out {tmp_path / 'mdlm'}")
@@ -593,7 +643,7 @@ def test_a_model_of_this_project_is_upgraded_as_well(tmp_path: Path, call: Any) 
     old, _, _ = load_denoiser(tmp_path / "mdlm")
     new, _, _ = load_denoiser(tmp_path / "cadd")
     assert new.config.model == "cadd" and new.latent.dim == old.config.size.embed
-    new.load_state_dict(old.state_dict())  # the same weights: with the latent off, the same model
+    new.load_state_dict(old.state_dict())  # with these weights and the latent off, it must be the old model
     x = torch.randint(4, 30, (2, 16), generator=rng(0))
     x[:, ::2] = old.mask_id
     t, z = torch.tensor([0.2, 0.9]), torch.zeros(2, 16, new.latent.dim)
@@ -610,10 +660,14 @@ def test_a_model_of_this_project_is_upgraded_as_well(tmp_path: Path, call: Any) 
 def test_a_cadd_model_of_this_project_keeps_its_latent_when_it_is_tuned(
     tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Check that a CADD model of this project keeps its settings in tuning, but for those that are asked for.
+
+    The model comes from a run or from the hub. Options that only models of the Hugging Face library have are refused.
+    """
     (tmp_path / "a.txt").write_text("the dog and the cat of the hill " * 400)
     data, run = f"--dataset {tmp_path / 'a.txt'} --cache {tmp_path}", tmp_path / "run"
-    how = "--discrete cosine --continuous linear --evidence 0.35 --hint posterior --fusion concat"
-    assert call(f"train_text.py {data} {TINY} {how} --out {run}")[0] == 0
+    options = "--discrete cosine --continuous linear --evidence 0.35 --hint posterior --fusion concat"
+    assert call(f"train_text.py {data} {TINY} {options} --out {run}")[0] == 0
     old = load_denoiser(run)[0].config
     tune = f"{data} --steps 2 --batch-size 4 --dtype float32"
     for n, (option, change) in enumerate(
