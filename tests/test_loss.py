@@ -79,7 +79,7 @@ def test_elbo_weights_are_lemma_1_in_small_steps():
 
 
 def test_kl_is_infinite_at_zero_unless_the_estimate_is_right():
-    """Check s = 0, where the posterior is a point: a wrong estimate's KL is infinite, a right one's is 0 and not NaN."""
+    """Check s = 0, where the posterior is a point: a wrong estimate's KL is infinite, a right one's is 0, not NaN."""
     zero, t, z = torch.zeros(1), torch.ones(1) / 2, torch.ones(1, 1, 2)
     assert kl_continuous(z, z + 1, zero, t, NoiseSchedule()).item() == math.inf
     assert kl_continuous(z, z, zero, t, NoiseSchedule()).item() == 0
