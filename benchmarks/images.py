@@ -1,16 +1,19 @@
-"""Does the latent help on images? Models trained at equal steps, sampled at several T and zhat, judged.
+"""Compare models of images: train them for equal steps, sample at several T and zhat, and judge the samples.
 
     python -m benchmarks.images                                     mdlm, cadd and cdm on digits, three seeds
     python -m benchmarks.images --train cadd:latent_dim=4,evidence=0.2 --seeds 1
     python -m benchmarks.images --dataset fashion-mnist --archive /usr/share/datasets/fashion-mnist
 
-A model is one of mdlm, cadd, cdm, with any field of ModelConfig or TrainConfig behind a colon, and preset=. What is not
-named has train_image.py's default. Samples are judged in the features of a small classifier (image_judge.py). Each
-run is one line of JSON in --out; --table FILE prints what is there. The table gives mean and spread over seeds of
+A model is mdlm, cadd or cdm. Behind a colon stand settings: any fields of ModelConfig and TrainConfig, and preset=.
+Other settings have train_image.py's defaults. Samples are judged in the features of a small classifier
+(evaluation/image_judge.py). Each run appends one line of JSON to --out, and --table FILE prints the table of such a
+file. The first rows of the table are real images. The columns are means and standard deviations over seeds of
 
-    FD        Fréchet distance to the training images; the first rows are what real images score
-    variety   entropy of the classes of all samples, nats          doubt   mean entropy of each sample's class, nats
-    P / R     precision and recall                                 copies  share that is a training image, exactly
+    FD        Fréchet distance to the training images
+    variety   entropy of the classes of all samples, nats
+    doubt     mean entropy of the class of one sample, nats
+    P / R     precision and recall
+    copies    share of the samples that are exact copies of training images
     bits      the likelihood bound on held-out images, bits per dimension
 """
 
@@ -46,7 +49,7 @@ COLUMNS = {"FD": 2, "variety": 2, "doubt": 2, "precision": 2, "recall": 2, "copi
 
 
 class Judge:
-    """What scores samples of one data set: its judge, and what does not change from one set of samples to the next."""
+    """The judge of one data set, with its features of the training images, computed once."""
 
     def __init__(self, data: Images, cache: Path):
         self.net, _ = open_judge(data, cache)
@@ -54,13 +57,13 @@ class Judge:
         self.known = {image.tobytes() for image in data.train}
 
     def score(self, images: np.ndarray) -> dict[str, float]:
-        """These images (N, H, W, C) against the training ones."""
+        """Score images (N, H, W, C) against the training images."""
         copies = sum(image.tobytes() in self.known for image in images) / len(images)
         return measures(self.net, self.real, images) | {"copies": copies}
 
 
 def one_run(job: dict[str, Any]) -> dict[str, Any]:
-    """One model, one seed: train, then sample at every T and zhat, and judge."""
+    """Train one model with one seed, sample it at every T and zhat, and judge the samples."""
     torch.set_num_threads(job["threads"])
     seed, options, cache = job["seed"], job["options"], Path(job["cache"])
     data = open_images(job["dataset"], cache, job["archive"])
@@ -88,7 +91,7 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def draw(model: Denoiser, job: dict[str, Any], pixels: Pixels, steps: int, zhat: str) -> np.ndarray:
-    """(samples, H, W, C) images, 256 at a time."""
+    """Draw images (samples, H, W, C), 256 at a time."""
     parts = []
     for first in range(0, job["samples"], 256):
         shape = (min(256, job["samples"] - first), model.config.length)
@@ -108,7 +111,7 @@ def draw(model: Denoiser, job: dict[str, Any], pixels: Pixels, steps: int, zhat:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The results as Markdown, real images first."""
+    """Format the results as Markdown, in the order of the rows."""
     head = ["FD", "variety", "doubt", "P / R", "copies"]
     lines = ["| model | zhat | T | bits | " + " | ".join(head) + " |", "|---" * (4 + len(head)) + "|"]
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -129,19 +132,19 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", nargs="*", default=["mdlm", "cadd", "cdm"], help="models to train")
-    parser.add_argument("--dataset", default="digits")
-    parser.add_argument("--archive", type=Path)
-    parser.add_argument("--cache", default=str(Path.home() / ".cache" / "cadd_min"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--dataset", default="digits", help="as for train_image.py")
+    parser.add_argument("--archive", type=Path, help="where the data set lies, if not to be downloaded")
+    parser.add_argument("--cache", default=str(Path.home() / ".cache" / "cadd_min"), help="folder of prepared data")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each model")
     parser.add_argument("--steps", type=int, default=DEFAULTS["steps"], help="training steps")
-    parser.add_argument("--samples", type=int, default=1024)
-    parser.add_argument("--T", type=int, nargs="+", default=[4, 8, 16, 32, 64])
-    parser.add_argument("--zhat", nargs="+", default=["sample", "soft", "hard"])
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--hot", type=float, default=0.0, help="cosine temperature schedule from here down to 1")
-    parser.add_argument("--time-grid", default="uniform")
+    parser.add_argument("--samples", type=int, default=1024, help="samples for each T and zhat")
+    parser.add_argument("--T", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="sampling steps")
+    parser.add_argument("--zhat", nargs="+", default=["sample", "soft", "hard"], help="estimates of z_0")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the draws")
+    parser.add_argument("--hot", type=float, default=0.0, help="start of a cosine temperature that falls to 1; 0: none")
+    parser.add_argument("--time-grid", default="uniform", help="uniform or cosine")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--threads", type=int, default=1, help="of each run")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run")
     parser.add_argument("--out", type=Path, help="append each run as a line of JSON")
     parser.add_argument("--table", type=Path, help="only print the table of the runs in this file")
     args = parser.parse_args()

@@ -1,9 +1,16 @@
-"""Both kernels against eager PyTorch, torch.compile, and the floor: what the machine needs to move or draw the same.
+"""Time both fused kernels against eager PyTorch, torch.compile, and the floor that the machine sets.
 
-    python -m benchmarks.kernels                 the table of docs/performance.md, on the CPU or the GPU that is there
-    python -m benchmarks.kernels --json FILE     the same, for a machine to read
+    python -m benchmarks.kernels                 the tables of docs/performance.md, on the GPU if there is one
+    python -m benchmarks.kernels --json FILE     the same, and the results as JSON
 
-Ratios of medians in one run. "copy" is a copy of the bytes that must be moved, "normal" is torch.normal_ of the noise.
+The cells are medians in milliseconds. In brackets is the ratio to the fused kernel in the same run. The columns are
+
+    fused         the project's kernel, for the reverse step with each z0_hat and with top-p 0.9
+    eager         the same in plain PyTorch with torch's own random numbers
+    compile       eager under torch.compile
+    normal, copy  the floor of the forward noising: to draw its noise, and to copy the bytes that it must move
+    multinomial   the usual draw, torch.multinomial of every row
+    amax          the floor of the reverse step: to read the logits once
 """
 
 from __future__ import annotations
@@ -32,7 +39,7 @@ REVERSE = [(2048, 50258, 768, 1), (512, 50258, 768, 1), (512, 50258, 768, 4), (1
 
 
 def milliseconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time of a call, after one that is not counted."""
+    """Measure the median time of a call. The first call does not count."""
     times = []
     for _ in range(repeats + 1):
         if device.type == "cuda":
@@ -46,7 +53,7 @@ def milliseconds(call: Callable[[], object], device: torch.device, repeats: int)
 
 
 def eager_noising(x_0, table, t, mask_id):
-    """What one writes first, with torch's own generator."""
+    """Noise x_0 in plain PyTorch, with torch's own generator."""
     masked = torch.rand(x_0.shape, device=x_0.device) >= SCHEDULE.alpha(t)[:, None]
     z_0 = table[x_0]
     signal, noise = SCHEDULE.signal(t)[:, None, None], SCHEDULE.noise(t)[:, None, None]
@@ -55,7 +62,7 @@ def eager_noising(x_0, table, t, mask_id):
 
 
 def eager_reverse(logits, z_t, table, step):
-    """The usual step: softmax, multinomial for every row, then choose which rows flip; zhat hard."""
+    """Make the usual step: softmax, a multinomial draw for every row, then choose which rows flip. zhat is hard."""
     p = logits.softmax(-1).mean(0)
     flip = torch.rand(len(p), device=p.device) < step[0]
     x_s = torch.where(flip, torch.multinomial(p, 1)[:, 0], len(table) - 1)
@@ -64,6 +71,7 @@ def eager_reverse(logits, z_t, table, step):
 
 
 def noising(shape: tuple[int, int, int, int], device: torch.device, repeats: int) -> dict[str, float]:
+    """Time the forward noising of a shape (B, L, D, V): milliseconds by column of the table."""
     batch, length, dim, vocab = shape
     x_0 = torch.randint(vocab, (batch, length), device=device)
     table, t = torch.randn(vocab + 1, dim, device=device), torch.rand(batch, device=device)
@@ -80,6 +88,7 @@ def noising(shape: tuple[int, int, int, int], device: torch.device, repeats: int
 
 
 def reverse(shape: tuple[int, int, int, int], device: torch.device, repeats: int) -> dict[str, float]:
+    """Time the reverse step of a shape (N, V, D, K): milliseconds by column of the table."""
     count, vocab, dim, latents = shape
     logits, table = 3 * torch.randn(latents, count, vocab, device=device), torch.randn(vocab + 1, dim, device=device)
     z_t, rows = torch.randn(latents, count, dim, device=device), torch.arange(count, device=device)
@@ -102,7 +111,7 @@ def reverse(shape: tuple[int, int, int, int], device: torch.device, repeats: int
 
 
 def memory_of(shape: tuple[int, int, int, int]) -> dict[str, float]:
-    """MiB by which the largest resident size of this process grows in one fused and one eager reverse step (CPU)."""
+    """Measure by how many MiB one fused and one eager reverse step raise this process's peak resident size (CPU)."""
     count, vocab, dim, latents = shape
     logits, table = torch.zeros(latents, count, vocab), torch.zeros(vocab + 1, dim)
     z_t, rows, seed = torch.zeros(latents, count, dim), torch.arange(count), torch.tensor([1, 2])
@@ -120,7 +129,7 @@ def memory_of(shape: tuple[int, int, int, int]) -> dict[str, float]:
 
 
 def table(title: str, rows: dict[str, dict[str, float]], base: str) -> str:
-    """Milliseconds, and in brackets how many times the fused kernel's."""
+    """Format milliseconds as Markdown, with the ratio to the column `base` in brackets."""
     names = list(next(iter(rows.values())))
     lines = [f"| {title} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for shape, values in rows.items():
@@ -134,8 +143,8 @@ def table(title: str, rows: dict[str, dict[str, float]], base: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--repeats", type=int, default=9, help="calls of which the median is taken")
+    parser.add_argument("--json", type=Path, help="file for the results as JSON")
     args = parser.parse_args()
     if args.repeats < 1:
         raise InputError(f"--repeats must be at least 1, not {args.repeats}")

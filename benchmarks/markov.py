@@ -1,17 +1,19 @@
-"""The instrument that decides the defaults: sources whose law is known exactly, exact and trained denoisers.
+"""Compare exact and trained denoisers on Markov sources whose law is known exactly. This decides the defaults.
 
-    python -m benchmarks.markov                              exact denoisers, three seeds: isolates the sampler
-    python -m benchmarks.markov --train mdlm cadd cdm        networks by the project's own trainer, equal steps
+    python -m benchmarks.markov                              exact denoisers, three seeds: only the sampler can err
+    python -m benchmarks.markov --train mdlm cadd cdm        also networks, trained by the project's trainer
     python -m benchmarks.markov --train cadd:hint=raw,latent_norm=1,preset=tiny --source topics --seeds 3
 
-A model is one of mdlm, cadd, cdm, with any field of ModelConfig or TrainConfig behind a colon, and preset=, layers=,
-width=, heads= and strength= (of the latent in sampling). What is not named has the project's default. Each run is one
-line of JSON in --out; --table FILE prints what is there. The table gives mean and spread (the standard deviation over
-seeds) of
+A model is mdlm, cadd or cdm. Behind a colon stand settings: any fields of ModelConfig and TrainConfig, and preset=,
+layers=, width=, heads= and strength= (of the latent in sampling). Other settings have the project's defaults. Each run
+appends one line of JSON to --out, and --table FILE prints the tables of such a file. The cells are means and standard
+deviations over seeds of
 
-    bad      share of impossible transitions           tv       total variation of the transition law
-    entropy  of the samples' bigrams minus the truth, bits
-    ce gap   the network's CE at masked positions minus the exact one's on the same (x_t, z_t), nats, by t
+    bad       share of impossible transitions
+    tv        total variation between the samples' transitions and the law
+    entropy   entropy of the samples' bigrams less that of true bigrams, bits
+    exact CE  the exact denoiser's CE at masked positions, nats, by t
+    gap       by how much the network's CE on the same (x_t, z_t) is larger, nats
 """
 
 from __future__ import annotations
@@ -42,11 +44,11 @@ from cadd_min.utils.errors import InputError, choose
 SOURCES = {"chain": {"topics": 1}, "topics": {"topics": 8}}
 TIMES = (0.2, 0.4, 0.6, 0.8)
 EXTRA = {"preset": "str", "layers": "int", "width": "int", "heads": "int", "strength": "float"}
-PAPER = "cadd:continuous=linear,latent_norm=2"  # its schedules; with the exact denoiser only table and schedule matter
+PAPER = "cadd:continuous=linear,latent_norm=2"  # the paper's; an exact denoiser has nothing else
 
 
 def build(source: Source, model: str, options: dict[str, Any], seed: int) -> Denoiser:
-    """A denoiser for this source; its table and schedule serve the exact denoiser too."""
+    """Make an untrained network for a source. The exact denoiser uses its table and its schedule, too."""
     torch.manual_seed(seed)
     size = PRESETS[choose("preset", options.pop("preset", "nano"), PRESETS)]
     size = dataclasses.replace(size, **{k: options.pop(k) for k in ("layers", "width", "heads") if k in options})
@@ -55,7 +57,7 @@ def build(source: Source, model: str, options: dict[str, Any], seed: int) -> Den
 
 
 def train(source: Source, model: Denoiser, config: TrainConfig) -> Trainer:
-    """Train on fresh sequences of the source: no two steps see the same ones."""
+    """Train on fresh sequences of the source in every step."""
 
     def data(index: int) -> Batch:
         return Batch(source.draw(config.batch_size, seeded(config.seed + 1000, index)))
@@ -68,7 +70,7 @@ def train(source: Source, model: Denoiser, config: TrainConfig) -> Trainer:
 
 @torch.no_grad()
 def ce_gap(source: Source, model: Denoiser, count: int = 1024) -> dict[str, list[float]]:
-    """Exact CE and the network's excess over it, nats per masked position at each of TIMES."""
+    """Measure the exact denoiser's CE, and the network's excess over it, in nats per masked position at TIMES."""
     gen, exact = seeded(7, 0), ExactDenoiser(source, model.table(), model.schedule)
     rows: dict[str, list[float]] = {"exact_ce": [], "gap": []}
     for time_ in TIMES:
@@ -85,7 +87,7 @@ def ce_gap(source: Source, model: Denoiser, count: int = 1024) -> dict[str, list
 
 
 def one_run(job: dict[str, Any]) -> dict[str, Any]:
-    """One model, one seed: train it if asked for, then sample at every T and zhat, and score."""
+    """Train one model with one seed if its job says so, sample at every T and zhat, and score the samples."""
     torch.set_num_threads(1)
     seed, options = job["seed"], dict(job["options"])
     source = Source(seed=seed, **SOURCES[job["source"]])
@@ -110,7 +112,7 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def draw(denoiser: Any, model: Denoiser, job: dict[str, Any], steps: int, **options: Any) -> torch.Tensor:
-    """(samples, L) by the reverse chain, 256 at a time: more do not fit the cache and take twice as long."""
+    """Draw (samples, L) by the reverse chain, 256 at a time. More do not fit the cache and take twice as long."""
     parts = []
     for first in range(0, job["samples"], 256):
         shape = (min(256, job["samples"] - first), model.config.length)
@@ -121,7 +123,7 @@ def draw(denoiser: Any, model: Denoiser, job: dict[str, Any], steps: int, **opti
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """The results as Markdown: samples, then CE gaps."""
+    """Format the results as Markdown: a table of the samples, then a table of the CE gaps of trained models."""
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[("trained " if row["trained"] else "exact ") + row["spec"]].append(row)
@@ -132,8 +134,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
         for zhat in dict.fromkeys(key.split()[0] for key in group[0]["scores"]):
             cells = [
                 " / ".join(
-                    spread([row["scores"][f"{zhat} {s}"][k] for row in group], 2 if k == "entropy" else 3)
-                    for k in ("bad", "tv", "entropy")
+                    spread([row["scores"][f"{zhat} {s}"][key] for row in group], 2 if key == "entropy" else 3)
+                    for key in ("bad", "tv", "entropy")
                 )
                 for s in steps
             ]
@@ -155,12 +157,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--exact", nargs="*", default=["mdlm", PAPER, "cadd"], help="models with the exact denoiser")
     parser.add_argument("--train", nargs="*", default=[], help="models to train")
-    parser.add_argument("--source", choices=SOURCES, default="chain")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--source", choices=SOURCES, default="chain", help="one chain, or one of 8 for each sequence")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each model")
     parser.add_argument("--steps", type=int, default=9000, help="training steps")
-    parser.add_argument("--samples", type=int, default=2048)
-    parser.add_argument("--T", type=int, nargs="+", default=[4, 8, 16, 32, 64])
-    parser.add_argument("--zhat", nargs="+", default=["sample", "soft", "hard"])
+    parser.add_argument("--samples", type=int, default=2048, help="samples for each T and zhat")
+    parser.add_argument("--T", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="sampling steps")
+    parser.add_argument("--zhat", nargs="+", default=["sample", "soft", "hard"], help="estimates of z_0")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--out", type=Path, help="append each run as a line of JSON")
     parser.add_argument("--table", type=Path, help="only print the table of the runs in this file")

@@ -1,12 +1,12 @@
-"""Where a sampling step goes: the network, and everything that is not; and what it saves to run the head at masked
-positions only.
+"""Measure what a sampling step spends in the network and in all else, with the head at all or at masked positions.
 
-    python -m benchmarks.sampling                       tiny, vocabulary 4,096, 64 steps, K = 1
-    python -m benchmarks.sampling --steps 8 64 512      more numbers of steps
-    CADD_BACKEND=torch python -m benchmarks.sampling    the same without the fused kernels
+    python -m benchmarks.sampling                       preset tiny, vocabulary 4,096, 64 steps, K = 1
+    python -m benchmarks.sampling --steps 8 64 512      other numbers of steps
+    CADD_BACKEND=torch python -m benchmarks.sampling    without the fused kernels
     python -m benchmarks.sampling --zhat soft --num-latents 4 --shapes 1x128
 
-The sampler itself runs, with a denoiser that counts the time spent in it. Medians of --repeat runs in one process.
+The project's sampler runs with a denoiser that adds up its own time. The cells are medians of --repeat runs in one
+process, after a run that does not count.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from cadd_min.utils.errors import InputError
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+    """Wait for the device, and return the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -61,7 +61,7 @@ class Timed:
 
 
 def profile(model: Denoiser, shape: tuple[int, int], steps: int, plain: bool, **options: Any) -> tuple[float, float]:
-    """Milliseconds of a step, and of the network in it."""
+    """Measure the milliseconds of a step, and of the network in it. plain: run the head at all positions."""
     timed = Timed(model)
     start = now(timed.device)
     chain = (timed.plain if plain else timed, shape, model.table(), model.schedule, model.mask_id)
@@ -71,14 +71,14 @@ def profile(model: Denoiser, shape: tuple[int, int], steps: int, plain: bool, **
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="tiny", choices=PRESETS)
+    parser.add_argument("--preset", default="tiny", choices=PRESETS, help="size of the network")
     parser.add_argument("--model", default="cadd", choices=("cadd", "mdlm"))
     parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--shapes", nargs="+", default=["1x128", "8x128", "8x1024"], help="BxL")
-    parser.add_argument("--steps", nargs="+", type=int, default=[64], help="T, one or more")
-    parser.add_argument("--zhat", default="hard", choices=ZHATS)
-    parser.add_argument("--num-latents", type=int, default=1)
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--shapes", nargs="+", default=["1x128", "8x128", "8x1024"], help="shapes BxL of the samples")
+    parser.add_argument("--steps", nargs="+", type=int, default=[64], help="one or more numbers of steps T")
+    parser.add_argument("--zhat", default="hard", choices=ZHATS, help="estimate of z_0")
+    parser.add_argument("--num-latents", type=int, default=1, help="K")
+    parser.add_argument("--repeat", type=int, default=5, help="runs of which the median is taken")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if not all(re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape) for shape in args.shapes) or min(args.repeat, *args.steps) < 1:
@@ -93,14 +93,14 @@ def main() -> None:
         batch, length = map(int, text.split("x"))
         torch.manual_seed(0)
         model = Denoiser(ModelConfig(args.vocab_size, length, PRESETS[args.preset], model=args.model)).to(device).eval()
-        nn.init.normal_(model.head.weight, std=0.1)  # a new head is zero: give it something to say
+        nn.init.normal_(model.head.weight, std=0.1)  # a new head is zero: all logits would be equal
         runs: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
         with autocast(device, dtype):
             for _ in range(args.repeat + 1):
-                for plain, found in runs.items():
-                    found.append(profile(model, (batch, length), steps, plain, **options))
-        for plain, found in runs.items():
-            step, network = (statistics.median(values) for values in zip(*found[1:]))
+                for plain, times in runs.items():
+                    times.append(profile(model, (batch, length), steps, plain, **options))
+        for plain, times in runs.items():
+            step, network = (statistics.median(values) for values in zip(*times[1:]))
             where, speed = "all positions" if plain else "masked ones", 1e3 * batch * length / (step * steps)
             cells = (
                 f"{batch} x {length}",

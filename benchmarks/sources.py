@@ -1,9 +1,9 @@
-"""Sources whose law is known exactly, and the perfect denoiser of each.
+"""Sources of tokens whose law is known exactly, and the exact denoiser of each.
 
-`Source` is a mixture of sparse Markov chains over the same states: one chain ("chain"), or several of which each
-sequence follows one ("topics"), so that every token says something about all others, however far away. Given x_t and
-z_t the exact p(x_0 | x_t, z_t) follows by forward-backward within each chain: an unmasked position is a certainty, a
-masked one emits its latent, a Gaussian around w. No training, so it isolates the sampler from the network.
+A `Source` is a mixture of sparse Markov chains over the same states. Each sequence follows one chain ("topic"). With
+several topics every token tells something of all other tokens, however far away. The exact p(x_0 | x_t, z_t) follows by
+forward-backward in each chain: an unmasked position emits its token, a masked position emits its latent, a Gaussian
+around w. No network is trained, so errors of the samples are the sampler's.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 from cadd_min.latent import log_likelihood
 from cadd_min.schedule import NoiseSchedule
 
-IMPOSSIBLE = 1e-5  # mass that the inference gives to forbidden transitions: one wrong draw must not wreck it
+IMPOSSIBLE = 1e-5  # mass of forbidden transitions in the inference: after one wrong draw it must go on
 
 
 class Source:
-    """`topics` chains over `states` states with `successors` possible ones each; the mask is id `states`.
+    """A mixture of `topics` Markov chains over `states` states, each state with `successors` possible successors.
 
-    law (topics, S, S) transition probabilities; start (topics, S) the stationary distribution of each.
+    law (topics, S, S): transition probabilities. start (topics, S): stationary distributions. The mask's id is S.
     """
 
     def __init__(self, states: int = 64, successors: int = 4, topics: int = 1, length: int = 32, seed: int = 0):
@@ -35,7 +35,7 @@ class Source:
         self.start = torch.linalg.matrix_power(self.law, 512)[:, 0]
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """(count, length) sequences."""
+        """Draw sequences (count, length)."""
         topic = torch.randint(self.topics, (count,), generator=generator)
         x = [torch.multinomial(self.start[topic], 1, generator=generator)[:, 0]]
         for _ in range(self.length - 1):
@@ -43,21 +43,19 @@ class Source:
         return torch.stack(x, 1)
 
     def posterior(self, x_t: Tensor, z_t: Tensor, t: Tensor, table: Tensor, schedule: NoiseSchedule) -> Tensor:
-        """log p(x_0^i | x_t, z_t), (B, L, S), by forward-backward in each chain and a sum over chains."""
+        """Compute log p(x_0^i | x_t, z_t), (B, L, S), by forward-backward in each chain and a sum over chains."""
         law, start = (softened(p).to(table.dtype) for p in (self.law, self.start))
-        seen = torch.zeros(*x_t.shape, self.states, dtype=table.dtype).fill_(-torch.inf)
-        seen = seen.scatter(-1, x_t.clamp(max=self.states - 1)[..., None], 0)
-        hinted = log_likelihood(z_t, t, table[: self.states], schedule)
-        emission = torch.where((x_t == self.mask_id)[..., None], hinted, seen)
-        emission = (
-            emission - emission.amax(-1, keepdim=True)
-        ).exp()  # scaled per position: the scale is common to topics
+        by_token = torch.zeros(*x_t.shape, self.states, dtype=table.dtype).fill_(-torch.inf)  # (B, L, S)
+        by_token = by_token.scatter(-1, x_t.clamp(max=self.states - 1)[..., None], 0)
+        by_latent = log_likelihood(z_t, t, table[: self.states], schedule)  # (B, L, S)
+        emission = torch.where((x_t == self.mask_id)[..., None], by_latent, by_token)
+        emission = (emission - emission.amax(-1, keepdim=True)).exp()  # a position's scale is the same in all topics
         log_joint = [self._smooth(emission, law[k], start[k]) for k in range(self.topics)]
         return torch.stack(log_joint).logsumexp(0).log_softmax(-1)
 
     @staticmethod
     def _smooth(emission: Tensor, law: Tensor, start: Tensor) -> Tensor:
-        """log p(x^i = v, emissions) up to a constant, (B, L, S), within one chain."""
+        """Compute log p(x^i = v, emissions) in one chain up to a constant, (B, L, S)."""
         length = emission.shape[1]
         forward, log_scale = [], torch.zeros(len(emission), dtype=emission.dtype)
         message = start.expand(len(emission), -1)
@@ -78,10 +76,10 @@ class Source:
         return joint.clamp(min=1e-38).log() + log_scale[:, None, None]
 
     def score(self, x: Tensor) -> dict[str, float]:
-        """How well samples x (B, L) obey the law, under each sequence's best-fitting chain.
+        """Score how well samples x (B, L) obey the law. Each sequence is judged by the chain that fits it best.
 
-        bad: share of impossible transitions; tv: total variation between the samples' transition counts and the law's,
-        mean over rows weighted by how often the state occurs; entropy: of their bigrams, bits.
+        bad: share of impossible transitions. tv: total variation between the samples' transitions and the law, the mean
+        over states by how often each occurs. entropy: of the samples' bigrams, bits.
         """
         pairs = (x[:, :-1], x[:, 1:])
         possible = torch.stack([(chain > 0)[pairs].sum(-1) for chain in self.law])  # (topics, B)
@@ -96,12 +94,12 @@ class Source:
 
 
 def softened(p: Tensor) -> Tensor:
-    """Probabilities with a little mass on what is forbidden."""
+    """Add the mass IMPOSSIBLE to all probabilities, and normalise."""
     return (p + IMPOSSIBLE) / (p + IMPOSSIBLE).sum(-1, keepdim=True)
 
 
 class ExactDenoiser:
-    """The perfect denoiser of a source, in the sampler's interface: (x_t, z_t, t) -> logits (B, L, S)."""
+    """The exact denoiser of a source, as the sampler calls it: (x_t, z_t, t) -> logits (B, L, S)."""
 
     def __init__(self, source: Source, table: Tensor, schedule: NoiseSchedule):
         self.source, self.table, self.schedule = source, table, schedule
@@ -111,6 +109,6 @@ class ExactDenoiser:
 
 
 def random_table(states: int, dim: int, norm: float, generator: torch.Generator) -> Tensor:
-    """(states + 1, dim) latents in random directions, all of length `norm`; dim = 0 is the masked model."""
+    """Draw latents (states + 1, dim) of random directions and of length `norm`. dim = 0 is the masked model."""
     rows = torch.randn(states + 1, dim, generator=generator)
     return norm * torch.nn.functional.normalize(rows, dim=-1) if dim else rows

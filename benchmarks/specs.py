@@ -1,4 +1,4 @@
-"""What the benchmarks that train models share: a model and its settings in one word, many runs, mean ± spread."""
+"""Shared parts of the benchmarks that train models: specs of models, runs in parallel, and mean ± spread."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from cadd_min.training.trainer import TrainConfig
 from cadd_min.utils.errors import InputError, choose
 
 
-def parse(spec: str, **more: str) -> tuple[str, dict[str, Any]]:
-    """ "cadd:hint=linear,steps=100" -> ("cadd", {"hint": "linear", "steps": 100}).
+def parse(spec: str, **extra: str) -> tuple[str, dict[str, Any]]:
+    """Parse "cadd:hint=linear,steps=100" into ("cadd", {"hint": "linear", "steps": 100}).
 
-    Behind the colon may stand any field of ModelConfig or TrainConfig, and `more` names with their types.
+    Behind the colon may stand any field of ModelConfig or TrainConfig, and the names of `extra`, which gives their
+    types. Raises InputError for another model or name, or a value of another type.
     """
     model, _, rest = spec.partition(":")
-    fields = {f.name: f.type for c in (ModelConfig, TrainConfig) for f in dataclasses.fields(c)} | more
+    fields = {f.name: f.type for c in (ModelConfig, TrainConfig) for f in dataclasses.fields(c)} | extra
     kinds: dict[str, Any] = {"int": int, "float": float, "bool": lambda v: v == "True"}
     options: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
@@ -36,7 +37,7 @@ def parse(spec: str, **more: str) -> tuple[str, dict[str, Any]]:
 
 
 def pop_fields(cls: type, options: dict[str, Any]) -> dict[str, Any]:
-    """Take the options that are fields of `cls` out of `options`."""
+    """Remove the options that are fields of `cls` from `options`, and return them."""
     names = {f.name for f in dataclasses.fields(cls)} & options.keys()
     return {name: options.pop(name) for name in names}
 
@@ -44,7 +45,7 @@ def pop_fields(cls: type, options: dict[str, Any]) -> dict[str, Any]:
 def run_all(
     one_run: Callable[[dict[str, Any]], dict[str, Any]], jobs: list[dict[str, Any]], at_once: int, out: Path | None
 ) -> list[dict[str, Any]]:
-    """The rows of all jobs, in their order, each a line of JSON in `out` as soon as it is there."""
+    """Run all jobs, `at_once` at a time, and return their rows in order. Each row is also appended to `out` as JSON."""
     rows = []
     with ProcessPoolExecutor(at_once) as pool:
         for row in pool.map(one_run, jobs):
@@ -56,11 +57,11 @@ def run_all(
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """What `run_all` wrote."""
+    """Read the rows that `run_all` wrote."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def spread(values: list[float], digits: int = 3) -> str:
-    """mean ± standard deviation."""
+    """Format mean ± standard deviation, or the value alone."""
     dev = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{dev}"

@@ -1,16 +1,18 @@
-"""Does the latent help on text? Models trained at equal steps, sampled in many ways, read by a judge.
+"""Compare models of text: train them for equal steps, sample with many settings, and score the samples with a judge.
 
     python -m benchmarks.text                                            mdlm, cadd, cdm on the packaged text, 3 seeds
     python -m benchmarks.text --dataset wiki.txt --train mdlm cadd:evidence=0.2 --vary steps=8,32,128 zhat=hard,soft
-    python -m benchmarks.text --ablation fusion                          one of the paper's, see ABLATIONS
-    python -m benchmarks.text --ablation zhat --ckpt runs/sotu-cadd      the same of a model that is there, in minutes
-    python -m benchmarks.text --table rows.jsonl                         the table of what is there
+    python -m benchmarks.text --ablation fusion                          an ablation of the paper, see ABLATIONS
+    python -m benchmarks.text --ablation zhat --ckpt runs/sotu-cadd      an ablation of a trained model, in minutes
+    python -m benchmarks.text --table rows.jsonl                         only the table of rows that --out has written
 
-A model is one of cadd, mdlm, cdm, ar, udm, sedd, with any field of ModelConfig or TrainConfig behind a colon, and
-preset=. What is not named has train_text.py's default. Each is trained by train_text.py in a folder of its own in
---runs; one that is there is not trained again, one that was stopped goes on. Then all of --vary, crossed, are fields of
-the sampler. The table has mean ± standard deviation over seeds of what evaluation/text_scores.py says; the first row is
-held-out text by the same code. bound: nats per token on held-out text, from above.
+A model is cadd, mdlm, cdm, ar, udm or sedd. Behind a colon stand settings: any fields of ModelConfig and TrainConfig,
+and preset=. Other settings have train_text.py's defaults. train_text.py trains each model and seed in a folder in
+--runs. A finished run is not trained again, and a stopped run is resumed. --vary names fields of the sampler with their
+values; every combination of values is sampled.
+
+The first row of the table is held-out text, scored by the same code. The cells are means ± standard deviations over
+seeds of the scores of evaluation/text_scores.py. bound: an upper bound on held-out text's nats per token.
 """
 
 from __future__ import annotations
@@ -44,13 +46,13 @@ from cadd_min.utils.errors import InputError, choose
 ROOT = Path(__file__).parent.parent
 NOT_THE_RUNS = ("train", "ckpt", "vary", "seeds", "out", "table", "picture")
 OF_TRAINING = ("preset", "batch_size", "length", "dataset", "tokenizer", "model", "dtype", "seed")
-OF_LATENTS = ("zhat", "num_latents", "strength")  # they change nothing where there is no latent
+OF_LATENTS = ("zhat", "num_latents", "strength")  # without latents they change nothing
 SAID = ("num", "length", "dtype", "judge", "judge_dtype")
 SWEPT = ("temperature", "top_p")  # along a frontier
 DRAWN = ("entropy", "judge_bpc", "judge_bpc_se")
 STRONG = "cadd:discrete=cosine,continuous=linear,evidence=0.35,latent_dim=9"
 
-# Name: models, settings, and what the paper says (OpenWebText, 168M, T = 4096 unless said; arXiv 2510.01329).
+# Name: models, settings, and the paper's result (arXiv 2510.01329; OpenWebText, 168M, T = 4096 unless said otherwise).
 ABLATIONS: dict[str, tuple[list[str], list[str], str]] = {
     "T": (
         ["mdlm", "cadd"],
@@ -88,7 +90,10 @@ ABLATIONS: dict[str, tuple[list[str], list[str], str]] = {
 
 
 def varied(items: list[str]) -> list[dict[str, Any]]:
-    """["steps=8,32", "zhat=hard"] -> [{"steps": 8, "zhat": "hard"}, {"steps": 32, "zhat": "hard"}]."""
+    """Combine ["steps=8,32", "zhat=hard"] into [{"steps": 8, "zhat": "hard"}, {"steps": 32, "zhat": "hard"}].
+
+    Raises InputError for an unknown field, a value of another type, and settings that `Sampling` refuses.
+    """
     fields = {field.name: str(field.type) for field in dataclasses.fields(Sampling)}
     axes = []
     for item in items:
@@ -99,15 +104,15 @@ def varied(items: list[str]) -> list[dict[str, Any]]:
         except (ValueError, argparse.ArgumentTypeError):
             raise InputError(f"--vary {name} must be of type {kind.__name__}, not {values!r}") from None
     settings = [dict(pairs) for pairs in itertools.product(*axes)]
-    for how in settings:
-        Sampling(**how)
+    for setting in settings:
+        Sampling(**setting)
     return settings
 
 
 def trained(job: dict[str, Any]) -> Path:
-    """The folder of this run, trained to its last step by the command that anyone would type.
+    """Return the folder of this run, trained to its last step by train_text.py.
 
-    Raises InputError if the folder has a model of other settings.
+    Raises InputError where the training fails, or the folder has a model of other settings.
     """
     if "ckpt" in job:
         return find(Path(job["ckpt"])).parent
@@ -117,8 +122,8 @@ def trained(job: dict[str, Any]) -> Path:
     if (folder / checkpoint.FILE).exists():
         content = checkpoint.load(folder)
         for name in options.keys() - {"steps"}:
-            if str(found := content["settings"].get(name)) != str(options[name]):
-                raise InputError(f"{folder} was trained with {name} {found}, not {options[name]}: name another --runs")
+            if str(saved := content["settings"].get(name)) != str(options[name]):
+                raise InputError(f"{folder} was trained with {name} {saved}, not {options[name]}: name another --runs")
         if content["trainer"]["step"] >= options["steps"]:
             return folder
         resume = ["--resume"]
@@ -138,7 +143,7 @@ def _flag(name: str, value: Any) -> list[str]:
 
 
 def one_run(job: dict[str, Any]) -> dict[str, Any]:
-    """One model, one seed: train it unless that was done, then draw and score by every setting."""
+    """Train one model with one seed unless it is trained, then sample and score with every setting."""
     torch.set_num_threads(1)
     folder = trained(job)
     model, tokenizer, content = load_denoiser(folder, job["device"])
@@ -152,21 +157,21 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
     row["bound"] = summary(nats, model.config.length)
     speeds = [r["tokens_per_second"] for r in read_metrics(folder / "metrics.jsonl") if "tokens_per_second" in r]
     row["tokens_per_second"] = statistics.median(speeds)
-    for how in job["settings"]:
+    for setting in job["settings"]:
         if model.latent.dim == 0:
-            how = {k: v for k, v in how.items() if k not in OF_LATENTS}
-        name = ", ".join(f"{k} {v}" for k, v in how.items())
+            setting = {field: value for field, value in setting.items() if field not in OF_LATENTS}
+        name = ", ".join(f"{field} {value}" for field, value in setting.items())
         if name in row["scores"]:
             continue
         start = time.perf_counter()
-        ids = generate.many(model, Sampling(**how), job["num"], seed=job["seed"], dtype=dtype, batch_size=32).cpu()
+        ids = generate.many(model, Sampling(**setting), job["num"], seed=job["seed"], dtype=dtype, batch_size=32).cpu()
         seconds = time.perf_counter() - start
         row["scores"][name] = reader.score(ids) | {"seconds": seconds / job["num"]}
     return row
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: held-out text, then a line for each model and setting."""
+    """Format the rows as Markdown: held-out text, then a line for each model and setting, then the caption."""
     keys = [key for key in COLUMNS if key != "judge_bpc_se" and key in rows[0]["real"]]
     heads = [*(COLUMNS[key][0] for key in keys), "s a sample", "bound, nats/token", "training, tokens/s"]
     lines = ["| model | sampler | " + " | ".join(heads) + " |", "|---" * (2 + len(heads)) + "|"]
@@ -176,7 +181,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
     lines.append(f"| {REAL} | | {cells([rows[0]['real']])} | | | |")
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in {(row["spec"], row["seed"]): row for row in rows}.values():  # of one run twice in a file, the last
+    for row in {(row["spec"], row["seed"]): row for row in rows}.values():  # the last row of a run counts
         groups[row["spec"]].append(row)
     for spec, group in groups.items():
         bound = spread([row["bound"]["bound"] for row in group], 2)
@@ -189,10 +194,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def caption(rows: list[dict[str, Any]]) -> str:
-    """What makes the table's figures comparable with others."""
+    """Write the settings that the table's numbers depend on."""
     said = {name: ", ".join(sorted({str(row[name]) for row in rows})) for name in SAID}
     default = dataclasses.asdict(Sampling())
-    for name in {name for row in rows for how in row["settings"] for name in how}:
+    for name in {name for row in rows for setting in row["settings"] for name in setting}:
         default.pop(name)
     return (
         f"(n): seeds, ± their standard deviation; each {said['num']} samples of {said['length']} tokens, "
@@ -203,7 +208,7 @@ def caption(rows: list[dict[str, Any]]) -> str:
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """The frontiers, mean over seeds: a curve for each model and each setting but temperature and top-p."""
+    """Draw the frontiers, means over seeds. Along the curve of a model and a setting run temperature or top-p."""
     points: dict[str, dict[str, float]] = {REAL: rows[0]["real"]}
     curves: dict[str, list[str]] = defaultdict(list)
     for spec in dict.fromkeys(row["spec"] for row in rows):
@@ -218,28 +223,30 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", nargs="+", default=["mdlm", "cadd", "cdm"], help="models")
-    parser.add_argument("--ckpt", nargs="+", help="runs to score, instead of training any")
-    parser.add_argument("--vary", nargs="+", default=["steps=8,32,128", "zhat=hard,soft"], help="the sampler's fields")
-    parser.add_argument("--ablation", choices=ABLATIONS, help="models and sampler instead of --train and --vary")
+    parser.add_argument("--train", nargs="+", default=["mdlm", "cadd", "cdm"], help="models to train")
+    parser.add_argument("--ckpt", nargs="+", help="trained runs to score; nothing is trained")
+    parser.add_argument("--vary", nargs="+", default=["steps=8,32,128", "zhat=hard,soft"], help="fields of the sampler")
+    parser.add_argument("--ablation", choices=ABLATIONS, help="sets --train and --vary")
     parser.add_argument("--dataset", default="sotu", help="a name or a path, as for train_text.py")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2 or chars")
-    parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--preset", default="tiny", help="size of the networks")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=3000, help="training steps")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the models, in training and sampling")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each model")
     parser.add_argument("--num", type=int, default=64, help="samples of each setting, and pieces of held-out text")
-    parser.add_argument("--judge", default=SMOLLM2)
+    parser.add_argument("--judge", default=SMOLLM2, help="language model that scores the texts")
     parser.add_argument("--judge-dtype", choices=DTYPES, default="float32", help="bfloat16: faster, 0.002 bits higher")
-    parser.add_argument("--cache", default=str(Path.home() / ".cache" / "cadd_min"))
-    parser.add_argument("--runs", default="runs/text", help="a folder of a run in it for each model and seed")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="with a GPU, --jobs 1")
+    parser.add_argument("--cache", default=str(Path.home() / ".cache" / "cadd_min"), help="folder of prepared data")
+    parser.add_argument("--runs", default="runs/text", help="folder in which each model and seed has its run")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="on a GPU use --jobs 1"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--out", type=Path, help="append each run as a line of JSON")
     parser.add_argument("--table", type=Path, help="only print the table of the runs in this file")
-    parser.add_argument("--picture", type=Path, help="draw the frontiers, bits against entropy")
+    parser.add_argument("--picture", type=Path, help="draw the frontiers of bits and entropy here")
     args = parser.parse_args()
     rows = read_rows(args.table) if args.table else experiment(args)
     print(table(rows))
@@ -250,7 +257,7 @@ def main() -> None:
 
 
 def experiment(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Its rows, seed by seed."""
+    """Run all models with all seeds, and return their rows, seed by seed."""
     if min(args.seeds, args.num) < 1:
         raise InputError("--seeds and --num must be at least 1")
     specs, vary = ABLATIONS[args.ablation][:2] if args.ablation else (args.train, args.vary)

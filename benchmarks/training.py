@@ -1,21 +1,26 @@
-"""What training costs: tokens/s, peak memory, the share of the machine's arithmetic that is used, where a step goes.
+"""Measure what training costs: tokens/s, peak memory, the share of the machine's arithmetic, and the parts of a step.
 
-    python -m benchmarks.training                       tiny, 8 x 128 tokens, vocabulary 4,096: cadd, mdlm, ar, GPT-2
+    python -m benchmarks.training                       mdlm, cadd, ar, GPT-2: tiny, 8 x 128 tokens, vocabulary 4,096
     CADD_BACKEND=torch python -m benchmarks.training    the same without the fused kernels
     python -m benchmarks.training --preset small --length 1024 --vocab-size 50257 --batch-size 32 --compile
     python -m benchmarks.training --models cadd cadd:mse=1 mdlm
     python -m benchmarks.training --models cadd --unet cifar10 --image 32 32 3 --vocab-size 256 --batch-size 128
 
-A model is one of cadd, mdlm, cdm, ar, udm, sedd, with fields of ModelConfig or TrainConfig behind a colon; or gpt2, the
-Hugging Face library's GPT-2 (pip install transformers) of the same width, depth, heads and vocabulary, trained by the
-plainest loop: AdamW, clipped, no average of weights.
+A model is cadd, mdlm, cdm, ar, udm or sedd, with fields of ModelConfig and TrainConfig behind a colon. "gpt2" is the
+Hugging Face library's GPT-2 (pip install transformers) of the same width, depth, heads and vocabulary. Its training
+loop is the plainest: AdamW with clipped gradients, no average of the weights.
 
-Steps of all models in turn, --repeat rounds, medians; then, of all but udm and sedd, each part of a step by itself and
-the whole step in turn, as many rounds, medians, and what the parts do not add up to (below 0: they take longer alone).
-Peak memory is of two steps in a process of its own, weights, gradients and optimiser included (on a CPU by Linux's
-/proc). MFU: the arithmetic of the model, forward and backward, 6 for each weight and row that it multiplies and 12
-width L for each layer's attention (half of that if causal), over what this machine's matrix product of 2048 x 2048
-(8192 on a GPU) reaches in the same dtype; the head counts the rows at which it runs.
+The first table has a row for each model:
+
+    step, ms       median of --repeat rounds; in each round every model makes one step
+    to the first   the step relative to the first model's, median over rounds
+    MFU            operations a second, over those of a matrix product of 2048 x 2048 (8192 on a GPU) in the same dtype.
+                   Forward and backward take 6 operations for each weight and row that it multiplies, and 12 width L
+                   a token for each layer's attention (half if causal). The head counts the rows at which it runs.
+    peak memory    of two steps in a process of their own, with weights, gradients and optimiser (on a CPU by /proc)
+
+The second table splits the step of every model but udm and sedd. Each part runs alone, then the whole step, in --repeat
+rounds, and the medians count. "not in a part" is the step less its parts. It is below 0 where parts take longer alone.
 """
 
 from __future__ import annotations
@@ -52,38 +57,38 @@ GPT2 = "gpt2"
 
 
 class Ours:
-    """A model of this project under its own trainer."""
+    """A model of this project under the project's trainer."""
 
     def __init__(self, spec: str, args: argparse.Namespace):
         name, options = parse(spec)
-        chosen = {f.name for f in dataclasses.fields(ModelConfig)} & options.keys()
-        model, training = {k: options[k] for k in chosen}, {k: v for k, v in options.items() if k not in chosen}
+        of_model = {f.name for f in dataclasses.fields(ModelConfig)} & options.keys()
+        model, training = {k: options[k] for k in of_model}, {k: v for k, v in options.items() if k not in of_model}
         torch.manual_seed(0)
         if args.unet is None:
             config = ModelConfig(args.vocab_size, args.length, PRESETS[args.preset], model=name, **model)
         else:
-            usual = {k: v for k, v in DEFAULTS.items() if k in {f.name for f in dataclasses.fields(ModelConfig)}}
+            defaults = {k: v for k, v in DEFAULTS.items() if k in {f.name for f in dataclasses.fields(ModelConfig)}}
             shape = tuple(args.image)
             config = ModelConfig(
-                args.vocab_size, math.prod(shape), UNET_PRESETS[args.unet], shape, model=name, **(usual | model)
+                args.vocab_size, math.prod(shape), UNET_PRESETS[args.unet], shape, model=name, **(defaults | model)
             )
         self.net, device = Denoiser(config).to(args.device), args.device
         self.data = torch.randint(args.vocab_size, (args.batch_size, config.length), device=device)
         training = {"batch_size": args.batch_size, "dtype": args.dtype, "compile": args.compile} | training
         self.trainer = Trainer(self.net, lambda index: Batch(self.data), TrainConfig(**training))
-        # on average over t half of the tokens are masked; ar and udm predict them all
+        # on average over t half of the tokens are masked; ar, udm and cdm predict all tokens
         self.head_share = {"ar": 1.0, "udm": 1.0, "cdm": 1.0}.get(name, 0.5)
         self.step: Callable[[], Any] = self.trainer.train_step
         self.backward: Callable[[], Any] = self.trainer.backward
 
     def parts(self) -> dict[str, Callable[[], Any]]:
-        """What a step of the core's models and of ar consists of; the update needs the gradients of `backward`."""
+        """Make the parts of a step, by name, for the paper's models and ar. The update needs `backward`'s gradients."""
         net, data, trainer = self.net, self.data, self.trainer
         model, config = net.config.model, trainer.config
         if model not in ("cadd", "mdlm", "cdm", "ar"):
             return {}
         gen, table = seeded(0, 0, data.device), net.table()
-        # as spread as a step's times, and 1/2 on average for a single sequence too: the head runs where it is masked
+        # spread like a step's times, with mean 1/2 for a single sequence, too: the head runs at masked positions
         t = (torch.arange(len(data), device=data.device).double() + 0.5) / len(data)
         x_t, z_t = ops.forward_noising(data, data, table, t, net.schedule, net.mask_id, ops.draw_seed(gen))
         masked = x_t == net.mask_id
@@ -105,11 +110,11 @@ class Ours:
             torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
             trainer.optimizer.step()
 
-        first = {} if model == "ar" else {"forward noising": noise}
-        return first | passes(net, features, loss) | {"clip, AdamW": update, "EMA": trainer._update_ema}
+        noising = {} if model == "ar" else {"forward noising": noise}
+        return noising | passes(net, features, loss) | {"clip, AdamW": update, "EMA": trainer._update_ema}
 
     def flops(self) -> float | None:
-        """Of a step, forward and backward; None for a U-Net."""
+        """Count the operations of a step, forward and backward. Returns None for a U-Net."""
         size, config = self.net.config.size, self.net.config
         if not isinstance(size, Size):
             return None
@@ -119,7 +124,7 @@ class Ours:
 
 
 class Gpt2:
-    """GPT-2 by the Hugging Face library."""
+    """GPT-2 of the Hugging Face library in a plain training loop."""
 
     def __init__(self, args: argparse.Namespace):
         try:
@@ -164,7 +169,7 @@ class Gpt2:
         return loss
 
     def parts(self) -> dict[str, Callable[[], Any]]:
-        """What a step consists of; the update needs the gradients of `backward`."""
+        """Make the parts of a step, by name. The update needs the gradients of `backward`."""
         transformer: Any = self.net.transformer
         network = torch.compile(transformer) if self.args.compile else transformer
 
@@ -180,6 +185,7 @@ class Gpt2:
         return passes(self.net, features, loss) | {"clip, AdamW": self.update}
 
     def flops(self) -> float:
+        """Count the operations of a step, forward and backward."""
         per_token = matrices(self.size, self.args.length, causal=True)
         return self.data.numel() * (per_token + 6 * self.args.vocab_size * self.size.width)
 
@@ -187,10 +193,10 @@ class Gpt2:
 def passes(
     net: nn.Module, features: Callable[[], Tensor], loss: Callable[[Tensor], Tensor]
 ) -> dict[str, Callable[[], Any]]:
-    """The parts that go forward and backward: the network up to its features, and from them the head to the loss.
+    """Make the two parts that go forward and backward: the network up to its features, and the head up to the loss.
 
-    features() are (..., F), and loss of them a scalar. Gradients are made anew at every call, as in a step; those that
-    the parameters hold stay.
+    features() returns (..., F), and loss maps these to a scalar. Every call computes gradients anew, as a step does,
+    and leaves the gradients in the parameters alone.
     """
     weights = [p for p in net.parameters() if p.requires_grad]
     rows = features().detach().requires_grad_()
@@ -201,7 +207,10 @@ def passes(
 
 
 def matrices(size: Size, length: int, causal: bool) -> float:
-    """Operations of a token in a transformer's blocks, forward and backward: 12 width^2 weights a layer, attention."""
+    """Count a token's operations in a transformer's blocks, forward and backward.
+
+    A layer has 12 width^2 weights and its attention.
+    """
     return size.layers * (6 * 12 * size.width**2 + 12 * size.width * length * (0.5 if causal else 1))
 
 
@@ -210,11 +219,11 @@ def build(spec: str, args: argparse.Namespace) -> Ours | Gpt2:
 
 
 def peak_memory(job: tuple[str, argparse.Namespace]) -> float:
-    """GiB that two steps need at most: the allocator's on a GPU; on a CPU the process's, beyond what it had before."""
+    """Measure the peak memory of two steps in GiB: by the allocator on a GPU, by the growth of the process on a CPU."""
     spec, args = job
     torch.set_num_threads(args.threads)
     before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, which was that of importing
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak, which is that of the imports
     model = build(spec, args)
     for _ in range(2):
         model.step()
@@ -224,13 +233,13 @@ def peak_memory(job: tuple[str, argparse.Namespace]) -> float:
 
 
 def _resident(key: str) -> int:
-    """KiB of this process by /proc: VmRSS now, VmHWM at most."""
-    found = re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())
-    return int(found[1]) if found else 0
+    """Read the KiB of this process from /proc: VmRSS is its size now, VmHWM its peak."""
+    match = re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())
+    return int(match[1]) if match else 0
 
 
 def machine_flops(args: argparse.Namespace, device: torch.device) -> float:
-    """A second, of a matrix product in the network's dtype."""
+    """Measure the operations a second of a matrix product in the network's dtype."""
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device).to(DTYPES[args.dtype])
     return 2 * n**3 / (milliseconds(lambda: a @ a, device, 7) / 1e3)
@@ -241,12 +250,12 @@ def row(name: str, values: list[str]) -> str:
 
 
 def report(models: dict[str, Ours | Gpt2], args: argparse.Namespace, device: torch.device) -> None:
-    """Both tables."""
+    """Print both tables."""
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(args.repeat):
         for name, model in models.items():
             times[name].append(milliseconds(model.step, device, 1))
-    step = {name: statistics.median(found) for name, found in times.items()}
+    step = {name: statistics.median(ms) for name, ms in times.items()}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         memory = dict(zip(models, pool.imap(peak_memory, [(name, args) for name in models], chunksize=1)))
     peak = machine_flops(args, device)
@@ -265,14 +274,14 @@ def report(models: dict[str, Ours | Gpt2], args: argparse.Namespace, device: tor
 
 
 def report_parts(models: dict[str, Ours | Gpt2], repeat: int, device: torch.device) -> None:
-    """The second table, of the models that have parts: ms and share of the step, which closes it."""
+    """Print the second table, for the models that have parts: ms and share of the step. The step is the last row."""
     measured = {
         name: timed_parts(model, parts, repeat, device) for name, model in models.items() if (parts := model.parts())
     }
     if not measured:
         return
     print(row("part", [f"{name} ms | share" for name in measured]) + "\n" + "|---" * (1 + 2 * len(measured)) + "|")
-    for part in max(measured.values(), key=len):  # it has every part that another has
+    for part in max(measured.values(), key=len):  # the longest has all parts
         cells = [f"{v[part]:.1f} | {v[part] / v['step']:.0%}" if part in v else " | " for v in measured.values()]
         print(row(part, cells))
 
@@ -280,41 +289,43 @@ def report_parts(models: dict[str, Ours | Gpt2], repeat: int, device: torch.devi
 def timed_parts(
     model: Ours | Gpt2, parts: dict[str, Callable[[], Any]], repeat: int, device: torch.device
 ) -> dict[str, float]:
-    """Medians in ms of a model's parts, what the step takes beyond their sum, and the step."""
+    """Measure the medians in ms of a model's parts, of what the step takes beyond their sum, and of the step."""
     times: dict[str, list[float]] = {name: [] for name in (*parts, "step")}
     for _ in range(repeat):
         model.backward()
-        for name, call in (*parts.items(), ("step", model.step)):  # last, as it leaves no gradients
+        for name, call in (*parts.items(), ("step", model.step)):  # the step is last: it clears the gradients
             times[name].append(milliseconds(call, device, 1))
-    found = {name: statistics.median(times[name]) for name in parts}
+    medians = {name: statistics.median(times[name]) for name in parts}
     step = statistics.median(times["step"])
-    return found | {"not in a part": step - sum(found.values()), "step": step}
+    return medians | {"not in a part": step - sum(medians.values()), "step": step}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["mdlm", "cadd", "ar", GPT2], help="the first is compared with")
-    parser.add_argument("--preset", default="tiny", choices=PRESETS)
+    parser.add_argument(
+        "--models", nargs="+", default=["mdlm", "cadd", "ar", GPT2], help="models; ratios are to the first"
+    )
+    parser.add_argument("--preset", default="tiny", choices=PRESETS, help="size of the networks")
     parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--unet", choices=UNET_PRESETS, help="of images instead, this U-Net")
-    parser.add_argument("--image", type=int, nargs=3, default=[32, 32, 3], help="height, width, colours")
+    parser.add_argument("--unet", choices=UNET_PRESETS, help="train this U-Net on images instead")
+    parser.add_argument("--image", type=int, nargs=3, default=[32, 32, 3], help="height, width and colours")
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compile the networks")
-    parser.add_argument("--repeat", type=int, default=9)
+    parser.add_argument("--repeat", type=int, default=9, help="rounds of which the median is taken")
     args = parser.parse_args()
     if args.repeat < 1:
         raise InputError(f"--repeat must be at least 1, not {args.repeat}")
     device = torch_device(args.device)
     args.threads = torch.get_num_threads()
     args.dtype = best_dtype(device) if args.dtype == "auto" else args.dtype
-    what = f"U-Net {args.unet}, {args.batch_size} images of {'x'.join(map(str, args.image))}"
+    task = f"U-Net {args.unet}, {args.batch_size} images of {'x'.join(map(str, args.image))}"
     if args.unet is None:
-        what = f"{args.preset}, {args.batch_size} x {args.length} tokens"
+        task = f"{args.preset}, {args.batch_size} x {args.length} tokens"
     backend = f"{ops.backend().name}, torch {torch.__version__}, {device}, {args.threads} threads, {args.dtype}"
-    print(f"{backend}, {what}, V = {args.vocab_size}\n")
+    print(f"{backend}, {task}, V = {args.vocab_size}\n")
     report({spec: build(spec, args) for spec in dict.fromkeys(args.models)}, args, device)
 
 

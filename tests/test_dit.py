@@ -1,4 +1,4 @@
-"""The backbone: where it starts, and what it can see."""
+"""The transformer backbone: what it computes before training, what its heads look at first, and its size."""
 
 import pytest
 import torch
@@ -12,13 +12,14 @@ SIZE = Size(layers=2, width=128, heads=4)
 
 
 def test_starts_as_identity_at_every_time():
-    """adaLN-Zero: the untrained backbone is one LayerNorm, whatever t."""
+    """Check adaLN-Zero: the untrained backbone is one LayerNorm at every t."""
     x = torch.randn(3, 10, 128, generator=rng(0))
     y = DiT(SIZE, 10)(x, torch.tensor([0.0, 0.4, 1.0]))
     torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (128,)))
 
 
 def test_rotary_sees_distances_only():
+    """Check that q.k is the same at all pairs of positions of one distance, and depends on the distance's sign."""
     rotary, (q, k) = Rotary(32, 20), torch.randn(2, 32, generator=rng(0))
     dots = rotary(q.expand(20, 32)) @ rotary(k.expand(20, 32)).T
     for distance in (-7, 0, 3):
@@ -27,14 +28,17 @@ def test_rotary_sees_distances_only():
 
 
 def first_attention(block: Block, rotary: Rotary, length: int) -> torch.Tensor:
-    """Each head's attention (heads, L, L) by the biases alone, as for an input of zeros."""
+    """Compute each head's attention (heads, L, L) from the biases alone: that of an input of zeros."""
     q, k, _ = block.qkv.bias.detach().view(3, block.heads, 1, -1).expand(-1, -1, length, -1)
     return (rotary(q) @ rotary(k).transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
 
 
 @pytest.mark.parametrize("size", [SIZE, PRESETS["nano"], PRESETS["small"]])
 def test_heads_start_by_looking_at_neighbours(size):
-    """Head 0, 1, 2, 3, ... is sharpest at offset -1, 1, -2, 2, ... Power: without the biases it is flat."""
+    """Check that heads 0, 1, 2, 3, ... attend most to offsets -1, 1, -2, 2, ...
+
+    Power: without the biases every head's attention is flat.
+    """
     net = DiT(size, 64)
     for block in net.blocks:
         attention = first_attention(block, net.rotary, 64)
@@ -48,6 +52,7 @@ def test_heads_start_by_looking_at_neighbours(size):
 
 
 def test_small_is_the_papers_size():
+    """Compare the number of parameters with the paper's 168M, to 2%."""
     with torch.device("meta"):
         net = Denoiser(ModelConfig(50257, 1024, PRESETS["small"], latent_norm=1.0))
     assert sum(p.numel() for p in net.parameters()) == pytest.approx(168e6, rel=0.02)

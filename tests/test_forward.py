@@ -1,4 +1,8 @@
-"""Proposition 1: the closed form is what the chain does, the time of masking included."""
+"""Proposition 1: the closed form q(x_t, z_t | x_0) is the law of the chain of forward steps.
+
+Tokens are compared by chi-square, latents by Kolmogorov-Smirnov. The law of z_t must not depend on the step that masked
+the token. Two broken chains must fail: a chain that forgets when it masked, and a chain with the wrong mask rate.
+"""
 
 import pytest
 import torch
@@ -13,83 +17,95 @@ MASK, COUNT = 7, 20000
 
 
 def chain(z_0: torch.Tensor, times: list[float], schedule: NoiseSchedule, seed: int, step=q_step):
-    """Run COUNT single tokens of latent z_0 through the chain; returns x, z and when each was masked (-1: never)."""
+    """Run COUNT sequences of one token, all with the latent z_0 (D,), through the chain at `times`.
+
+    Returns: x (COUNT,), z (COUNT, D), and when (COUNT,), the number of the step that masked the token, or -1.
+    """
     gen, x = rng(seed), torch.zeros(COUNT, 1, dtype=torch.int64)
     z, when = z_0.expand(COUNT, 1, -1), torch.full((COUNT,), -1)
     for i, (s, t) in enumerate(zip([0.0, *times], times)):
-        before = x[:, 0] == MASK
+        was_masked = x[:, 0] == MASK
         x, z = step(
             x, z, *(torch.full((COUNT,), v, dtype=torch.float64) for v in (s, t)), schedule, MASK, generator=gen
         )
-        when[(x[:, 0] == MASK) & ~before] = i
+        when[(x[:, 0] == MASK) & ~was_masked] = i
     return x[:, 0], z[:, 0], when
 
 
 def p_values(x, z, when, z_0, t: float, schedule: NoiseSchedule) -> list[float]:
-    """Chi-square of the mask, KS of z per dimension, for all masked and for each time of masking with enough tokens."""
+    """Compute the p-values of tokens and latents at time t under the closed form.
+
+    First the chi-square of the masked share, or 1 where all tokens must be masked. Then Kolmogorov-Smirnov of each
+    dimension of z, for all masked tokens and for the tokens of each masking step. Groups up to 500 tokens are left out.
+    """
     time = torch.tensor(t, dtype=torch.float64)
     masked = x == MASK
     expected = COUNT * (1 - float(schedule.alpha(time)))
-    found = [1.0] if expected == COUNT else []
+    values = [1.0] if expected == COUNT else []
     if expected < COUNT:
-        found = [stats.chisquare([int(masked.sum()), int((~masked).sum())], [expected, COUNT - expected]).pvalue]
+        values = [stats.chisquare([int(masked.sum()), int((~masked).sum())], [expected, COUNT - expected]).pvalue]
     law = [stats.norm(float(schedule.signal(time) * m), float(schedule.noise(time))) for m in z_0]
     for group in [masked, *(when == i for i in range(int(when.max()) + 1))]:
         if group.sum() > 500:
-            found += [stats.kstest(z[group, d].numpy(), law[d].cdf).pvalue for d in range(len(z_0))]
-    return found
+            values += [stats.kstest(z[group, d].numpy(), law[d].cdf).pvalue for d in range(len(z_0))]
+    return values
 
 
 @pytest.mark.parametrize("continuous", ["linear", "cosine", "capped", "flow"])
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_chain_has_the_closed_forms_law(continuous, seed):
+    """Compare three or four forward steps with the closed form at the last time. Unmasked latents stay bit for bit."""
     schedule, z_0 = NoiseSchedule("cosine" if seed == 3 else "linear", continuous), torch.tensor([1.5, -0.7]).double()
     for times in ([0.3, 0.5, 0.6], [0.1, 0.55, 0.9], [0.2, 0.4, 0.6, 0.8]):
         x, z, when = chain(z_0, times, schedule, seed)
         assert min(p_values(x, z, when, z_0, times[-1], schedule)) > ALPHA
-        assert torch.equal(z[x != MASK], z_0.expand(int((x != MASK).sum()), -1))  # frozen bitwise while unmasked
+        assert torch.equal(z[x != MASK], z_0.expand(int((x != MASK).sum()), -1))
 
 
 @pytest.mark.parametrize("continuous", ["linear", "capped", "flow"])
 def test_closed_form_has_its_law(continuous):
+    """Compare `q_sample` at four times with alpha_t, signal_t and noise_t. At t = 1 every token is masked."""
     schedule, z_0 = NoiseSchedule("linear", continuous), torch.tensor([1.5, -0.7]).double()
     for seed, t in enumerate((0.05, 0.3, 0.7, 1.0)):
         x_0 = torch.zeros(COUNT, 1, dtype=torch.int64)
         times = torch.full((COUNT,), t, dtype=torch.float64)
         x, z = q_sample(x_0, z_0.expand(COUNT, 1, -1), times, schedule, MASK, generator=rng(seed))
-        nothing = torch.full((COUNT,), -1)
-        assert min(p_values(x[:, 0], z[:, 0], nothing, z_0, t, schedule)) > ALPHA
+        when = torch.full((COUNT,), -1)  # there are no steps
+        assert min(p_values(x[:, 0], z[:, 0], when, z_0, t, schedule)) > ALPHA
         assert t < 1 or (x == MASK).all()
 
 
 def test_a_chain_that_forgets_when_it_masked_is_caught():
-    """Power: noising a token masked earlier as if it were masked now must fail the KS test."""
+    """Power: catch a chain that noises every masked latent as if it were masked now, by Kolmogorov-Smirnov.
+
+    A token that was masked in an earlier step is then noised from its noisy z_s, with the factors of a clean z_0.
+    """
     schedule, z_0 = NoiseSchedule(), torch.tensor([1.5, -0.7]).double()
 
     def broken(x_s, z_s, s, t, schedule, mask_id, *, generator):
         x_t, z_t = q_step(x_s, z_s, s, t, schedule, mask_id, generator=generator)
-        again = q_sample(x_s, z_s, torch.ones_like(t), schedule, mask_id, generator=generator)[1]
-        mixed = schedule.signal(t)[:, None, None] * z_s + schedule.noise(t)[:, None, None] * again
-        return x_t, torch.where((x_t == mask_id)[..., None], mixed, z_t)
+        eps = q_sample(x_s, z_s, torch.ones_like(t), schedule, mask_id, generator=generator)[1]
+        noised = schedule.signal(t)[:, None, None] * z_s + schedule.noise(t)[:, None, None] * eps
+        return x_t, torch.where((x_t == mask_id)[..., None], noised, z_t)
 
     x, z, when = chain(z_0, [0.3, 0.5, 0.6], schedule, 1, broken)
     assert min(p_values(x, z, when, z_0, 0.6, schedule)) < ALPHA
 
 
 def test_a_chain_with_the_wrong_mask_rate_is_caught():
-    """Power: masking with probability t in each step, not 1 - alpha_t / alpha_s, must fail the chi-square test."""
+    """Power: catch a chain that masks with probability t in each step, not 1 - alpha_t / alpha_s, by chi-square."""
     schedule, z_0 = NoiseSchedule(), torch.tensor([1.5]).double()
 
     def broken(x_s, z_s, s, t, schedule, mask_id, *, generator):
         x_t, z_t = q_sample(x_s, z_s, t, schedule, mask_id, generator=generator)
-        was = x_s == mask_id
-        return x_t.masked_fill(was, mask_id), z_t
+        return x_t.masked_fill(x_s == mask_id, mask_id), z_t
 
     x, z, when = chain(z_0, [0.3, 0.5, 0.6], schedule, 1, broken)
     assert p_values(x, z, when, z_0, 0.6, schedule)[0] < ALPHA
 
 
 def test_ends():
+    """Check that t = 0 changes nothing, that t = 1 leaves masks and noise, and that a step from 1 to 1 is no step."""
     x_0, z_0 = torch.arange(6).reshape(2, 3), torch.randn(2, 3, 4, generator=rng(0))
     for discrete in ("linear", "cosine", "gone"):
         schedule = NoiseSchedule(discrete)
@@ -97,14 +113,14 @@ def test_ends():
         assert torch.equal(x, x_0) and torch.equal(z, z_0)
         x, z = q_sample(x_0, z_0, torch.ones(2), schedule, MASK, generator=rng(1))
         assert (x == MASK).all() and not torch.isclose(z, z_0).any()
-        same = q_step(x, z, torch.ones(2), torch.ones(2), schedule, MASK, generator=rng(2))
-        assert torch.equal(same[0], x) and torch.allclose(same[1], z)  # s = t = 1
+        x_1, z_1 = q_step(x, z, torch.ones(2), torch.ones(2), schedule, MASK, generator=rng(2))
+        assert torch.equal(x_1, x) and torch.allclose(z_1, z)
 
 
 def test_seeds_reproduce_and_shapes_are_checked():
     x_0, z_0, t = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, 4), torch.tensor([0.2, 0.9])
-    one, two = (q_sample(x_0, z_0, t, NoiseSchedule(), MASK, generator=rng(5)) for _ in range(2))
-    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    (x_t, z_t), (x_again, z_again) = (q_sample(x_0, z_0, t, NoiseSchedule(), MASK, generator=rng(5)) for _ in range(2))
+    assert torch.equal(x_t, x_again) and torch.equal(z_t, z_again)
     with pytest.raises(InputError, match=r"z \(B, L, D\)"):
         q_sample(x_0, z_0[:, :2], t, NoiseSchedule(), MASK)
     with pytest.raises(InputError, match=r"t \(B,\)"):

@@ -1,4 +1,7 @@
-"""The latent's scale (trap 1), its evidence, and its fusion with the tokens."""
+"""The latent: its length and what it tells of the token, its fusion with the tokens, and trap 1.
+
+Trap 1 is a latent table that learns: its rows grow until z_t spells out x_0, the loss falls, and samples collapse.
+"""
 
 import math
 
@@ -21,7 +24,10 @@ from tests.toys import nano, rng
 
 @pytest.mark.parametrize("continuous", ["linear", "capped"])
 def test_evidence_norm_makes_the_latent_worth_its_share_of_log_v(continuous):
-    """At half time a share of 1 lets an ideal reader name the token half of the time, a quarter of it hardly ever."""
+    """Check how often the likeliest token under z_t is the true token, at t = 1/2 and for shares 1/4, 1 and 4 of log V.
+
+    By capacity a share of 1 names about every second token, 1/4 hardly any, and 4 all.
+    """
     schedule, vocab, t = NoiseSchedule("linear", continuous), 512, torch.full((4000,), 0.5)
     directions = torch.nn.functional.normalize(torch.randn(vocab, 256, generator=rng(0)), dim=-1)
     x = torch.randint(vocab, (4000, 1), generator=rng(1))
@@ -36,9 +42,9 @@ def test_evidence_norm_makes_the_latent_worth_its_share_of_log_v(continuous):
 
 @pytest.mark.parametrize("vocab, dim, share", [(64, 64, 0.1), (64, 4, 0.333), (1024, 7, 0.346), (1024, 128, 0.1)])
 def test_evidence_is_the_information_that_the_latent_carries(vocab, dim, share):
-    """I(x; z_t) at half time by Monte Carlo, 20,000 latents: within a tenth of the share, for few dimensions too.
+    """Compare I(x; z_t) at t = 1/2, by Monte Carlo with 20,000 latents, with the share of log V, to a tenth of it.
 
-    Power: what holds for many dimensions only, ||w||^2 SNR / 2, is off by more than a tenth where there are few.
+    Power: the limit of many dimensions, ||w||^2 SNR / 2, is off by more than a tenth where there are few.
     """
     schedule, t = NoiseSchedule(), torch.full((20_000,), 0.5)
     norm = evidence_norm(vocab, schedule, share, dim)
@@ -46,14 +52,16 @@ def test_evidence_is_the_information_that_the_latent_carries(vocab, dim, share):
     x = torch.randint(vocab, (20_000, 1), generator=rng(1))
     eps = torch.randn(20_000, 1, dim, generator=rng(2))
     z = schedule.signal(t)[:, None, None] * table[x] + schedule.noise(t)[:, None, None] * eps
-    told = log_likelihood(z, t, table, schedule).log_softmax(-1).gather(-1, x[..., None]).mean() + math.log(vocab)
-    assert float(told) / math.log(vocab) == pytest.approx(share, rel=0.1)
-    wide = norm**2 * float(schedule.snr(t[0].double())) / 2 / math.log(vocab)
-    assert (wide > 1.1 * share) == (dim < 10)
+    log_p = log_likelihood(z, t, table, schedule).log_softmax(-1).gather(-1, x[..., None])
+    information = float(log_p.mean()) + math.log(vocab)  # I(x; z_t), nats
+    assert information / math.log(vocab) == pytest.approx(share, rel=0.1)
+    many_dimensions = norm**2 * float(schedule.snr(t[0].double())) / 2
+    assert (many_dimensions / math.log(vocab) > 1.1 * share) == (dim < 10)
 
 
 @pytest.mark.parametrize("continuous", ["linear", "cosine", "capped", "flow"])
 def test_log_likelihood_is_the_gaussian_density(continuous):
+    """Compare with torch's normal density, up to the constant that all tokens share."""
     schedule = NoiseSchedule("linear", continuous)
     z, w = torch.randn(2, 3, 4, generator=rng(0)).double(), torch.randn(5, 4, generator=rng(1)).double()
     t = torch.tensor([0.2, 0.7], dtype=torch.float64)
@@ -61,22 +69,22 @@ def test_log_likelihood_is_the_gaussian_density(continuous):
         schedule.signal(t)[:, None, None, None] * w, schedule.noise(t)[:, None, None, None]
     )
     exact = law.log_prob(z[:, :, None, :]).sum(-1)
-    found = log_likelihood(z, t, w, schedule)
-    torch.testing.assert_close(found - found[..., :1], exact - exact[..., :1])
+    log_p = log_likelihood(z, t, w, schedule)
+    torch.testing.assert_close(log_p - log_p[..., :1], exact - exact[..., :1])
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("hint", HINTS)
 @pytest.mark.parametrize("table, dim", [("tied", 0), ("tied", 8), ("fixed", 8), ("free", 0)])
 def test_unmasked_positions_see_no_latent(fusion, hint, table, dim):
-    """Where tokens are unmasked the network's output does not depend on z_t; where one is masked it does."""
+    """Check that z_t changes nothing while all tokens are unmasked, and something once a token is masked."""
     net = nano(fusion=fusion, hint=hint, latent_table=table, latent_dim=dim)
     torch.nn.init.normal_(net.head.weight, generator=rng(5))
     x, t = torch.randint(11, (2, 12), generator=rng(0)), torch.tensor([0.3, 0.6])
-    z, other = torch.randn(2, 2, 12, net.latent.dim, generator=rng(1))
-    assert torch.equal(net(x, z, t), net(x, other, t))
+    z_1, z_2 = torch.randn(2, 2, 12, net.latent.dim, generator=rng(1))
+    assert torch.equal(net(x, z_1, t), net(x, z_2, t))
     x[:, 4] = 11
-    assert not torch.allclose(net(x, z, t), net(x, other, t))
+    assert not torch.allclose(net(x, z_1, t), net(x, z_2, t))
 
 
 @torch.no_grad()
@@ -90,6 +98,7 @@ def test_a_bias_of_the_head_is_added_to_every_logit(bayes_head):
 
 
 def test_held_tables_pass_no_gradient_and_keep_their_norm():
+    """Check every table but "free", which is the trap: no gradient, and rows of the length that was asked for."""
     for kind, dim in (("tied", 0), ("tied", 8), ("fixed", 0), ("fixed", 8)):
         table = nano(latent_table=kind, latent_dim=dim, latent_norm=2.5).table()
         assert not table.requires_grad
@@ -105,7 +114,7 @@ def test_masked_model_is_the_latent_of_dimension_zero():
 
 
 def test_bayes_head_alone_is_the_exact_posterior():
-    """With the network silent, the logits are log N(z_t; signal w_v, noise^2 I) up to a constant."""
+    """Compare an untrained network, whose own logits are zero, with log N(z_t; signal w_v, noise^2 I) normalised."""
     net = nano(bayes_head=True, latent_norm=2.0)
     x, t = torch.full((2, 12), 11), torch.tensor([0.3, 0.8])
     z = torch.randn(2, 12, 32, generator=rng(0))
@@ -117,6 +126,7 @@ STEPS, SOURCE = 900, Source()
 
 
 def trained(wrong_hints: float = 0.1, **options: object) -> Trainer:
+    """Train a small network on SOURCE. `last` of the trainer holds the losses of the last step."""
     torch.manual_seed(0)
     config = ModelConfig(64, 32, PRESETS["nano"], **options)  # type: ignore[arg-type]
     settings = TrainConfig(steps=STEPS, batch_size=32, lr=2e-3, dtype="float32", wrong_hints=wrong_hints)
@@ -127,37 +137,41 @@ def trained(wrong_hints: float = 0.1, **options: object) -> Trainer:
 
 
 def samples(trainer: Trainer) -> dict[str, float]:
+    """Score 1,000 sequences that the averaged network draws."""
     net = trainer.ema
     return SOURCE.score(sample(net, (1000, 32), net.table(), net.schedule, 64, steps=32, zhat="hard", generator=rng(0)))
 
 
 @pytest.mark.slow
 def test_a_free_table_leaks_and_a_held_one_does_not():
-    """Trap 1, on the paper's plain form: two runs that differ in nothing but their table. `-s` prints them."""
+    """Compare two runs in the paper's plain form that differ in their table only (trap 1). `-s` prints both.
+
+    The free table must grow, lower the CE by a third and still make the samples worse. The held table must not.
+    """
     plain = {"hint": "raw", "continuous": "linear", "latent_norm": 1.0}
     held, free = trained(0.0, **plain), trained(0.0, latent_table="free", **plain)
     assert held.latent_norm() == pytest.approx(1.0, rel=1e-4)
-    assert free.latent_norm() > 2  # from 1, and growing
-    assert free.last["ce"] < 0.7 * held.last["ce"]  # its loss looks wonderful
-    truth, kept, lost = SOURCE.score(SOURCE.draw(1000, rng(1))), samples(held), samples(free)
-    for name, run, score in (("held", held, kept), ("free", free, lost)):
+    assert free.latent_norm() > 2  # it starts from 1
+    assert free.last["ce"] < 0.7 * held.last["ce"]  # the loss of a leak looks good
+    truth, held_score, free_score = SOURCE.score(SOURCE.draw(1000, rng(1))), samples(held), samples(free)
+    for name, run, score in (("held", held, held_score), ("free", free, free_score)):
         print(f"\n{name}: norm {run.latent_norm():.2f}, CE {run.last['ce']:.3f}, impossible {score['bad']:.1%}, "
               f"bigram entropy {score['entropy']:.2f} bits of {truth['entropy']:.2f}")  # fmt: skip
-    assert abs(kept["entropy"] - truth["entropy"]) < 1.5 and kept["bad"] < 0.2
-    assert lost["bad"] > 1.5 * kept["bad"]
+    assert abs(held_score["entropy"] - truth["entropy"]) < 1.5 and held_score["bad"] < 0.2
+    assert free_score["bad"] > 1.5 * held_score["bad"]
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 4, 8])
 def test_ordered_rows_are_a_scale(dim):
-    """Neighbours are nearest, the ends farthest; all rows have one length, but on a line a mean square of 1."""
+    """Check that neighbours are nearest, the ends farthest, and rows of length 1 (of mean square 1 on a line)."""
     rows = ordered_rows(256, dim)
     assert rows.shape == (256, dim)
-    far = torch.cdist(rows, rows)
+    distance = torch.cdist(rows, rows)
     for i in (0, 100, 255):
-        order = far[i].argsort()
-        assert (order[:3] - i).abs().max() <= 2  # itself and what is next to it
+        nearest = distance[i].argsort()
+        assert (nearest[:3] - i).abs().max() <= 2  # itself and its neighbours
     if dim <= 2:  # on a line and on half a circle every step leads away
-        assert (far[0].diff() > 0).all() and (far[-1].diff() < 0).all()
+        assert (distance[0].diff() > 0).all() and (distance[-1].diff() < 0).all()
     if dim > 1:
         torch.testing.assert_close(rows.norm(dim=-1), torch.ones(256))
     else:
@@ -165,6 +179,7 @@ def test_ordered_rows_are_a_scale(dim):
 
 
 def test_an_ordered_table_never_moves_and_ends_with_the_mask():
+    """Check that the table ignores the token embedding, and that the mask's row is zero."""
     latent = Latent(17, 8, 4, 2.5, NoiseSchedule(), table="ordered")
     table = latent.table(torch.randn(18, 8, requires_grad=True))
     torch.testing.assert_close(table[:17], 2.5 * ordered_rows(17, 4))

@@ -1,4 +1,8 @@
-"""The strongest test of the whole sampler: a perfect denoiser on a source whose law is known."""
+"""The whole sampler with the exact denoiser of a source whose law is known; and the benchmark, markov.py.
+
+No network is trained, so an error is the sampler's. Samples are judged by their share of impossible transitions and by
+their total variation from the law. A sampler that forgets its latents must fail.
+"""
 
 import itertools
 
@@ -16,7 +20,7 @@ from tests.toys import rng
 
 @pytest.mark.parametrize("topics", [1, 3])
 def test_exact_denoiser_is_exact(topics):
-    """Forward-backward against the sum over all sequences."""
+    """Compare forward-backward with Bayes' rule summed over all topics and all sequences of length 4."""
     source = Source(states=3, successors=2, topics=topics, length=4)
     schedule, table = NoiseSchedule(), random_table(3, 2, 1.0, rng(0))
     x_0 = source.draw(50, rng(1))
@@ -34,11 +38,12 @@ def test_exact_denoiser_is_exact(topics):
             likelihood = torch.where(x_t == 3, density.double(), torch.where(x_t == w, 0.0, -torch.inf)).sum(-1).exp()
             joint[:, range(4), w] += (p * likelihood)[:, None]
     exact = joint / joint.sum(-1, keepdim=True)
-    found = ExactDenoiser(source, table, schedule)(x_t, z_t, t).double().exp()
-    torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-4)
+    p = ExactDenoiser(source, table, schedule)(x_t, z_t, t).double().exp()
+    torch.testing.assert_close(p, exact, rtol=1e-3, atol=1e-4)
 
 
 def score(dim: int, zhat: str, steps: int) -> dict[str, float]:
+    """Score 2,048 sequences of the exact denoiser with latents of dimension `dim`; 0 is the masked model."""
     source, schedule, table = Source(), NoiseSchedule(), random_table(64, dim, 2.0, rng(5))
     denoiser = ExactDenoiser(source, table, schedule)
     x = sample(denoiser, (2048, 32), table, schedule, 64, steps=steps, zhat=zhat, generator=rng(3))
@@ -48,9 +53,11 @@ def score(dim: int, zhat: str, steps: int) -> dict[str, float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("steps, removed", [(4, 0.12), (16, 0.35)])
 def test_the_latent_removes_errors_at_equal_t(steps, removed):
-    """With the exact denoiser the latent removes an eighth (T = 4) to a third (T = 16) of the errors at the least, and
-    covers the law no worse with `sample` and `soft`; `hard` has the fewest errors. 2,048 samples: the share of errors
-    has a standard error of about 0.001."""
+    """Check that the latent removes at least an eighth (T = 4) or a third (T = 16) of the masked model's errors.
+
+    `sample` and `soft` must also be nearer to the law in total variation, and `hard` must have the fewest errors. With
+    2,048 samples the share of errors has a standard error of about 0.001.
+    """
     masked = score(0, "hard", steps)
     cadd = {zhat: score(64, zhat, steps) for zhat in ("sample", "soft", "hard")}
     for zhat in cadd:
@@ -61,7 +68,7 @@ def test_the_latent_removes_errors_at_equal_t(steps, removed):
 
 @pytest.mark.slow
 def test_a_latent_that_forgets_loses_the_advantage():
-    """Power: a sampler whose latents are fresh noise at every step must not pass the test above."""
+    """Power: catch a sampler whose latents are fresh noise at every step. It must not pass the test above."""
     source, schedule, table = Source(), NoiseSchedule(), random_table(64, 64, 2.0, rng(5))
     exact, gen = ExactDenoiser(source, table, schedule), rng(9)
 
@@ -73,6 +80,7 @@ def test_a_latent_that_forgets_loses_the_advantage():
 
 
 def test_score_of_the_source_itself():
+    """Check the ends of the scale: the source's own sequences make no error, random tokens make almost only errors."""
     source = Source(topics=2)
     truth = source.score(source.draw(4000, rng(0)))
     assert truth["bad"] == 0 and truth["tv"] < 0.05
@@ -81,6 +89,7 @@ def test_score_of_the_source_itself():
 
 
 def test_instrument_parses_and_tabulates():
+    """Check the specs of models, the spread over seeds, the CE gap of an untrained network, and a line of the table."""
     assert parse("cadd:hint=raw,latent_norm=1.5,steps=7") == ("cadd", {"hint": "raw", "latent_norm": 1.5, "steps": 7})
     with pytest.raises(InputError, match="no field"):
         parse("cadd:hnit=raw")

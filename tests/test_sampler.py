@@ -1,4 +1,8 @@
-"""The reverse chain: it draws what it should, in the tail too, and never touches what was given."""
+"""The reverse chain: it draws the true law, also in the tail, and never changes given tokens.
+
+Tokens are compared with known laws by chi-square or by their cross-entropy. Two wrong samplers must fail: `hard`, which
+is not exact, and the usual one-stage draw in float32, which loses the tail.
+"""
 
 import itertools
 import math
@@ -19,7 +23,7 @@ from tests.toys import ALPHA, LAW, MASK, chain, nano, oracle, rng, toy
 
 
 def oracle_law(zhat: str, steps: int, count: int = 200_000, table=None, **options) -> torch.Tensor:
-    """Frequencies of the tokens that the oracle's chain draws, L = 1. In float32, so that the kernel runs if built."""
+    """Count the tokens (3,) that the chain of the exact denoiser draws, L = 1. In float32 the kernel runs if built."""
     table, schedule = toy().float() if table is None else table, options.pop("schedule", NoiseSchedule())
     x = chain(
         oracle(table, schedule), (count, 1), table, schedule, MASK, steps=steps, zhat=zhat, generator=rng(1), **options
@@ -30,23 +34,26 @@ def oracle_law(zhat: str, steps: int, count: int = 200_000, table=None, **option
 @pytest.mark.parametrize("discrete, continuous", [("linear", "linear"), ("cosine", "cosine"), ("gone", "linear")])
 @pytest.mark.parametrize("steps", [1, 2, 12])
 def test_sample_is_exact_at_every_t(steps, discrete, continuous):
-    """z0_hat = w[v], v ~ p is the exact reverse kernel: chi-square against the true law."""
+    """Compare the tokens with LAW by chi-square: with z0_hat = w[v], v ~ p, the chain is exact at every T."""
     counts = oracle_law("sample", steps, 50_000, schedule=NoiseSchedule(discrete, continuous))
     assert stats.chisquare(counts.numpy(), (LAW * counts.sum()).numpy()).pvalue > ALPHA
 
 
 def test_soft_converges_and_hard_sharpens():
-    """With an oracle, `soft` tends to the law as T grows; `hard` settles on more of the mode and less of the rest."""
+    """Check that `soft` tends to LAW as T grows, and that `hard` draws more of the mode. Power: chi-square says so."""
     law = LAW.numpy()
     soft = [np.abs(oracle_law("soft", steps, 50_000).numpy() / 50_000 - law).sum() for steps in (4, 64)]
     assert soft[1] < 0.02 and soft[1] < soft[0]
     hard = oracle_law("hard", 64, 50_000).numpy() / 50_000
     assert hard[0] > law[0] + 0.03 and hard[1] < law[1] and hard[2] < law[2]
-    assert stats.chisquare(hard * 50_000, law * 50_000).pvalue < 1e-12  # power: the exactness test catches it
+    assert stats.chisquare(hard * 50_000, law * 50_000).pvalue < 1e-12
 
 
 def zipf_cross_entropy(draw_step, steps: int, rows: int = 1000) -> tuple[float, float]:
-    """Mean -log p(x) of `rows` tokens drawn by `draw_step` under a Zipf unigram, V = 50,257, and its standard error."""
+    """Estimate the mean -log p(x), and its standard error, of tokens drawn for a Zipf unigram p, V = 50,257.
+
+    draw_step: (log_p (V,), steps, rows) -> tokens (rows,).
+    """
     vocab = 50_257
     log_p = (-torch.arange(1, vocab + 1, dtype=torch.float64).log()).log_softmax(0)
     nats = -log_p[draw_step(log_p.float(), steps, rows)]
@@ -54,7 +61,7 @@ def zipf_cross_entropy(draw_step, steps: int, rows: int = 1000) -> tuple[float, 
 
 
 def flip_then_draw(log_p, steps, rows):
-    """The project's sampler, in chunks of rows."""
+    """Draw by the project's sampler, 500 rows at a time."""
     table, parts = torch.zeros(len(log_p) + 1, 0), []
     for i in range(rows // 500):
         denoise = lambda x, z, t: log_p.expand(*x.shape, -1)
@@ -63,10 +70,10 @@ def flip_then_draw(log_p, steps, rows):
 
 
 def one_stage_float32(log_p, steps, rows):
-    """The wrong way: one (V + 1)-way draw a step with the mask among the outcomes, argmax(q / E) in float32.
+    """Draw the wrong way: one (V + 1)-way draw a step with the mask as an outcome, argmax(q / E) in float32.
 
-    E = -log(u) with float32 uniforms. The mask's score is at least (1 - flip) / 17, so only tokens with E below
-    17 p flip / (1 - flip) can win: the others' logarithms are not taken, which changes nothing but the time.
+    E = -log(u) with float32 uniforms u. The mask scores at least (1 - flip) / 17, so a token can win only with E below
+    17 p flip / (1 - flip). The logarithms of all other tokens are not taken, which saves time and changes no result.
     """
     gen, p, x = np.random.default_rng(0), log_p.exp().numpy(), []
     for i in range(steps, 0, -1):
@@ -83,25 +90,32 @@ def one_stage_float32(log_p, steps, rows):
     return torch.tensor(x)
 
 
-ZIPF_ENTROPY = 7.566
+ZIPF_ENTROPY = 7.566  # nats
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [16, 64, 512])
 def test_zipf_entropy_does_not_fall_with_t(steps):
+    """Compare the tokens' cross-entropy with the Zipf law's entropy, to four standard errors, at few and many steps.
+
+    A sampler that loses the tail draws frequent tokens too often, the more so the more steps it takes.
+    """
     mean, error = zipf_cross_entropy(flip_then_draw, steps)
     assert abs(mean - ZIPF_ENTROPY) < 4 * error
 
 
 @pytest.mark.slow
 def test_one_stage_draw_fails_the_zipf_test():
-    """Power: the one-stage float32 draw loses the tail and must be caught."""
+    """Power: catch the one-stage draw in float32, which loses the tail."""
     mean, error = zipf_cross_entropy(one_stage_float32, 512, rows=200)
     assert abs(mean - ZIPF_ENTROPY) > 4 * error
 
 
 def test_draw_has_its_law_in_the_tail():
-    """Chi-square over 2,000 tokens on 500,000 draws, one of 2e-5 among them; one of probability zero is never drawn."""
+    """Compare 500,000 draws over 2,000 tokens with their law by chi-square, a token of probability 2e-5 included.
+
+    Tokens of probability zero, at block borders too, must never be drawn.
+    """
     p = torch.rand(2000, generator=rng(0))
     p[[0, 255, 256, 777, 1999]] = 0.0
     p = p / p.sum()
@@ -118,6 +132,7 @@ def test_draw_has_its_law_in_the_tail():
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 700), st.integers(0, 2**31), st.sampled_from([0.0, 0.5, 1 - 2**-53]))
 def test_draw_never_returns_a_token_without_mass(size, seed, u):
+    """Check sparse rows of any size at the extreme uniforms, where rounding could step beyond the last token."""
     p = torch.rand(size, generator=rng(seed)) * (torch.rand(size, generator=rng(seed + 1)) < 0.2)
     p[seed % size] = 0.3
     token = draw(p[None], torch.tensor([u], dtype=torch.float64))
@@ -125,12 +140,13 @@ def test_draw_never_returns_a_token_without_mass(size, seed, u):
 
 
 def test_token_probs_average_probabilities():
+    """Check that probabilities, not logits, are averaged over the latents; then the mask, temperature 0 and top-p."""
     logits = torch.randn(3, 5, 7, generator=rng(0))
     expected = logits.softmax(-1).mean(0)
     torch.testing.assert_close(token_probs(logits, 7), expected)
-    torch.testing.assert_close(token_probs(logits[[2, 0, 1]], 7), expected)  # order of latents irrelevant
-    torch.testing.assert_close(token_probs(logits[:1].repeat(4, 1, 1), 7), token_probs(logits[:1], 7))  # equal: K = 1
-    assert not torch.allclose(expected, logits.mean(0).softmax(-1), atol=1e-3)  # logits averaged would differ
+    torch.testing.assert_close(token_probs(logits[[2, 0, 1]], 7), expected)  # in any order
+    torch.testing.assert_close(token_probs(logits[:1].repeat(4, 1, 1), 7), token_probs(logits[:1], 7))  # as K = 1
+    assert not torch.allclose(expected, logits.mean(0).softmax(-1), atol=1e-3)  # the averaged logits'
     assert (token_probs(logits, 2)[:, 2] == 0).all()
     assert token_probs(logits[:1], 7, 0.0).argmax(-1).equal(logits[0].argmax(-1))
     nucleus = token_probs(logits[:1], 7, top_p=0.5)
@@ -140,6 +156,7 @@ def test_token_probs_average_probabilities():
 
 
 def test_zhat_estimates():
+    """Compare `hard` and `soft` with argmax and mean, and 20,000 tokens of `sample` with p by chi-square."""
     p, table = torch.tensor([[0.1, 0.7, 0.2]]), torch.randn(4, 5, generator=rng(0))
     u = torch.rand(1, 20_000, generator=rng(1), dtype=torch.float64)
     assert torch.equal(estimate_z_0(p, table, "hard", u)[0, 0], table[1])
@@ -153,7 +170,10 @@ def test_zhat_estimates():
 @pytest.mark.parametrize("model", ["cadd", "mdlm", "cdm"])
 @pytest.mark.parametrize("num_latents", [1, 3])
 def test_chain_promises(zhat, model, num_latents):
-    """No mask is left or emitted, prompts never change, unmasked x and z carry over bitwise, time runs from 1 to 0."""
+    """Check that no mask is left, prompts never change, unmasked x and z carry over bitwise, and time runs from 1 to 0.
+
+    The denoiser gives the mask the largest logit: a chain that could draw the mask fails.
+    """
     net, mask = nano(model), 11
     prompt = torch.full((2, 12), mask)
     prompt[:, 3:6] = torch.tensor([4, 0, 9])
@@ -161,8 +181,7 @@ def test_chain_promises(zhat, model, num_latents):
 
     def denoise(x, z, t):
         assert x.shape == (2 * num_latents, 12) and (0 < t).all()
-        logits = torch.cat([net(x, z, t), torch.full((*x.shape, 1), 1e4)], -1)  # the mask's logit is the largest
-        return logits
+        return torch.cat([net(x, z, t), torch.full((*x.shape, 1), 1e4)], -1)
 
     x = sample(
         denoise, (2, 12), net.table().detach(), net.schedule, mask, steps=6, zhat=zhat, num_latents=num_latents,
@@ -175,40 +194,40 @@ def test_chain_promises(zhat, model, num_latents):
         assert torch.equal(after.x[done], before.x[done]) and torch.equal(after.z[:, done], before.z[:, done])
         assert torch.equal(after.fresh, ~done & (after.x != mask))
     if model == "cdm":
-        assert all((s.x[:, 6:] == mask).all() for s in steps[:-1])  # rounded at the end only
+        assert all((s.x[:, 6:] == mask).all() for s in steps[:-1])  # tokens appear at the end only
 
 
 def test_seeds_reproduce_and_differ():
     net = nano()
     args = (net, (3, 12), net.table().detach(), net.schedule, 11)
-    one, two, other = (sample(*args, steps=5, generator=rng(s)) for s in (1, 1, 2))
-    assert torch.equal(one, two) and not torch.equal(one, other)
+    first, again, another_seed = (sample(*args, steps=5, generator=rng(s)) for s in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, another_seed)
 
 
 @pytest.mark.parametrize("num_latents", [1, 3])
 def test_the_head_at_masked_positions_only_draws_the_same(num_latents):
+    """Compare the samples with those of a head at all positions, and check which positions `logits_at` is asked for."""
     net = nano()
     torch.nn.init.normal_(net.head.weight)  # a new head is zero: every row would look alike
     args = ((3, 12), net.table().detach(), net.schedule, 11)
     options = {"steps": 5, "num_latents": num_latents}
     everywhere = sample(lambda x, z, t: net(x, z, t), *args, generator=rng(1), **options)
-    asked, head_at = [], net.logits_at
-    net.logits_at = lambda x, z, t, rows: asked.append((rows, x.flatten())) or head_at(x, z, t, rows)
+    calls, logits_at = [], net.logits_at
+    net.logits_at = lambda x, z, t, rows: calls.append((rows, x.flatten())) or logits_at(x, z, t, rows)
     assert torch.equal(sample(net, *args, generator=rng(1), **options), everywhere)
-    assert all(torch.equal(rows, (x == 11).nonzero()[:, 0]) for rows, x in asked) and len(asked[-1][0]) < len(
-        asked[0][0]
-    )
+    assert all(torch.equal(rows, (x == 11).nonzero()[:, 0]) for rows, x in calls)
+    assert len(calls[-1][0]) < len(calls[0][0])
 
 
 def test_strength_zero_hides_the_latent():
-    net, seen = nano(), []
+    net, largest = nano(), []
 
     def denoise(x, z, t):
-        seen.append(float(z.abs().max()))
+        largest.append(float(z.abs().max()))
         return net(x, z, t)
 
     chain(denoise, (1, 12), net.table().detach(), net.schedule, 11, steps=4, strength=0.0, generator=rng(0))
-    assert seen and max(seen) == 0
+    assert largest and max(largest) == 0
 
 
 def test_temperature_decay_and_time_grids():
@@ -244,6 +263,7 @@ def test_bad_arguments_are_named(options, message):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # by the kernel, if built, and by the reference
 def test_nan_logits_are_refused(dtype):
+    """Check both implementations: NaN compares false with everything, so that a draw from it would look valid."""
     table = toy().to(dtype)
     with pytest.raises(InputError, match="NaN"):
         sample(lambda x, z, t: torch.full((*x.shape, 3), math.nan), (2, 2), table, NoiseSchedule(), MASK, steps=2)

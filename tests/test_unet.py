@@ -1,4 +1,4 @@
-"""The image backbones: shapes, where they start, what they can learn; and guidance."""
+"""The image backbones: the shapes they take, what each output depends on, what they learn; and guidance."""
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ DEEP = UNetSize(embed=8, channels=16, mults=(1, 2, 2, 2), blocks=2, attention=(1
 @pytest.mark.parametrize("shape", [(8, 8, 1), (7, 9, 3), (28, 28, 1), (5, 1, 3), (1, 1, 1), (32, 32, 3)])
 @pytest.mark.parametrize("size", [NANO, DEEP])
 def test_the_unet_takes_any_size(shape, size):
+    """Check odd, flat and single-pixel images, which no stride of 2 divides."""
     net, length = size.build(shape), shape[0] * shape[1] * shape[2]
     x = torch.randn(2, length, size.embed, generator=rng(0))
     y = net(x, torch.tensor([0.1, 0.9]))
@@ -28,10 +29,10 @@ def test_the_unet_takes_any_size(shape, size):
 
 @pytest.mark.parametrize("size", [NANO, PATCHES])
 def test_every_value_can_see_every_value(size):
-    """Move one input: after some training-like shaking of the weights every output moves, in each colour."""
+    """Check that a change of one input value changes every output, in each colour, once the weights are random."""
     net = size.build((8, 8, 3))
     torch.manual_seed(1)
-    for parameter in net.parameters():  # blocks start as identity: shake them awake
+    for parameter in net.parameters():  # blocks start as the identity
         parameter.data += 0.1 * torch.randn_like(parameter)
     x, t = torch.randn(1, 192, size.embed, generator=rng(0)), torch.tensor([0.5])
     moved = x.clone()
@@ -40,7 +41,7 @@ def test_every_value_can_see_every_value(size):
 
 
 def test_patches_are_squares():
-    """A patch's values meet in one token: through the first layer a value moves its own patch and no other."""
+    """Check that a value of one patch changes that patch and no other: the untrained blocks mix no tokens."""
     net = PATCHES.build((6, 4, 1))
     x = torch.zeros(1, 24, 16)
     x[0, 4 * 2 + 1] = 1  # row 2, column 1: the patch of rows 2, 3 and columns 0, 1
@@ -51,17 +52,18 @@ def test_patches_are_squares():
 
 
 def test_convolutions_run_channels_last():
-    """No copy is made on the way in: (B, H, W, C embed) in memory is channels last."""
+    """Check the memory format at the first layer: (B, H, W, C embed) is channels last already and is not copied."""
     net = NANO.build((8, 8, 3))
-    seen = {}
-    net.enter.register_forward_hook(lambda module, inputs, output: seen.update(x=inputs[0], y=output))
+    tensors = []
+    net.enter.register_forward_hook(lambda module, inputs, output: tensors.extend([inputs[0], output]))
     net(torch.randn(4, 192, 16), torch.rand(4))
-    for tensor in seen.values():
+    assert len(tensors) == 2
+    for tensor in tensors:
         assert tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_presets_are_of_the_literatures_size():
-    """Ho et al. 2020 have 35.7M parameters for CIFAR-10, here plus the time's scale; patches are of that order."""
+    """Compare parameters with the 35.7M of Ho et al. 2020 for CIFAR-10. Here the scale by time comes on top."""
     with torch.device("meta"):
         sizes = {
             name: images(UNET_PRESETS[name], (32, 32, 3), 256, latent_norm=1.0) for name in ("cifar10", "imagenet32")
@@ -74,7 +76,7 @@ def test_presets_are_of_the_literatures_size():
 @pytest.mark.parametrize("size", [NANO, PATCHES])
 @pytest.mark.parametrize("model", ["cadd", "mdlm"])
 def test_overfits_one_batch(size, model):
-    """Eight images of noise, which nothing but memory can tell: the CE falls far below log 17 = 2.83."""
+    """Check that training on eight images of noise brings the CE far below log 17 = 2.83: only memory can do that."""
     x_0 = torch.randint(17, (8, 64), generator=rng(0))
     config = TrainConfig(steps=300, lr=5e-3, warmup=10, batch_size=8, wrong_hints=0, dtype="float32")
     trainer = Trainer(images(size, model=model, latent_dim=2), lambda index: Batch(x_0), config)
@@ -84,46 +86,47 @@ def test_overfits_one_batch(size, model):
 
 
 def test_guidance_0_is_unconditional_and_1_conditional():
+    """Compare guidance 0, 1 and 3 with the two networks' logits, at all positions and at some rows."""
     net = images(NANO, classes=3)
     for parameter in net.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=rng(5))
     x, z, t = torch.full((4, 64), 17), torch.randn(4, 64, 16, generator=rng(1)), torch.full((4,), 0.5)
     label = torch.tensor([0, 1, 2, 0])
-    free, given = net(x, z, t), net(x, z, t, label)
-    assert (free != given).any()
-    assert torch.equal(Guided(net, label, 0)(x, z, t), free)
-    assert torch.equal(Guided(net, label, 1)(x, z, t), given)
-    torch.testing.assert_close(Guided(net, label, 3)(x, z, t), free + 3 * (given - free))
+    without, with_label = net(x, z, t), net(x, z, t, label)
+    assert (without != with_label).any()
+    assert torch.equal(Guided(net, label, 0)(x, z, t), without)
+    assert torch.equal(Guided(net, label, 1)(x, z, t), with_label)
+    torch.testing.assert_close(Guided(net, label, 3)(x, z, t), without + 3 * (with_label - without))
     rows = torch.tensor([3, 70, 255])
     torch.testing.assert_close(
         Guided(net, label, 3).logits_at(x, z, t, rows), Guided(net, label, 3)(x, z, t).flatten(0, 1)[rows]
     )
-    assert torch.equal(net(x, z, t, torch.full((4,), 3)), free)  # the label after the last is "any class"
+    assert torch.equal(net(x, z, t, torch.full((4,), 3)), without)  # label 3 of classes 0 to 2 is "any class"
 
 
 def test_guided_samples_know_their_class_with_several_latents():
-    """Two classes of constant images, learned in seconds: each is drawn as asked, also with K = 2."""
+    """Train on two classes of constant images, and check that each sample is of the class asked for, with K = 2."""
     x_0 = torch.tensor([[2] * 64, [14] * 64] * 8)
     label = torch.tensor([0, 1] * 8)
     config = TrainConfig(steps=250, lr=5e-3, warmup=10, batch_size=16, ema=0.9, wrong_hints=0, dtype="float32")
     trainer = Trainer(images(NANO, classes=2, latent_dim=2), lambda index: Batch(x_0, label), config)
     for _ in range(config.steps):
         trainer.train_step()
-    net, wanted = trainer.ema, torch.tensor([1, 0, 0, 1])
+    net, labels = trainer.ema, torch.tensor([1, 0, 0, 1])
     for guidance in (1.0, 2.0):
         x = sample(
-            Guided(net, wanted, guidance), (4, 64), net.table(), net.schedule, net.mask_id,
+            Guided(net, labels, guidance), (4, 64), net.table(), net.schedule, net.mask_id,
             steps=8, num_latents=2, zhat="soft", generator=rng(0),
         )  # fmt: skip
         assert (x == torch.tensor([14, 2, 2, 14])[:, None]).double().mean() > 0.95
 
 
 def test_labels_are_dropped_at_their_rate():
-    """drop_label = 1 trains the unconditional model only: what a class adds never gets a gradient."""
+    """Check that drop_label = 1 trains only the row of "any class", and drop_label = 0 only the rows of classes."""
     x_0, label = torch.randint(17, (8, 64), generator=rng(0)), torch.zeros(8, dtype=torch.int64)
     for share, moved in ((1.0, False), (0.0, True)):
         net = images(NANO, classes=2)
-        torch.nn.init.normal_(net.head.weight)  # zero at the start, and then nothing below it gets a gradient
+        torch.nn.init.normal_(net.head.weight)  # a new head is zero, and passes no gradient to what is below it
         trainer = Trainer(
             net, lambda index: Batch(x_0, label), TrainConfig(drop_label=share, weight_decay=0, dtype="float32")
         )

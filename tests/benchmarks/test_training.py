@@ -1,4 +1,4 @@
-"""benchmarks/training.py: of what a step consists, for the models that docs/scaling.md compares."""
+"""The parts of a training step in benchmarks/training.py, for the models that docs/scaling.md compares."""
 
 import argparse
 
@@ -20,6 +20,7 @@ def models():
 
 
 def test_parts_and_the_rest_add_up_to_the_step(models, capsys):
+    """Check the printed table: its parts, which model has which, and that times and shares add up to the step."""
     training.report_parts(models, 2, torch.device("cpu"))
     header, _, *lines = [line[2:-2].split(" | ") for line in capsys.readouterr().out.splitlines()]
     assert header == ["part", *(word for spec in MODELS for word in (f"{spec} ms", "share"))]
@@ -35,9 +36,12 @@ def test_parts_and_the_rest_add_up_to_the_step(models, capsys):
 
 @pytest.mark.parametrize("spec", MODELS)
 def test_parts_do_what_the_step_does(spec, models, monkeypatch):
-    """The update finds gradients, the passes leave them as they are, the head meets as many rows as on average."""
-    rows, losses = [], training.token_losses
-    monkeypatch.setattr(training, "token_losses", lambda h, *a, **k: rows.append(len(h)) or losses(h, *a, **k))
+    """Check that the update finds gradients, that the two passes leave them alone, and how many rows the head meets.
+
+    Otherwise a part would be timed while it does nothing. The rows are all of them for ar, and about half for others.
+    """
+    rows, token_losses = [], training.token_losses
+    monkeypatch.setattr(training, "token_losses", lambda h, *a, **k: rows.append(len(h)) or token_losses(h, *a, **k))
     model = models[spec]
     model.step()
     parts = model.parts()

@@ -1,4 +1,4 @@
-"""Whatever the machine, the sources are sound: CUDA compiles without a GPU, a failed build does not fail an install."""
+"""Builds of the kernels on any machine: CUDA compiles without a GPU, and a failed build does not fail an install."""
 
 import os
 import shutil
@@ -20,7 +20,10 @@ CSRC = ROOT / "csrc"
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
 @pytest.mark.parametrize("name", sorted(f.name for f in CSRC.glob("*.cu")))
 def test_cuda_sources_compile(name, tmp_path):
-    """For sm_80 and sm_90, as setup.py would, warnings as errors: a GPU is not needed, nor a CUDA build of torch."""
+    """Compile for sm_80 and sm_90 as setup.py does, with warnings as errors.
+
+    Neither a GPU nor a CUDA build of torch is needed.
+    """
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90)]
     command = [
         "nvcc",
@@ -35,12 +38,12 @@ def test_cuda_sources_compile(name, tmp_path):
         "-o",
         str(tmp_path / "x.o"),
     ]
-    found = subprocess.run(command, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_install_without_a_compiler_goes_on(tmp_path):
-    """setup.py warns once and builds nothing; it does not fail."""
+    """Check that setup.py warns once, builds nothing and exits with 0 where the compiler fails."""
     environment = {**os.environ, "CXX": "/bin/false", "CC": "/bin/false", "MAX_JOBS": "1"}
     command = [
         sys.executable,
@@ -51,16 +54,17 @@ def test_an_install_without_a_compiler_goes_on(tmp_path):
         "--build-temp",
         str(tmp_path / "t"),
     ]
-    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert found.returncode == 0 and found.stderr.count("without its fused kernels") == 1
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.count("without its fused kernels") == 1
     assert not list(tmp_path.rglob("*.so"))
 
 
 def test_cuda_asked_for_where_it_cannot_be_is_an_error():
+    """Check that CADD_CUDA=1 with a torch built without CUDA is an error, and not an install without kernels."""
     if torch.version.cuda is not None:
         pytest.skip("this torch has CUDA")
     code = "from cadd_min.kernels.build import wants_cuda; wants_cuda()"
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "CADD_CUDA": "1"}, cwd=ROOT, capture_output=True, text=True
     )
-    assert found.returncode != 0 and "CADD_CUDA=1" in found.stderr
+    assert done.returncode != 0 and "CADD_CUDA=1" in done.stderr

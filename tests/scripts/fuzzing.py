@@ -1,6 +1,7 @@
-"""What the fuzzers stand on: a world of small valid files, commands run in it within a time, what must hold after.
+"""Shared parts of the fuzzers: a world of small valid files, commands run in it, and what must hold afterwards.
 
-A case is one command line. It is run in this process, in a fresh copy of the world, as its working and home folder.
+A case is one command line. It runs in this process, in a fresh copy of the world, which is its working folder. A
+command must end with exit code 0, or with 2 and one sentence, in time, without a traceback and without harm to a file.
 """
 
 from __future__ import annotations
@@ -49,21 +50,14 @@ from tests.upgrade.test_upgrade import write
 
 MORE = int(os.environ.get("FUZZ", 0))
 SECONDS = 120.0  # for one command; the slowest takes about two on an idle core
-MEMORY = 4 << 30  # bytes a command may take beside what this process has
-WRITTEN = {
-    "checkpoint.pt",
-    "checkpoint.previous.pt",
-    "metrics.jsonl",
-    "loss.png",
-    "run.json",
-    "forward.png",
-}  # by a run
+MEMORY = 4 << 30  # bytes that a command may take beyond what this process has
+OF_RUN = {"checkpoint.pt", "checkpoint.previous.pt", "metrics.jsonl", "loss.png", "run.json", "forward.png"}
 OF_CODE = {"generations.jsonl", "programs.jsonl", "results.jsonl", "settings.json"}
 TEXT = "--dataset text.txt --cache cache --preset nano --length 8 --vocab-size 300 --batch-size 2 --dtype float32"
 IMAGE = "--dataset images.npz --cache cache --preset nano --batch-size 2 --dtype float32"
 TUNE = "--dataset text.txt --cache cache --length 8 --batch-size 2 --dtype float32"
 RUN = "--steps 2 --eval-every 0 --sample-every 0 --log-every 1"
-BASE = {  # each script's arguments of a valid and quick call
+BASE = {  # the arguments of a valid and quick call of each script
     "train_text.py": f"{TEXT} {RUN} --out new",
     "train_image.py": f"{IMAGE} {RUN} --out new",
     "sample.py": "--ckpt text.pt --steps 2 --num 2",
@@ -80,12 +74,12 @@ BASE = {  # each script's arguments of a valid and quick call
 
 
 class Hang(BaseException):
-    """The time is over. No `except Exception` stops it."""
+    """The end of a command's time. No `except Exception` catches it."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended: its exit code, or None and the traceback of what escaped; what it printed."""
+    """The end of a command: its exit code, or None and the traceback of an exception that escaped; and its output."""
 
     code: int | None
     out: str
@@ -95,14 +89,14 @@ class Outcome:
 
 @contextlib.contextmanager
 def limits(seconds: float) -> Iterator[None]:
-    """Raises Hang when the time is over, and MemoryError where far more memory is asked for than a case needs."""
+    """Limit time and memory: raise Hang after `seconds`, and MemoryError beyond MEMORY."""
 
-    def late(*_: object) -> None:
+    def stop(*_: object) -> None:
         raise Hang(f"not finished after {seconds} seconds")
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    handler = signal.signal(signal.SIGALRM, late)
+    handler = signal.signal(signal.SIGALRM, stop)
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
@@ -114,7 +108,7 @@ def limits(seconds: float) -> Iterator[None]:
 
 
 def run(main: Callable[[], object], seconds: float = SECONDS) -> Outcome:
-    """Call `main` as a command: its streams encode as a terminal's do, whatever ends it is in the outcome."""
+    """Call `main` as a command, with streams that encode like a terminal's. No exception leaves this function."""
     out = io.TextIOWrapper(io.BytesIO(), "utf-8", "strict", write_through=True)
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", write_through=True)
     code: int | None = 0
@@ -132,15 +126,15 @@ def run(main: Callable[[], object], seconds: float = SECONDS) -> Outcome:
 
 
 def call(script: str, *arguments: str) -> Outcome:
-    """A script of the project with these arguments, as `python script ...`."""
-    script, *first = script.split()  # "evaluate.py code" has a parser of its own
-    with mock.patch.object(sys, "argv", [script, *first, *arguments]):
+    """Run a script of the project with arguments, as `python script ...` does."""
+    script, *subcommand = script.split()  # "evaluate.py code"
+    with mock.patch.object(sys, "argv", [script, *subcommand, *arguments]):
         return run(lambda: runpy.run_path(str(ROOT / script), run_name="__main__"))
 
 
 @contextlib.contextmanager
 def inside(folder: Path) -> Iterator[None]:
-    """With this working folder."""
+    """Make `folder` the working folder meanwhile."""
     before = os.getcwd()
     os.chdir(folder)
     try:
@@ -150,47 +144,50 @@ def inside(folder: Path) -> Iterator[None]:
 
 
 def contents(folder: Path) -> dict[Path, object]:
-    """Every file below, with what is in it; of a checkpoint, which is never written in place, which file it is."""
-    found: dict[Path, object] = {}
+    """Read every file of a folder. Of a checkpoint, which is never written in place, take inode and time instead."""
+    files: dict[Path, object] = {}
     for path in folder.rglob("*"):
         if path.is_file():
-            about = path.stat()
+            status = path.stat()
             large = path.suffix == ".pt"
-            found[path.relative_to(folder)] = (about.st_ino, about.st_mtime_ns) if large else path.read_bytes()
-    return found
+            files[path.relative_to(folder)] = (status.st_ino, status.st_mtime_ns) if large else path.read_bytes()
+    return files
 
 
 def link_or_copy(source: str, target: str) -> None:
-    """A copy of a file; of a checkpoint a link, which is quick."""
+    """Copy a file. A checkpoint is linked, which is quick."""
     (os.link if source.endswith(".pt") else shutil.copy2)(source, target)
 
 
 def faults(outcome: Outcome, before: dict[Path, object], folder: Path, may_write: Callable[[Path], bool]) -> list[str]:
-    """What is wrong with a command that ended so, in a folder that was as `before`; nothing is the property tested."""
+    """List what is wrong with a command's outcome, and with its folder, whose contents were `before`.
+
+    An empty list is the property that the fuzzers test. may_write: whether the command may change a file.
+    """
     if outcome.escaped:
         return [outcome.escaped]
-    found = []
+    wrong = []
     last = outcome.err.strip().splitlines()[-1:] or [""]
     if outcome.code not in (0, 2, 130):
-        found.append(f"exit code {outcome.code}: {last[0]}")
-    usage = outcome.err.startswith("usage: ") and ": error: " in outcome.err  # argparse repeats what it was given
+        wrong.append(f"exit code {outcome.code}: {last[0]}")
+    usage = outcome.err.startswith("usage: ") and ": error: " in outcome.err  # argparse repeats hostile arguments
     if outcome.code == 2 and not (last[0].startswith("error: ") or usage):
-        found.append(f"exit code 2 without a sentence, but {last[0]!r}")
+        wrong.append(f"exit code 2 without a sentence, but {last[0]!r}")
     if "Traceback" in outcome.err or "Traceback" in outcome.out:
-        found.append(f"a traceback is printed: {outcome.err}")
+        wrong.append(f"a traceback is printed: {outcome.err}")
     after = contents(folder)
-    found += [f"harmed: {path}" for path, was in before.items() if after.get(path) != was and not may_write(path)]
-    found += [f"left behind: {path}" for path in after.keys() - before.keys() if _unfinished(path)]
-    return found
+    wrong += [f"harmed: {path}" for path, was in before.items() if after.get(path) != was and not may_write(path)]
+    wrong += [f"left behind: {path}" for path in after.keys() - before.keys() if _unfinished(path)]
+    return wrong
 
 
 def _unfinished(path: Path) -> bool:
-    """Whether a file, or its folder, has a name that is for what is being written."""
+    """Tell whether a file or its folder has a name of something half written."""
     return any(".tmp" in name or ".part" in name or name.startswith(".") for name in path.parts[-2:])
 
 
 def many(cases: int) -> settings:
-    """So many cases: always the same, or with FUZZ=n n times as many, and others each time."""
+    """Set the number of cases. They are the same in every run; FUZZ=n takes n times as many, new in every run."""
     return settings(
         max_examples=cases * max(1, MORE),
         derandomize=not MORE,
@@ -204,7 +201,7 @@ def many(cases: int) -> settings:
 
 
 def build_world(folder: Path) -> None:
-    """One of each kind of file that a command reads, all small and valid."""
+    """Write one file of each kind that a command reads, all small and valid."""
     rng = np.random.default_rng(0)
     (folder / "text.txt").write_text("To be, or not to be, that is the question.<|endoftext|>\n" * 60)
     (folder / "empty.txt").write_bytes(b"")
@@ -258,16 +255,15 @@ def _write_models(folder: Path) -> None:
     write("llama", folder / "causal", mask=False)
     test_code.write(folder / "human.jsonl", test_code.HUMAN)
     (folder / "pairs.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 9)
-    done = call(
-        "finetune.py", *BASE["finetune.py"].replace("new", "runs/tuned").replace("cache cache", "cache made").split()
-    )
+    tune = BASE["finetune.py"].replace("new", "runs/tuned").replace("cache cache", "cache made")
+    done = call("finetune.py", *tune.split())
     assert done.code == 0, done
     shutil.rmtree("made")
-    os.utime(folder / "runs" / "text" / "checkpoint.pt")  # the newest
+    os.utime(folder / "runs" / "text" / "checkpoint.pt")  # make it the newest run
 
 
 class World:
-    """Fresh copies of the world. `case` is the context of one, and the current folder meanwhile."""
+    """The files of `build_world`, and fresh copies of them for the cases."""
 
     def __init__(self, folder: Path):
         self.template = folder / "template"
@@ -278,6 +274,7 @@ class World:
 
     @contextlib.contextmanager
     def case(self) -> Iterator[Path]:
+        """Make a fresh copy of the world, the working folder meanwhile. The home folder is the folder around it."""
         with tempfile.TemporaryDirectory(dir=self.template.parent) as name:
             folder = Path(name) / "world"
             shutil.copytree(self.template, folder, copy_function=link_or_copy)
@@ -285,52 +282,52 @@ class World:
                 yield folder
 
     def check(self, script: str, *arguments: str) -> list[str]:
-        """What is wrong with this command in this world."""
+        """List what is wrong with a command in a fresh world."""
         with self.case() as folder:
             return self.check_in(folder, self.before, script, *arguments)
 
     def check_in(self, folder: Path, before: dict[Path, object], script: str, *arguments: str) -> list[str]:
-        """The same in a world that has been changed, and was as `before`."""
+        """List what is wrong with a command in a world that a test has changed, whose contents are now `before`."""
         with _quick():
             outcome = call(script, *arguments)
-        outputs, began = (
-            _outputs(script, arguments),
-            script.startswith(("train", "fine")) and ", run in " in outcome.out,
-        )
+        outputs = _outputs(script, arguments)
+        began = script.startswith(("train", "fine")) and ", run in " in outcome.out
 
         def may_write(path: Path) -> bool:
             if path.parts[0] == "cache" or str(path) in outputs:
                 return True
             if script == "evaluate.py code" and path.name in OF_CODE:
                 return True
-            return began and (path.name in WRITTEN or path.name.startswith(("samples", "events")))
+            return began and (path.name in OF_RUN or path.name.startswith(("samples", "events")))
 
-        found = faults(outcome, before, folder, may_write)
-        return found + _lost(Path("runs")) if began else found
+        wrong = faults(outcome, before, folder, may_write)
+        return wrong + _lost(Path("runs")) if began else wrong
 
 
 def _lost(runs: Path) -> list[str]:
-    """What is lost of the runs: each must have a whole checkpoint, or the one before it."""
-    found = []
+    """List the runs without a checkpoint that loads. The previous checkpoint counts."""
+    lost = []
     for folder in runs.iterdir():
         try:
             with contextlib.redirect_stderr(io.StringIO()):
                 checkpoint.load(folder)
         except InputError as error:
-            found.append(f"a run is lost: {error}")
-    return found
+            lost.append(f"a run is lost: {error}")
+    return lost
 
 
 def _outputs(script: str, arguments: tuple[str, ...]) -> set[str]:
-    """The files that a command line says are to be written."""
+    """Return the names of the files that a command line asks to be written, and of the scripts' default outputs."""
     named = [a.partition("=")[2] for a in arguments if a.startswith(("--out=", "--gif="))]
     return {"samples.png", "frontier.png", *(os.path.normpath(name) for name in named if name)} - {"image.png"}
 
 
 @contextlib.contextmanager
 def _quick() -> Iterator[None]:
-    """Without what takes long and reads nothing that is damaged: git, curves, TensorBoard, the network, most of the
-    judge's training."""
+    """Leave out what takes long and reads no damaged file.
+
+    These are git, loss curves, TensorBoard, the network, and most of the judge's training.
+    """
     with (
         mock.patch.object(judge, "train_judge", functools.partial(judge.train_judge, steps=3)),
         mock.patch.object(log, "_tensorboard", lambda out: None),
@@ -349,20 +346,20 @@ class _Parsed(BaseException):
 
 
 def options(script: str) -> list[argparse.Action]:
-    """The arguments of a script, from its own parser."""
-    found: list[argparse.Action] = []
+    """List the arguments of a script by running it up to its own parser."""
+    actions: list[argparse.Action] = []
 
     def parse_args(parser: argparse.ArgumentParser, *_: object) -> None:
         for action in parser._actions:
-            commands = isinstance(action, argparse._SubParsersAction) and first
-            found.extend(action.choices[first[0]]._actions if commands else [action])
+            commands = isinstance(action, argparse._SubParsersAction) and subcommand
+            actions.extend(action.choices[subcommand[0]]._actions if commands else [action])
         raise _Parsed
 
-    script, *first = script.split()
+    script, *subcommand = script.split()
     patches = (
         mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args),
-        mock.patch.object(sys, "argv", [script, *first]),
+        mock.patch.object(sys, "argv", [script, *subcommand]),
     )
     with patches[0], patches[1], contextlib.suppress(_Parsed):
         runpy.run_path(str(ROOT / script), run_name="__main__")
-    return [action for action in found if action.dest != "help"]
+    return [action for action in actions if action.dest != "help"]

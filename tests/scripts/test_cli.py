@@ -1,4 +1,4 @@
-"""The commands as people type them: what README shows works, and bad input is one clear sentence and exit code 2."""
+"""The commands of text: all that README shows work, and bad input is one clear sentence and exit code 2."""
 
 import re
 import runpy
@@ -25,6 +25,7 @@ from tests.upgrade.test_upgrade import write
 
 @pytest.mark.parametrize("model", ["cadd", "mdlm", "cdm"])
 def test_train_then_sample_by_changing_one_word(model, call, text):
+    """Train each of the paper's models, and sample twice with each set of options: one seed gives one output."""
     code, out, err = call(f"train_text.py --dataset {text} --model {model} {TINY}")
     assert code == 0 and "trained: runs/text-" in out, err
     folder = Path("runs") / f"text-{model}"
@@ -32,12 +33,13 @@ def test_train_then_sample_by_changing_one_word(model, call, text):
     for options in ("--zhat hard", "--zhat soft --num-latents 4", "--zhat sample --num 2 --top-p 0.9 --temperature 0.7",
                     "--strength 0 --time-grid cosine --cosine-temperature"):  # fmt: skip
         code, out, _ = call(f"sample.py --steps 4 --seed 3 {options}")
-        assert code == 0 and out == call(f"sample.py --steps 4 --seed 3 {options}")[1]  # seeds reproduce
+        assert code == 0 and out == call(f"sample.py --steps 4 --seed 3 {options}")[1]
         assert re.search(rf"model {model} at step 4 .* backend \w+, zhat \w+, T 4 .* K \d, temperature .* seed 3", out)
         assert "[mask]" not in out
 
 
 def test_runs_are_never_overwritten_and_resume_goes_on(call, text):
+    """Check that a second run gets a new folder, and that --resume refuses another network and other tokens."""
     assert call(f"train_text.py --dataset {text} {TINY}")[0] == 0
     assert call(f"train_text.py --dataset {text} {TINY}")[0] == 0
     assert Path("runs/text-cadd-2/checkpoint.pt").exists()
@@ -46,18 +48,19 @@ def test_runs_are_never_overwritten_and_resume_goes_on(call, text):
     assert call("train_text.py --resume --out runs/text-cadd --steps 6")[0] == 0
     content = checkpoint.load(Path("runs/text-cadd"))
     assert content["trainer"]["step"] == 6
-    assert content["settings"]["dtype"] in ("float32", "bfloat16")  # measured once, not again when resumed
+    assert content["settings"]["dtype"] in ("float32", "bfloat16")  # "auto" is decided once, at the start
     code, _, err = call("train_text.py --resume --out runs/text-cadd --preset tiny --steps 8")
     assert code == 2 and "another shape" in err
-    other = "--dataset other.txt --tokenizer chars --out runs/chars --steps 8"
+    letters = "--dataset other.txt --tokenizer chars --out runs/chars --steps 8"
     Path("other.txt").write_text("abc " * 300)
-    assert call(f"train_text.py {TINY} {other} --log-every 0")[0] == 0
+    assert call(f"train_text.py {TINY} {letters} --log-every 0")[0] == 0
     Path("other.txt").write_text("xyz " * 300)
     code, _, err = call("train_text.py --resume --out runs/chars --steps 9")
     assert code == 2 and "other tokens" in err
 
 
 def test_prompts_keep_what_is_given(call, text):
+    """Check that [n] in a prompt is n free tokens, that all else stays, and that too long prompts are refused."""
     call(f"train_text.py --dataset {text} {TINY}")
     code, out, _ = call('sample.py --steps 3 --prompt "To be[3] not"')
     assert code == 0 and out.startswith("To be") and " not" in out
@@ -71,6 +74,7 @@ def test_prompts_keep_what_is_given(call, text):
 
 
 def test_watch_shows_masks_dim_and_fresh_tokens_bright(call, text):
+    """Check the lines of --watch, and the terminal codes of a frame: a known, a masked and a fresh token."""
     call(f"train_text.py --dataset {text} {TINY}")
     code, out, _ = call("sample.py --steps 3 --watch")
     assert code == 0 and "step 1/3" in out and "step 3/3  t = 0.000  0 masked" in out
@@ -81,7 +85,7 @@ def test_watch_shows_masks_dim_and_fresh_tokens_bright(call, text):
 
 
 def readme_commands() -> list[str]:
-    """Every command line of README's code blocks, comments cut and continued lines joined."""
+    """Read the command lines of README's code blocks, without comments, with continued lines joined."""
     blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split("  #")[0].strip() for line in lines if line.startswith(("python ", "torchrun "))]
@@ -89,7 +93,7 @@ def readme_commands() -> list[str]:
 
 @pytest.fixture
 def photos(tmp_path):
-    """What README's image commands name: a folder of two classes, an image of their size and a mask."""
+    """Write the files that README's image commands name: a folder of two classes, an image and a mask of its size."""
     rng = np.random.default_rng(0)
     for name in ("photos/cats/", "photos/dogs/"):
         (tmp_path / name).mkdir(parents=True)
@@ -98,7 +102,7 @@ def photos(tmp_path):
 
 
 def few(command: str, text: Path) -> str:
-    """The same command with little to do."""
+    """Return the same command with small models, little data and few steps."""
     script = command.split()[0]
     if script == "train_text.py" and "--resume" not in command:
         data = "" if "--dataset" in command else f" --dataset {text}"
@@ -109,7 +113,7 @@ def few(command: str, text: Path) -> str:
         problems = "" if "--problems" in command else " --problems human.jsonl"
         return f"{command}{problems} --steps 2"
     if script == "evaluate.py":
-        judged = command.split()[1] in ("samples", "frontier")  # by the real judge in test_cli_text.py
+        judged = command.split()[1] in ("samples", "frontier")  # test_cli_text.py runs them with the real judge
         judge = " --judge causal" if judged else ""
         steps = "" if command.startswith("evaluate.py bound") else " --steps 2"
         return f"{command} --num 12{steps}{judge}"
@@ -120,13 +124,13 @@ def few(command: str, text: Path) -> str:
 
 
 def test_every_command_of_readme_works(call, text, photos, monkeypatch, tmp_path):
-    """All of them, in README's order, on little data and for a few steps; OpenWebText's and torchrun's only parsed."""
+    """Run all commands in README's order, on little data, for few steps. OpenWebText and torchrun are only parsed."""
     commands = readme_commands()
     monkeypatch.setattr("tests.checkpoints.test_mdlm.VOCAB", GPT2_SIZE)
     save_file(public_state(), tmp_path / "mdlm.safetensors")
     test_code.write(tmp_path / "human.jsonl", test_code.HUMAN)
     test_code.write(tmp_path / "mbpp.jsonl", test_code.MBPP)
-    write("llama", tmp_path / "causal", mask=False)  # what README's commands take from the hub, and from a package
+    write("llama", tmp_path / "causal", mask=False)  # in the place of the hub's models
     write("bert", tmp_path / "masked")
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 30)
     for script in ("sample.py", "train_text.py", "train_image.py", "evaluate.py", "finetune.py"):
@@ -134,7 +138,7 @@ def test_every_command_of_readme_works(call, text, photos, monkeypatch, tmp_path
     for command in commands:
         command = command.removeprefix("python ")
         command = re.sub(r"^-m (cadd_min\.[\w.]+)", lambda m: f"{m[1].replace('.', '/')}.py", command)
-        if command.startswith("-m benchmarks.text"):  # run by test_cli_text.py
+        if command.startswith("-m benchmarks.text"):  # test_cli_text.py runs it
             assert re.search(r"--ablation (\w+)", command)[1] in ABLATIONS
             continue
         if "owt" in command or "torchrun" in command:  # test_distributed.py runs torchrun
@@ -146,6 +150,7 @@ def test_every_command_of_readme_works(call, text, photos, monkeypatch, tmp_path
 
 
 def test_readme_names_files_and_targets_that_exist():
+    """Check README's make targets, its extras of the package, and its links within the repository."""
     readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
     for target in re.findall(r"\bmake (train|test|[a-z]+-[a-z]+)\b", readme):
         assert f"\n{target}:" in makefile
@@ -210,6 +215,7 @@ def test_readme_names_files_and_targets_that_exist():
     ],
 )
 def test_bad_input_is_one_sentence(command, message, call, text, tmp_path):
+    """Check exit code 2 and exactly one line of error that names the mistake. Progress lines do not count."""
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "tokens").mkdir()
     (tmp_path / "tokens" / "index.json").write_text('{"parts": []}')

@@ -1,4 +1,4 @@
-"""The image commands as people type them, and bad input as one clear sentence and exit code 2."""
+"""The commands of images: training, sampling, inpainting and evaluation, and one sentence for bad input."""
 
 import re
 import sys
@@ -23,7 +23,7 @@ NANO = "--preset nano --batch-size 8 --steps 4 --eval-every 2 --sample-every 4"
 
 @pytest.fixture
 def npz(tmp_path):
-    """Fifty images of 6 x 5 pixels in colour, and their labels."""
+    """Write fifty images of 6 x 5 pixels in colour, and labels of three classes."""
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "my.npz", x_train=rng.integers(0, 256, (50, 6, 5, 3), np.uint8), y_train=np.arange(50) % 3)
     return tmp_path / "my.npz"
@@ -31,6 +31,7 @@ def npz(tmp_path):
 
 @pytest.mark.parametrize("model", ["cadd", "mdlm", "cdm"])
 def test_train_then_sample_by_changing_one_word(model, call):
+    """Train each of the paper's models, sample a picture and a GIF, and check their sizes. One seed, one picture."""
     code, out, err = call(f"train_image.py --model {model} {NANO}")
     assert code == 0 and f"trained: runs/digits-{model}" in out, err
     folder = Path("runs") / f"digits-{model}"
@@ -43,13 +44,14 @@ def test_train_then_sample_by_changing_one_word(model, call):
     assert re.search(rf"model {model} at step 4 .* zhat soft, T 4 \(cosine\), K 2, temperature 2.5 to 1.0", out)
     with Image.open("samples.png") as picture, Image.open("path.gif") as gif:
         assert picture.size == (3 * 50 + 2, 2 * 50 + 2) and gif.size == (2 * 152, 102)
-        assert gif.n_frames == 4 or model == "cdm"  # where all is masked to the end, equal frames become one
+        assert gif.n_frames == 4 or model == "cdm"  # all is masked to the end, and equal frames become one
     first = Path("samples.png").read_bytes()
     call("sample.py --steps 4 --num 6 --time-grid cosine --cosine-temperature --num-latents 2")
-    assert Path("samples.png").read_bytes() == first  # seeds reproduce
+    assert Path("samples.png").read_bytes() == first
 
 
 def test_classes_resume_and_the_other_backbone(call, npz):
+    """Train with classes, sample with guidance, resume, and train the other backbone. train_text.py refuses the run."""
     assert call(f"train_image.py --dataset {npz} --classes --flip {NANO} --out a")[0] == 0
     code, out, _ = call("sample.py --ckpt a --steps 3 --classes 2 0 --guidance 2.5 --num 4 --out b/x.png")
     assert code == 0 and "classes [2, 0], guidance 2.5" in out
@@ -66,6 +68,7 @@ def test_classes_resume_and_the_other_backbone(call, npz):
 
 
 def test_inpainting_never_changes_a_given_pixel(call, npz):
+    """Compare the samples with the image outside the mask, pixel by pixel. Inside the mask something must change."""
     assert call(f"train_image.py --dataset {npz} {NANO} --out a")[0] == 0
     rng = np.random.default_rng(1)
     image, hole = rng.integers(0, 256, (6, 5, 3), np.uint8), np.zeros((6, 5), np.uint8)
@@ -82,13 +85,14 @@ def test_inpainting_never_changes_a_given_pixel(call, npz):
 
 
 def test_evaluate_says_what_it_measured(call, npz):
+    """Check that the bound's parts add up, and that the output names its settings and never calls its distance FID."""
     assert call(f"train_image.py --dataset {npz} --classes {NANO} --out a")[0] == 0
     code, out, err = call("evaluate.py bound --ckpt a --repeat 1")
     assert code == 0, err
     bits = {name: float(value) for name, value in re.findall(r"^(.*?)  +(\S+)$", out, re.M)}
     assert bits["images"] == 10 and bits["of it tokens"] > 7  # of noise in 256 levels
-    whole = bits["of it tokens"] + bits["of it latents"]
-    assert whole == pytest.approx(bits["bound, bits per dimension"], abs=2e-4)
+    parts = bits["of it tokens"] + bits["of it latents"]
+    assert parts == pytest.approx(bits["bound, bits per dimension"], abs=2e-4)
     code, out, _ = call("evaluate.py bound --ckpt a --repeat 1 --T 4")
     assert code == 0 and "T 4" in out
     code, out, err = call("evaluate.py frechet --ckpt a --num 12 --steps 2")
@@ -96,12 +100,12 @@ def test_evaluate_says_what_it_measured(call, npz):
 
 
 def checkpoints(folder: Path) -> dict[str, Path]:
-    """Untrained models of images: with classes, and without."""
-    pixels, made = Pixels((8, 8, 1), 17), {}
+    """Save two untrained models of images, with classes and without. Returns their paths by name."""
+    pixels, paths = Pixels((8, 8, 1), 17), {}
     for name, classes in (("classes", 3), ("plain", 0)):
         config = ModelConfig(17, 64, UNET_PRESETS["nano"], pixels.shape, classes)
-        made[name] = save_untrained(folder / f"{name}.pt", config, pixels.spec())
-    return made
+        paths[name] = save_untrained(folder / f"{name}.pt", config, pixels.spec())
+    return paths
 
 
 @pytest.mark.parametrize(
@@ -138,6 +142,7 @@ def checkpoints(folder: Path) -> dict[str, Path]:
     ],
 )
 def test_bad_input_is_one_sentence(command, message, call, npz, tmp_path):
+    """Check exit code 2, one line of error that names the mistake, and that no file is written."""
     (tmp_path / "text.txt").write_text("no image")
     (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "unlabelled.npz", x_train=np.zeros((10, 3, 3, 1), np.uint8))
@@ -146,7 +151,7 @@ def test_bad_input_is_one_sentence(command, message, call, npz, tmp_path):
     before = set(tmp_path.rglob("*")) | set(checkpoints(tmp_path).values())
     code, _, err = call(command.format(text=tmp_path / "text.txt", npz=npz, **checkpoints(tmp_path)))
     assert code == 2 and len(err.splitlines()) == 1 and message in err
-    assert not {p for p in tmp_path.rglob("*") if p.is_file()} - before  # nothing half written
+    assert not {p for p in tmp_path.rglob("*") if p.is_file()} - before
 
 
 def test_image_options_are_refused_for_text(call, tmp_path):
@@ -164,6 +169,7 @@ def test_checkpoints_of_images_load_as_they_were_saved(tmp_path):
 
 
 def test_without_pillow_it_says_so_before_it_trains(call, monkeypatch):
+    """Check that a missing package is found before the training, not at its first picture."""
     monkeypatch.setitem(sys.modules, "PIL", None)
     code, _, err = call("train_image.py")
     assert code == 2 and err == "error: pictures need their package: pip install pillow\n" and not Path("runs").exists()

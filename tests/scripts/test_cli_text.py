@@ -1,4 +1,4 @@
-"""evaluate.py on models of text, as people type it, with the real judge; and benchmarks/text.py from end to end."""
+"""evaluate.py on models of text, with a stub and with the real judge; and benchmarks/text.py from end to end."""
 
 import argparse
 import json
@@ -25,6 +25,7 @@ SMALL = "--num 6 --steps 3 --batch-size 4"
 
 
 def test_the_bound_of_every_model(call, text):
+    """Train, sample and evaluate every model. The bound's parts must add up; only cadd and cdm pay for latents."""
     for model in MODELS:
         assert call(f"train_text.py --dataset {text} {TINY} --model {model} --out {model}")[0] == 0
         code, out, _ = call(f"sample.py --ckpt {model} --steps 3")
@@ -33,9 +34,8 @@ def test_the_bound_of_every_model(call, text):
     assert code == 0, err
     for model, part in zip(MODELS, out.split("\n\n")):
         value = {m[0].strip(): float(m[1]) for m in re.findall(r"^(\D+?)  +([\d.]+)$", part, re.M)}
-        assert f"model {model} at step 4" in part and 0 < value["bound, nats per token"] < (
-            1e9 if model == "cdm" else 100
-        )
+        limit = 1e9 if model == "cdm" else 100
+        assert f"model {model} at step 4" in part and 0 < value["bound, nats per token"] < limit
         parts = value["of it tokens"] + value["of it latents"]
         assert parts == pytest.approx(value["bound, nats per token"], abs=2e-4, rel=1e-6)
         assert (value["of it latents"] > 0.001) == (model in ("cadd", "cdm"))
@@ -44,19 +44,22 @@ def test_the_bound_of_every_model(call, text):
 
 
 def test_the_bounds_units_of_short_documents(monkeypatch):
-    """Ten documents of two letters and an end each: 30 characters. A bound beyond floats has no perplexity."""
+    """Check bits per character and perplexity on ten documents of two letters and an end each, 30 characters.
+
+    The perplexity of a bound beyond floats is infinite.
+    """
     model = Denoiser(ModelConfig(3, 15, PRESETS["nano"], model="mdlm"))
     args = argparse.Namespace(num=2, batch_size=2, T=None, repeat=1, seed=0, dtype="float32")
     for nats, perplexity in ((15.0, math.e), (15 * 800.0, math.inf), (math.inf, math.inf)):
-        found = torch.tensor([[nats, 0.0]], dtype=torch.float64).repeat(2, 1)
-        monkeypatch.setattr(assess_text, "held_out_bound", lambda *a, found=found, **k: found)
+        bound = torch.tensor([[nats, 0.0]], dtype=torch.float64).repeat(2, 1)
+        monkeypatch.setattr(assess_text, "held_out_bound", lambda *a, bound=bound, **k: bound)
         row = assess_text.bound_rows(model, chars("ab"), np.tile([0, 1, 2], 20), args)
         assert row["bound, bits per character"] == pytest.approx(nats / 15 / math.log(2))
         assert row["bound, perplexity per token"] == pytest.approx(perplexity)
 
 
 class Stub:
-    """A judge that reads nothing."""
+    """A judge that gives every text the same scores without reading it."""
 
     name = "stub"
 
@@ -66,11 +69,12 @@ class Stub:
 
 
 def first_cells(out: str) -> list[str]:
+    """Return the first cell of every row of the printed tables."""
     return [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")]
 
 
 def test_every_checkpoint_has_its_row_and_every_setting_its_name(call, text, monkeypatch):
-    """Rows of files beside each other, and of folders of one name; of a frontier what was swept, in its last line."""
+    """Check the rows' names for files in one folder and for folders of one name. A frontier says what it varied."""
     monkeypatch.setattr(assess_text, "open_judge", lambda *rest: Stub())
     config = ModelConfig(300, 16, PRESETS["nano"], model="cadd")
     for path in ("x/a.pt", "x/b.pt", "y/run/checkpoint.pt", "z/run/checkpoint.pt"):
@@ -100,21 +104,23 @@ def test_every_checkpoint_has_its_row_and_every_setting_its_name(call, text, mon
     ):
         code, out, err = call(f"evaluate.py frontier {asked} x/a.pt x/b.pt {options}")
         assert code == 0 and Path("frontier.png").exists(), err
-        rows = [f"cadd ({path}), {each}" for path in ("x/a.pt", "x/b.pt") for each in settings]
+        rows = [f"cadd ({path}), {setting}" for path in ("x/a.pt", "x/b.pt") for setting in settings]
         assert first_cells(out) == ["samples", "held-out text", *rows] and f", {swept}, strength" in out
     code, out, err = call(f"evaluate.py samples {asked} x/a.pt --time-grid first-hitting")
     assert code == 0 and "a step for each token (first-hitting)" in out and "T 3" not in out, err
 
 
 def test_a_cosine_temperature_is_what_a_frontier_draws_by():
+    """Check that a frontier with --cosine-temperature varies where the temperature ends, not where it starts."""
     names = "steps=8 zhat=hard num_latents=1 top_p=1 strength=1 time_grid=uniform order=random block=0 remask=0".split()
     args = benchmark.varied(names)[0] | {"temperature": 1.0, "cosine_temperature": 2.5, "seed": 0}
-    each = assess_text.sweep(argparse.Namespace(**args, temperatures=[1.0, 0.5], top_ps=None))
-    found = [assess_text.generate.sampling(one) for one in each]
-    assert [(how.temperature_at(1), how.temperature_at(0)) for how in found] == [(2.5, 0.5), (2.5, 1.0)]
+    points = assess_text.sweep(argparse.Namespace(**args, temperatures=[1.0, 0.5], top_ps=None))
+    settings = [assess_text.generate.sampling(point) for point in points]
+    assert [(s.temperature_at(1), s.temperature_at(0)) for s in settings] == [(2.5, 0.5), (2.5, 1.0)]
 
 
 def test_the_table_is_there_when_the_picture_fails(call, text, monkeypatch):
+    """Check that the table is printed before the picture is drawn: a failure must not lose an hour's scores."""
     monkeypatch.setattr(assess_text, "open_judge", lambda *rest: Stub())
     save_untrained(Path("a.pt"), ModelConfig(300, 16, PRESETS["nano"], model="mdlm"), gpt2(300).spec())
     Path("f.png").mkdir()
@@ -124,6 +130,7 @@ def test_the_table_is_there_when_the_picture_fails(call, text, monkeypatch):
 
 @pytest.mark.slow
 def test_samples_and_frontier_stand_beside_real_text(call, text):
+    """Check with the real judge that held-out text is the first row and scores better than a model of four steps."""
     for model in ("cadd", "ar"):
         assert call(f"train_text.py --dataset {text} {TINY} --model {model} --out {model}")[0] == 0
     code, out, err = call(f"evaluate.py samples --ckpt cadd ar {SMALL}")
@@ -179,7 +186,7 @@ def test_samples_and_frontier_stand_beside_real_text(call, text):
     ],
 )
 def test_bad_input_is_one_sentence(command, message, call, text, monkeypatch):
-    """None of it is found after the judge was loaded."""
+    """Check exit code 2 and one line of error, before the judge is loaded, which takes long."""
     if "no/such/judge" not in command:
         monkeypatch.setattr(assess_text, "open_judge", lambda *rest: pytest.fail("the judge was loaded"))
     if "matplotlib" in command:
@@ -199,13 +206,13 @@ def test_bad_input_is_one_sentence(command, message, call, text, monkeypatch):
 
 
 def test_infill_counts_what_is_put_back(call, text):
-    """A model that says token 5 everywhere puts back the 5s among the masked tokens, and never a wrong one."""
+    """Check the shares of a model that draws token 5 everywhere: it puts back the masked 5s and no other token."""
     model = Denoiser(ModelConfig(300, 8, PRESETS["nano"], model="mdlm", head_bias=True)).eval()
     model.head.bias.data[5] = 50
     args = argparse.Namespace(seed=0, batch_size=3, dtype="float32")
     x_0 = torch.tensor([[5] * 8, [6] * 8, [5, 6] * 4, [6, 5] * 4])
-    found = assess_text.infilled(model, x_0, 0.5, Sampling(steps=3), args)
-    assert found[:2].tolist() == [1, 0] and torch.all(found * 4 % 1 == 0)  # of four tokens each
+    shares = assess_text.infilled(model, x_0, 0.5, Sampling(steps=3), args)
+    assert shares[:2].tolist() == [1, 0] and torch.all(shares * 4 % 1 == 0)  # four tokens are masked in each
     assert assess_text.infilled(model, x_0, 1.0, Sampling(steps=3), args).tolist() == [1, 0, 0.5, 0.5]
     call(f"train_text.py --dataset {text} {TINY} --out cadd")
     code, out, err = call("evaluate.py infill --ckpt cadd --num 4 --steps 2 --masked 0.25")
@@ -219,6 +226,7 @@ def test_baselines_are_for_text(call):
 
 
 def test_what_is_varied():
+    """Check that values of --vary are crossed, and that a wrong name, type or value is refused."""
     settings = benchmark.varied(["steps=8,32", "zhat=hard"])
     assert settings == [{"steps": 8, "zhat": "hard"}, {"steps": 32, "zhat": "hard"}]
     for bad, message in (
@@ -232,7 +240,7 @@ def test_what_is_varied():
 
 @pytest.mark.slow
 def test_benchmark_trains_scores_and_goes_on(text, tmp_path, monkeypatch, capsys):
-    """Twice: the second time nothing is trained again, and the rows are the same but for the clock."""
+    """Run the benchmark twice. The second run trains nothing and gives the same rows, measured times apart."""
     out, picture = tmp_path / "rows.jsonl", tmp_path / "f.png"
     arguments = (
         f"text --dataset {text} --train mdlm ar:lr=0.001 --vary steps=2 temperature=0.8,1 zhat=soft --preset nano "
@@ -251,17 +259,17 @@ def test_benchmark_trains_scores_and_goes_on(text, tmp_path, monkeypatch, capsys
         "each 6 samples of 16 tokens, models in float32; judge" in printed and "unless varied, num_latents" in printed
     )
     monkeypatch.setattr("sys.argv", ["text", "--table", str(out)])
-    benchmark.main()  # each run is there twice, and counts once
+    benchmark.main()  # the file has each run twice, and it counts once
     assert "| ar:lr=0.001 (1) | steps 2, temperature 0.8 |" in capsys.readouterr().out
     command = f"text --ckpt {tmp_path / 'runs' / 'mdlm-0'} --vary steps=2 --num 6 --cache {tmp_path}"
     monkeypatch.setattr("sys.argv", command.split())
     benchmark.main()
     assert "runs/mdlm-0 (1) | steps 2 |" in capsys.readouterr().out
-    for other, message in (
+    for options, message in (
         ("--length 32", "mdlm-0 was trained with length 16, not 32"),
         ("--ablation loss --ckpt runs", "--ablation loss compares models that it trains"),
     ):
-        monkeypatch.setattr("sys.argv", [*arguments, *other.split()])
+        monkeypatch.setattr("sys.argv", [*arguments, *options.split()])
         with pytest.raises(InputError, match=message):
             benchmark.main()
     first, _, again, _ = (json.loads(line) for line in out.read_text().splitlines())
@@ -272,40 +280,41 @@ def test_benchmark_trains_scores_and_goes_on(text, tmp_path, monkeypatch, capsys
 
 
 def figures(line: str) -> list[float]:
-    """Of a row of the table without its clocks and the bound's column, nats in the place of the perplexity."""
+    """Read a row's scores, without times and without the bound, and with the log of the perplexity in its place."""
     bits, perplexity, *rest = (float(cell) for cell in line.split("|")[3:12])
     return [bits, math.log(perplexity), *rest]
 
 
 @pytest.mark.slow
 def test_a_row_of_the_results_is_what_its_command_gives(tmp_path, monkeypatch, capsys):
-    """docs/results.md's smallest experiment, run again: every figure within 5% (other cores add in another order).
+    """Run the smallest experiment of docs/results.md again, and compare every number with the page, to 5%.
 
-    Held-out text is only read, by no model that was trained: its figures are those of the page but for rounding.
+    Other cores add in another order, so that trained models differ. The row of held-out text depends on no trained
+    model: its numbers must agree but for rounding.
     """
     page = (ROOT / "docs" / "results.md").read_text()
     command = re.search(r"python -m benchmarks\.(text --train mdlm:preset=nano.*?)\n\n", page, re.S)[1]
-    row, real = rerun(page)
+    row, real = smallest_rows(page)
     runs = f" --runs {tmp_path / 'runs'} --cache {tmp_path}"
     monkeypatch.setattr("sys.argv", (command.replace("\\\n", " ") + runs).split())
     monkeypatch.setattr(benchmark, "run_all", lambda one, jobs, at_once, path: [one(job) for job in jobs])
     benchmark.main()
-    again, real_again = rerun(capsys.readouterr().out)
-    cells, others = (figures(line) for line in (row, again))
-    assert others == pytest.approx(cells, rel=0.05, abs=0.002)
-    cells, others = (line.split("|")[3:12] for line in (real, real_again))
-    assert [float(c) for c in others] == pytest.approx([float(c) for c in cells], rel=0.002, abs=0.0011)
+    again, real_again = smallest_rows(capsys.readouterr().out)
+    assert figures(again) == pytest.approx(figures(row), rel=0.05, abs=0.002)
+    cells, cells_again = (line.split("|")[3:12] for line in (real, real_again))
+    assert [float(c) for c in cells_again] == pytest.approx([float(c) for c in cells], rel=0.002, abs=0.0011)
     assert float(row.split("|")[13]) == pytest.approx(float(again.split("|")[13]), rel=0.02)  # the bound
 
 
-def rerun(page: str) -> tuple[str, str]:
-    """The row of the smallest experiment, and that of held-out text above it."""
+def smallest_rows(page: str) -> tuple[str, str]:
+    """Find the row of the smallest experiment, and the row of held-out text above it."""
     lines = page.splitlines()
     place = next(i for i, line in enumerate(lines) if line.startswith("| mdlm:preset=nano"))
     return lines[place], lines[place - 1]
 
 
 def written(rows, path):
+    """Append rows to a file as `run_all` does, without processes, and return the rows."""
     if path is None:
         return rows
     with path.open("a") as file:

@@ -1,7 +1,7 @@
-"""Every command line with hostile and half-sensible arguments: it works, or it is one sentence and exit code 2.
+"""Every script with hostile and half-sensible arguments: it works, or it ends with one sentence and exit code 2.
 
-No traceback, no hang, no file harmed. The arguments are those of the scripts' own parsers. FUZZ=10 takes ten times as
-many cases and others each time; those that have failed once are in FOUND.
+A traceback, a hang or a harmed file is a failure. The arguments come from the scripts' own parsers. FUZZ=10 takes ten
+times as many cases, new in every run. FOUND holds the arguments that failed once.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from cadd_min.utils.cli import whole
 from tests.scripts.fuzzing import BASE, faults, many, options, run
 
-LONG = ("steps", "num", "num_latents", "repeat", "accumulate")  # of these a large number may rightly take for ever
-SLOW = ("compile", "execute")  # the first takes a minute by itself, the second runs programs: test_sandbox.py
+LONG = ("steps", "num", "num_latents", "repeat", "accumulate")  # with a large number these may rightly run for ever
+SLOW = ("compile", "execute")  # compiling takes a minute; test_sandbox.py tests the execution of programs
 
 WHOLE = st.one_of(
     st.integers(-2, 20).map(str),
     st.sampled_from([10**9, 10**12, 2**31, 2**63 - 1, 2**63, 2**64, 10**30, -(10**30)]).map(str),
-    st.just("9" * 5000),  # which int() itself refuses
+    st.just("9" * 5000),  # int() refuses it
 )
 FEW = st.one_of(st.integers(-2, 3), st.sampled_from([10**30, -(2**63)])).map(str)
 REAL = st.one_of(
@@ -50,7 +50,7 @@ PATHS = st.one_of(st.sampled_from(FILES), st.sampled_from(FILES), JUNK)
 
 
 def one_value(action: argparse.Action) -> st.SearchStrategy[str]:
-    """A value of an option, half-sensible or hostile, by its type, its choices and the words of its help."""
+    """Make a half-sensible or hostile value of an option, from its type, its choices and the words of its help."""
     if action.type in (int, whole):
         return st.one_of(FEW if action.dest in LONG else WHOLE, JUNK)
     if action.type is float:
@@ -60,23 +60,23 @@ def one_value(action: argparse.Action) -> st.SearchStrategy[str]:
 
 
 def argument(action: argparse.Action) -> st.SearchStrategy[list[str]]:
-    """An argument as it is typed, with its name if it has one."""
-    one = one_value(action)
+    """Make the words of an argument on the command line, with the option's name if it has one."""
+    value = one_value(action)
     if not action.option_strings:
-        return one.map(lambda value: [value])
+        return value.map(lambda word: [word])
     name = st.sampled_from(action.option_strings)
     if action.nargs == 0:
         return name.map(lambda name: [name])
     if action.nargs in ("+", "*"):
-        return st.tuples(name, st.lists(one, max_size=3)).map(lambda found: [found[0], *found[1]])
-    return st.tuples(name, one).map(lambda found: [f"{found[0]}={found[1]}"])
+        return st.tuples(name, st.lists(value, max_size=3)).map(lambda pair: [pair[0], *pair[1]])
+    return st.tuples(name, value).map(lambda pair: [f"{pair[0]}={pair[1]}"])
 
 
 @st.composite
 def command(draw: st.DrawFn, script: str, actions: list[argparse.Action]) -> list[str]:
-    """A valid call of a script, then some arguments that it may not have expected."""
+    """Make the arguments of a valid call of a script, and add up to four that it may not expect."""
     base = draw(st.sampled_from(STARTS[script])).split()
-    if script.startswith(("cadd_min", "export.py")):  # without its options a training takes minutes
+    if script.startswith(("cadd_min", "export.py")):  # a training without its options takes minutes
         base = base[: draw(st.integers(0, len(base)))]
     chosen = draw(st.lists(st.sampled_from([a for a in actions if a.dest not in SLOW]), min_size=1, max_size=4))
     extra = [word for action in chosen for word in draw(argument(action))]
@@ -165,13 +165,16 @@ FOUND = {
 
 @pytest.mark.parametrize("script", FOUND)
 def test_arguments_that_failed_once(script, world):
-    for found in FOUND[script]:
+    for arguments in FOUND[script]:
         base = [] if script.startswith("cadd_min") else STARTS[script][0].split()
-        assert world.check(script, *base, *shlex.split(found)) == [], found
+        assert world.check(script, *base, *shlex.split(arguments)) == [], arguments
 
 
 def test_the_harness_notices_what_it_is_for(world):
-    """A command that raises, one that hangs, one that harms a file, one that leaves half of one, and a good one."""
+    """Power: catch commands that raise, hang, harm a file, leave half a file, or end without a sentence.
+
+    A command that does nothing must pass.
+    """
 
     def wrong(main) -> str:
         with world.case() as folder:

@@ -1,7 +1,8 @@
-"""Every file that a command reads, damaged in its bytes or in its content: one sentence and exit code 2, or it works.
+"""Commands that read a file with damaged bytes or damaged content: they work, or end with one sentence and exit code 2.
 
-No traceback, no hang, no other file harmed. A checkpoint whose content is damaged has its checksum computed again, so
-that the damage gets past it. FUZZ=10 takes ten times as many cases and others each time; what failed once is in FOUND.
+A traceback, a hang or harm to another file is a failure. A checkpoint with damaged content gets a new checksum, which
+would otherwise catch the damage first. FUZZ=10 takes ten times as many cases, new in every run. FOUND_CONTENT and
+FOUND_BYTES hold the damage that failed once.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ TRAIN_TOKENS, TRAIN_LINES, TRAIN_TABLE = (
 )
 TRAIN_IMAGES = f"train_image.py {BASE['train_image.py']}"
 BOUND = f"evaluate.py bound {BASE['evaluate.py bound']}"
-READERS = {  # of each file the commands that read it
+READERS = {  # a file, and the commands that read it
     "text.pt": ["sample.py --ckpt text.pt --steps 2", "export.py folder text.pt new", BOUND],
     "image.pt": ["sample.py --ckpt image.pt --steps 2 --num 2", "evaluate.py bound --ckpt image.pt --num 2 --repeat 1"],
     "mdlm.pt": ["export.py to-mdlm mdlm.pt new.safetensors --time 0.5"],
@@ -85,50 +86,56 @@ PLACES = st.lists(st.integers(0, 10**6), min_size=1, max_size=2)
 
 
 def places(tree: object, at: tuple = ()) -> list[tuple]:
-    """The ways to every node below the root."""
+    """List the paths, tuples of keys, to every node below the root."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    return [way for key, below in items for way in [(*at, key), *places(below, (*at, key))]]
+    return [keys for key, below in items for keys in [(*at, key), *places(below, (*at, key))]]
 
 
-def replace(tree: Any, way: tuple, how: str, value: object) -> None:
-    """Damage one node, in place: put `value` there, take it away, or put `value` beside it."""
-    for key in way[:-1]:
+def replace(tree: Any, keys: tuple, action: str, value: object) -> None:
+    """Damage one node in place: "put" `value` there, "take" the node away, or "add" `value` beside it."""
+    for key in keys[:-1]:
         tree = tree[key]
-    if how == "put":
-        tree[way[-1]] = value
-    elif how == "take":
-        del tree[way[-1]]
+    if action == "put":
+        tree[keys[-1]] = value
+    elif action == "take":
+        del tree[keys[-1]]
     elif isinstance(tree, dict):
         tree["unknown"] = value
 
 
-def somewhere(number: int, how: str, value: object) -> Callable[[Any], None]:
-    """Damage at a place that the number chooses: mostly one of the outer ones, for most places are deep inside."""
+def somewhere(number: int, action: str, value: object) -> Callable[[Any], None]:
+    """Make the damage of one node, chosen by `number`.
+
+    Two thirds of the numbers choose an outer node: most nodes are deep inside, and hardly any outer node would be hit.
+    """
 
     def harm(tree: Any) -> None:
-        ways = places(tree)
-        outer = [way for way in ways if len(way) < 3 or way[0] == "model_config"]
-        among = outer if number % 3 and outer else ways
-        if among:
-            replace(tree, among[number // 3 % len(among)], how, value)
+        nodes = places(tree)
+        outer = [keys for keys in nodes if len(keys) < 3 or keys[0] == "model_config"]
+        candidates = outer if number % 3 and outer else nodes
+        if candidates:
+            replace(tree, candidates[number // 3 % len(candidates)], action, value)
 
     return harm
 
 
-def damage_bytes(path: Path, how: str, place: float, what: bytes) -> None:
-    """Damage a file: cut it, write over a place of it, write something else, or have something else there."""
+def damage_bytes(path: Path, action: str, place: float, data: bytes) -> None:
+    """Damage a file: "cut" it at a place, "overwrite" or "insert" data there, or let it "be" data, a folder or missing.
+
+    place: from 0, the start of the file, to 1, its end.
+    """
     content = path.read_bytes()
     at = int(place * len(content))
     path.unlink()
-    if how == "folder":
+    if action == "folder":
         path.mkdir()
-    elif how != "missing":
-        kept = {"cut": b"", "overwrite": content[at + len(what) :], "insert": content[at:], "be": b""}[how]
-        path.write_bytes((b"" if how == "be" else content[:at]) + what + kept)
+    elif action != "missing":
+        kept = {"cut": b"", "overwrite": content[at + len(data) :], "insert": content[at:], "be": b""}[action]
+        path.write_bytes((b"" if action == "be" else content[:at]) + data + kept)
 
 
 def damage_content(path: Path, harm: Callable[[Any], None]) -> None:
-    """Damage what is in a file, and write it as it should be written, checksum and all."""
+    """Damage the content of a file, and write it in the file's own format, with a new checksum."""
     if path.suffix == ".json":
         tree: Any = json.loads(path.read_text())
         harm(tree)
@@ -154,7 +161,7 @@ def damage_content(path: Path, harm: Callable[[Any], None]) -> None:
 
 
 def damaged(world: World, name: str, number: int, harm: Callable[[Path], None]) -> list[str]:
-    """What is wrong with the number-th command that reads this file, after harm(path)."""
+    """List what is wrong with the number-th command that reads a file, after harm(path)."""
     with world.case() as folder:
         (path,) = folder.glob(name)
         harm(path)
@@ -182,12 +189,12 @@ def test_damaged_content(name, world):
 
     @many(32)
     @given(st.integers(0, 9), PLACES, st.sampled_from(["put", "put", "put", "take", "add"]), values)
-    def check(number: int, at: list[int], how: str, value: object) -> None:
+    def check(number: int, nodes: list[int], action: str, value: object) -> None:
         def harm(path: Path) -> None:
             try:
-                for place in at:
-                    damage_content(path, somewhere(place, how, value))
-            except (TypeError, ValueError, RuntimeError, InputError):  # it cannot be written like that
+                for node in nodes:
+                    damage_content(path, somewhere(node, action, value))
+            except (TypeError, ValueError, RuntimeError, InputError):  # the format cannot hold the damage
                 assume(False)
 
         assert damaged(world, name, number, harm) == []
@@ -196,7 +203,7 @@ def test_damaged_content(name, world):
 
 
 TEXTS, RUNS, IMAGES_PT, INDEX = "text.pt", "runs/text/checkpoint.pt", "image.pt", "tokens/index.json"
-FOUND_CONTENT = [  # file, where in it, what was put there
+FOUND_CONTENT = [  # file, keys of the node, value that was put there
     (TEXTS, ("settings",), []),
     (TEXTS, ("settings", "dtype"), "float16"),
     (TEXTS, ("settings", "dtype"), []),
@@ -239,7 +246,7 @@ FOUND_CONTENT = [  # file, where in it, what was put there
     ("runs/text/run.json", ("starts",), 5),
 ]
 DEEP = b"[" * 99999
-FOUND_BYTES = [  # file, what it was
+FOUND_BYTES = [  # file, its bytes
     (INDEX, DEEP),
     ("cache/*/index.json", DEEP),
     ("exported/config.json", DEEP),
@@ -253,23 +260,26 @@ FOUND_BYTES = [  # file, what it was
 ]
 
 
-@pytest.mark.parametrize("name, way, value", FOUND_CONTENT, ids=lambda found: str(found)[:40])
-def test_content_that_failed_once(name, way, value, world):
+@pytest.mark.parametrize("name, keys, value", FOUND_CONTENT, ids=lambda part: str(part)[:40])
+def test_content_that_failed_once(name, keys, value, world):
     for number in range(len(READERS[name])):
-        harm = lambda path: damage_content(path, lambda tree: replace(tree, way, "put", value))
+        harm = lambda path: damage_content(path, lambda tree: replace(tree, keys, "put", value))
         assert damaged(world, name, number, harm) == []
 
 
-@pytest.mark.parametrize("name, content", FOUND_BYTES, ids=lambda found: str(found)[:40])
+@pytest.mark.parametrize("name, content", FOUND_BYTES, ids=lambda part: str(part)[:40])
 def test_bytes_that_failed_once(name, content, world):
     assert damaged(world, name, 0, lambda path: damage_bytes(path, "be", 0.0, content)) == []
 
 
 @pytest.mark.parametrize("harm", ["folder", "tokens"])
 def test_files_that_failed_once(harm, world):
-    """A folder where run.json should be left a half-written one; a token that is none went on into the kernels."""
+    """Check a folder in the place of run.json, which left a half-written file, and tokens beyond the vocabulary.
+
+    Such tokens once went on into the kernels.
+    """
     if harm == "folder":
         assert damaged(world, "runs/text/run.json", 0, lambda path: damage_bytes(path, "folder", 0.0, b"")) == []
     else:
-        found = damaged(world, "tokens/00000.bin", 0, lambda path: path.write_bytes(b"\xff" * path.stat().st_size))
-        assert found == []
+        harm = lambda path: path.write_bytes(b"\xff" * path.stat().st_size)
+        assert damaged(world, "tokens/00000.bin", 0, harm) == []
