@@ -1,8 +1,8 @@
 """The denoiser p(x_0 | x_t, z_t): token embedding, latent, backbone, head; and the models that it can be.
 
 CADD joins two models. Without its latent it is the masked diffusion model (`mdlm`: dim 0). With every token masked at
-once it is the continuous model (`cdm`: discrete schedule "gone"). One word changes, and no code. The baselines share
-the network alone: their losses and chains are in baselines/.
+once it is the continuous model (`cdm`: discrete schedule "all-at-once"). One word changes, and no code. The baselines
+share the network alone: their losses and chains are in baselines/.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class ModelConfig:
         """Return the noise schedule. The latent of a cdm must end by telling its token, so its SNR is not capped."""
         cdm = self.model == "cdm"
         continuous = self.continuous if self.continuous != "auto" else "linear" if cdm else "capped"
-        return NoiseSchedule("gone" if cdm else self.discrete, continuous)
+        return NoiseSchedule("all-at-once" if cdm else self.discrete, continuous)
 
 
 class Model(nn.Module):

@@ -206,7 +206,7 @@ class FirstHitting(ExactChain):
 
 def check_hitting(settings: Sampling, schedule: NoiseSchedule) -> None:
     """Raise InputError for a step per token under a schedule that unmasks all tokens at once."""
-    if settings.time_grid == HITTING and schedule.discrete == "gone":
+    if settings.time_grid == HITTING and schedule.discrete == "all-at-once":
         raise InputError(f"the time grid {HITTING} is not for cdm, whose tokens are unmasked all at once")
 
 

@@ -30,14 +30,14 @@ def _all_at_once(t: Tensor) -> Tensor:
     return (t <= 0).to(t.dtype)
 
 
-# alpha_t. "gone" masks all tokens at once, which leaves a purely continuous diffusion (CDM).
+# alpha_t. "all-at-once" masks all tokens at once, which leaves a purely continuous diffusion (CDM).
 DISCRETE: dict[str, Curve] = {
     "linear": (lambda t: 1 - t, lambda t: -torch.ones_like(t)),
     "cosine": (
         lambda t: 1 - torch.sin(math.pi / 2 * t),
         lambda t: -math.pi / 2 * torch.sin(math.pi / 2 * (1 - t)),
     ),
-    "gone": (_all_at_once, torch.zeros_like),
+    "all-at-once": (_all_at_once, torch.zeros_like),
 }
 
 
@@ -60,7 +60,7 @@ CONTINUOUS: dict[str, Curve] = {
 class NoiseSchedule:
     """alpha_t, gamma_bar_t, and what follows from them. All methods are elementwise on tensors of any shape.
 
-    discrete: "linear", "cosine" or "gone"; continuous: "linear", "cosine", "capped" or "flow".
+    discrete: "linear", "cosine" or "all-at-once"; continuous: "linear", "cosine", "capped" or "flow".
     """
 
     def __init__(self, discrete: str = "linear", continuous: str = "linear"):

@@ -107,7 +107,7 @@ def test_a_chain_with_the_wrong_mask_rate_is_caught():
 def test_ends():
     """Check that t = 0 changes nothing, that t = 1 leaves masks and noise, and that a step from 1 to 1 is no step."""
     x_0, z_0 = torch.arange(6).reshape(2, 3), torch.randn(2, 3, 4, generator=rng(0))
-    for discrete in ("linear", "cosine", "gone"):
+    for discrete in ("linear", "cosine", "all-at-once"):
         schedule = NoiseSchedule(discrete)
         x, z = q_sample(x_0, z_0, torch.zeros(2), schedule, MASK, generator=rng(1))
         assert torch.equal(x, x_0) and torch.equal(z, z_0)

@@ -101,12 +101,12 @@ def bound(table: torch.Tensor, schedule: NoiseSchedule, steps: int | None, law=L
     return float(nats.mean()), float(nats.std() / count**0.5)
 
 
-@pytest.mark.parametrize("discrete", ["linear", "cosine", "gone"])
+@pytest.mark.parametrize("discrete", ["linear", "cosine", "all-at-once"])
 @pytest.mark.parametrize("continuous", ["linear", "cosine", "capped", "flow"])
 def test_exact_denoiser_meets_the_entropy_in_continuous_time(discrete, continuous):
     """Check that the bound is tight with the exact denoiser in continuous time: tokens and latents cost H(x_0).
 
-    "gone" is the continuous diffusion model. A correct bound is beyond five standard errors with probability 6e-7.
+    "all-at-once" is the continuous model. A correct bound is beyond five standard errors with probability 6e-7.
     """
     mean, error = bound(toy(), NoiseSchedule(discrete, continuous), None)
     assert abs(mean - ENTROPY) < 5 * error + 2e-4  # the last step [0, 1e-4] is not infinitesimal
@@ -198,7 +198,7 @@ def test_token_losses_equal_the_plain_ones():
 CORE = {  # dimension of the latents, schedule, and numbers of steps over which the bound falls
     "mdlm": (0, NoiseSchedule("cosine"), (1, 2, 4)),
     "cadd": (1, NoiseSchedule("linear", "capped"), (1, 2, 4)),
-    "cdm": (1, NoiseSchedule("gone", "linear"), (16, 64)),
+    "cdm": (1, NoiseSchedule("all-at-once", "linear"), (16, 64)),
 }
 WORDS = torch.tensor([[-0.8], [0.2], [1.0], [0.0]], dtype=torch.float64)  # the last row is the mask's, never used
 APART = float((JOINT * (JOINT / (JOINT.sum(1)[:, None] * JOINT.sum(0))).log()).sum())  # mutual information, nats

@@ -31,7 +31,9 @@ def oracle_law(zhat: str, steps: int, count: int = 200_000, table=None, **option
     return torch.bincount(x.flatten(), minlength=3)
 
 
-@pytest.mark.parametrize("discrete, continuous", [("linear", "linear"), ("cosine", "cosine"), ("gone", "linear")])
+@pytest.mark.parametrize(
+    "discrete, continuous", [("linear", "linear"), ("cosine", "cosine"), ("all-at-once", "linear")]
+)
 @pytest.mark.parametrize("steps", [1, 2, 12])
 def test_sample_is_exact_at_every_t(steps, discrete, continuous):
     """Compare the tokens with LAW by chi-square: with z0_hat = w[v], v ~ p, the chain is exact at every T."""

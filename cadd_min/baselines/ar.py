@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-from cadd_min.baselines.common import draw_tokens, features, logits_of, seen
+from cadd_min.baselines.common import draw_tokens, features, logits_of, step_without_latents
 from cadd_min.kernels import philox
 from cadd_min.loss import Bound, token_losses
 from cadd_min.model import Model
@@ -55,7 +55,7 @@ def nelbo_parts(model: Model, x_0: Tensor, *, steps: int | None = None, generato
 
 @torch.no_grad()
 def sample(
-    model: Model, x: Tensor, how: Sampling, seed: Tensor, callback: Callable[[Step], None] | None = None
+    model: Model, x: Tensor, settings: Sampling, seed: Tensor, callback: Callable[[Step], None] | None = None
 ) -> Tensor:
     """Draw x_0 (B, L) int64 from left to right, one forward pass for each position. The number of steps is ignored.
 
@@ -76,9 +76,9 @@ def sample(
         logits = logits_of(features(model, shifted(x[:, : i + 1], model.mask_id), time)[:, -1], head)  # (B, V)
         t, s = 1 - i / length, 1 - (i + 1) / length
         _, u = philox.choices(seed, starts + i)
-        x[free, i] = draw_tokens(logits[free], model.mask_id, how.temperature_at(t), how.top_p, u[free])
+        x[free, i] = draw_tokens(logits[free], model.mask_id, settings.temperature_at(t), settings.top_p, u[free])
         if callback is not None:
             fresh = torch.zeros_like(x, dtype=torch.bool)
             fresh[:, i] = free
-            callback(seen(i, t, s, x, fresh, x.clone()))
+            callback(step_without_latents(i, t, s, x, fresh, x.clone()))
     return x

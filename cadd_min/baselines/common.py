@@ -25,7 +25,7 @@ def draw_tokens(logits: Tensor, mask_id: int, tau: float, top_p: float, u: Tenso
     return draw(token_probs(logits[None], mask_id, tau, top_p), u)
 
 
-def seen(number: int, t: float, s: float, x: Tensor, fresh: Tensor, belief: Tensor) -> Step:
+def step_without_latents(number: int, t: float, s: float, x: Tensor, fresh: Tensor, belief: Tensor) -> Step:
     """Make the `Step` that a callback gets from a model without latents.
 
     belief (B, L): the tokens that the model finds most probable.

@@ -27,7 +27,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
 
-from cadd_min.baselines.common import draw_tokens, features, logits_of, seen
+from cadd_min.baselines.common import draw_tokens, features, logits_of, step_without_latents
 from cadd_min.kernels import philox
 from cadd_min.loss import T_MIN, Bound, check_steps, chunk_rows, stratified_times
 from cadd_min.model import Model
@@ -140,7 +140,7 @@ def nelbo_parts(model: Model, x_0: Tensor, *, steps: int | None = None, generato
 
 @torch.no_grad()
 def sample(
-    model: Model, x: Tensor, how: Sampling, seed: Tensor, callback: Callable[[Step], None] | None = None
+    model: Model, x: Tensor, settings: Sampling, seed: Tensor, callback: Callable[[Step], None] | None = None
 ) -> Tensor:
     """Draw x_0 (B, L) int64 by the analytic (Tweedie) sampler of Lou et al., from t = 1 to 0.
 
@@ -153,22 +153,23 @@ def sample(
     """
     head, mask_id = model.head_matrix(), model.mask_id
     x = x.clone()
-    times = time_grid(how, head.device)  # (T + 1,)
+    times = time_grid(settings, head.device)  # (T + 1,)
+    seeds = philox.step_seeds(seed, len(times))
     for index, (t, s) in enumerate(zip(times[:-1], times[1:])):
         masked = x == mask_id  # (B, L)
         rows = masked.flatten().nonzero()[:, 0]  # (N,)
         if len(rows) == 0:
             break
-        seed[1] = index + 1
-        h, tau = features(model, x, t.expand(len(x))).flatten(0, 1), how.temperature_at(float(t))  # h (B L, F)
+        seed = seeds[index + 1]
+        h, tau = features(model, x, t.expand(len(x))).flatten(0, 1), settings.temperature_at(float(t))  # h (B L, F)
         best = x.flatten().clone()
         for chunk in rows.split(chunk_rows(head)):
             logits, (u_flip, u_token) = logits_of(h[chunk], head), philox.choices(seed, chunk)
             log_z = logits.double().logsumexp(-1) - math.log(len(head))
             flip = (u_flip < model.schedule.rho_flip(s, t) * log_z.exp()) | (s <= 0)
-            x.view(-1)[chunk[flip]] = draw_tokens(logits[flip], mask_id, tau, how.top_p, u_token[flip])
+            x.view(-1)[chunk[flip]] = draw_tokens(logits[flip], mask_id, tau, settings.top_p, u_token[flip])
             if callback is not None:
                 best[chunk] = logits.argmax(-1)
         if callback is not None:
-            callback(seen(index, float(t), float(s), x, masked & (x != mask_id), best.view_as(x)))
+            callback(step_without_latents(index, float(t), float(s), x, masked & (x != mask_id), best.view_as(x)))
     return x

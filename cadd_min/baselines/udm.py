@@ -27,7 +27,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
 
-from cadd_min.baselines.common import features, logits_of, seen
+from cadd_min.baselines.common import features, logits_of, step_without_latents
 from cadd_min.kernels import philox
 from cadd_min.loss import T_MIN, Bound, check_steps, chunk_rows, stratified_times
 from cadd_min.model import Model
@@ -232,7 +232,7 @@ def nelbo_parts(model: Model, x_0: Tensor, *, steps: int | None = None, generato
 
 @torch.no_grad()
 def sample(
-    model: Model, x: Tensor, how: Sampling, seed: Tensor, callback: Callable[[Step], None] | None = None
+    model: Model, x: Tensor, settings: Sampling, seed: Tensor, callback: Callable[[Step], None] | None = None
 ) -> Tensor:
     """Draw x_0 (B, L) int64 by the chain of `posterior` from t = 1, where every token is noise, to 0.
 
@@ -246,16 +246,17 @@ def sample(
     x = x.clone()
     rows = (x == mask_id).flatten().nonzero()[:, 0]  # (N,)
     x.view(-1)[rows] = (mask_id * philox.choices(seed, rows)[1]).long()  # u < 1 in float64, so never the mask
-    times = time_grid(how, head.device)  # (T + 1,)
+    times = time_grid(settings, head.device)  # (T + 1,)
+    seeds = philox.step_seeds(seed, len(times))
     for index, (t, s) in enumerate(zip(times[:-1], times[1:])):
-        seed[1] = index + 1
+        seed = seeds[index + 1]
         x_t, best = x.clone(), x.flatten().clone()
-        h, tau = features(model, x_t, t.expand(len(x))).flatten(0, 1), how.temperature_at(float(t))  # h (B L, F)
+        h, tau = features(model, x_t, t.expand(len(x))).flatten(0, 1), settings.temperature_at(float(t))  # h (B L, F)
         for chunk in rows.split(chunk_rows(head)):
-            p = token_probs(logits_of(h[chunk], head)[None], mask_id, tau, how.top_p)  # (chunk, V)
+            p = token_probs(logits_of(h[chunk], head)[None], mask_id, tau, settings.top_p)  # (chunk, V)
             best[chunk] = p.argmax(-1)
             p_s, (_, u) = posterior(x.view(-1)[chunk], p, s, t, model.schedule), philox.choices(seed, chunk)
             x.view(-1)[chunk] = draw(p_s, u, min(256, mask_id))  # a block wider than the V tokens would be padding
         if callback is not None:
-            callback(seen(index, float(t), float(s), x, x != x_t, best.view_as(x)))
+            callback(step_without_latents(index, float(t), float(s), x, x != x_t, best.view_as(x)))
     return x

@@ -121,15 +121,15 @@ def accumulate_only(through: nn.Module, only: bool) -> None:
         sync(not only)  # type: ignore[operator]
 
 
-def whole(value: Any, keep: bool = True) -> Any:
+def unsharded(value: Any, keep: bool = True) -> Any:
     """Return a state dict with every sharded tensor gathered on the CPU. All processes must call at the same time.
 
     keep: False puts None in the place of each sharded tensor, and saves the memory in processes that do not write.
     """
     if isinstance(value, dict):
-        return {key: whole(item, keep) for key, item in value.items()}
+        return {key: unsharded(item, keep) for key, item in value.items()}
     if isinstance(value, list):
-        return [whole(item, keep) for item in value]
+        return [unsharded(item, keep) for item in value]
     if not hasattr(value, "full_tensor"):
         return value
     full = value.full_tensor()

@@ -22,7 +22,7 @@ from cadd_min.baselines import dispatch
 from cadd_min.loss import stratified_times
 from cadd_min.model import Model
 from cadd_min.objective import Batch, Objective
-from cadd_min.training.distributed import World, accumulate_only, share_of, shared, whole
+from cadd_min.training.distributed import World, accumulate_only, share_of, shared, unsharded
 from cadd_min.utils import device as devices
 from cadd_min.utils.cli import option
 from cadd_min.utils.device import DTYPES, best_dtype, seeded
@@ -238,7 +238,7 @@ class Trainer:
         Of sharded tensors only the first process has the values. All processes must call at the same time.
         """
         parts: dict[str, Any] = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer}
-        state = {name: whole(part.state_dict(), self.world.first) for name, part in parts.items()}
+        state = {name: unsharded(part.state_dict(), self.world.first) for name, part in parts.items()}
         return state | {"step": self.step, "seen": self.sequences, "skipped": int(self.skipped)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cadd_min.checkpoints import file as checkpoint
 from cadd_min.objective import Loss
-from cadd_min.training.distributed import World, launched, whole, world
+from cadd_min.training.distributed import World, launched, unsharded, world
 from cadd_min.training.log import read_metrics
 from cadd_min.training.loop import Fit, FitConfig, Run
 from cadd_min.training.trainer import TrainConfig, Trainer
@@ -42,7 +42,7 @@ def made(processes, model: str = "cadd", **options) -> Trainer:
 def gradients(processes, model: str, accumulate: int, shard: bool = False) -> list[torch.Tensor]:
     fit = made(processes, model, accumulate=accumulate, shard=shard)
     fit.backward()
-    return [whole(p.grad) for p in fit.model.parameters()]
+    return [unsharded(p.grad) for p in fit.model.parameters()]
 
 
 def goes_on(processes, shard: bool, state: dict) -> dict:
