@@ -35,7 +35,7 @@ class ImageTask:
                 raise InputError(f"--{name} must be a file that ends in {ending}, not {path}")
         self.film: Film | None = None
         self._check_classes()
-        self.given = self._given()
+        self.inpainted = self._inpainted()
 
     def _check_classes(self) -> None:
         args, classes = self.args, self.model.config.classes
@@ -48,7 +48,7 @@ class ImageTask:
             if not 0 <= label < classes:
                 raise InputError(f"--classes must be from 0 to {classes - 1}, not {label}")
 
-    def _given(self) -> Tensor | None:
+    def _inpainted(self) -> Tensor | None:
         """Return the tokens (L,) of the image to paint in, mask_id where the mask is white, or None."""
         if (self.args.inpaint is None) != (self.args.mask is None):
             raise InputError("--inpaint and --mask go together: an image, and where to paint in it")
@@ -68,7 +68,7 @@ class ImageTask:
 
     def prompt(self, count: int) -> Tensor | None:
         """Return the image to paint in for all samples (count, L), or None without --inpaint."""
-        return None if self.given is None else self.given.expand(count, -1)
+        return None if self.inpainted is None else self.inpainted.expand(count, -1)
 
     def callback(self, steps: int) -> Callable[[Step], None] | None:
         """Return a callback that serves --watch and --gif, or None without either."""

@@ -60,6 +60,7 @@ class TextTask:
                 raise InputError(f"--{name} is for models of images, and --ckpt {args.ckpt} is one of text")
 
     def denoiser(self, count: int) -> Model:
+        """Return the model: text has no guidance."""
         return self.model
 
     def prompt(self, count: int) -> Tensor | None:
@@ -72,6 +73,7 @@ class TextTask:
         return ids.expand(count, -1)
 
     def callback(self, steps: int) -> Watch | None:
+        """Return a callback that serves --watch, or None without it."""
         if not self.args.watch:
             return None
         return Watch(self.tokenizer.mask_id, steps, lambda step: frame(step.x[0], step.fresh[0], self.tokenizer))

@@ -239,10 +239,10 @@ def answers(prompts: list[str], seed: int) -> list[str]:
 
 def test_the_steps_and_their_table(human, tmp_path):
     out = tmp_path / "out"
-    said = assess(out, human, answers, "--seconds 1")
-    assert "12 programs in" in said and "none of them run" in said and "--execute runs model-written programs" in said
+    text = assess(out, human, answers, "--seconds 1")
+    assert "12 programs in" in text and "none of them run" in text and "--execute runs model-written programs" in text
     assert not (out / "results.jsonl").exists()
-    said = assess(out, human, answers, "--seconds 1 --execute")
+    text = assess(out, human, answers, "--seconds 1 --execute")
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     written = [json.loads(line)["text"] for line in (out / "generations.jsonl").read_text().splitlines()]
     assert sorted(row["status"] for row in rows) == sorted(
@@ -252,10 +252,10 @@ def test_the_steps_and_their_table(human, tmp_path):
     passed = [sum(r["status"] == "passed" for r in rows if r["task_id"] == f"Own/{i}") for i in range(3)]
     assert 0 < sum(passed) < 12
     mean, error = mean_and_error([n / 4 for n in passed])
-    assert f"| pass@1 | {mean:.4f} | {error:.4f} |" in said and f"| pass@4 | {sum(map(bool, passed)) / 3:.4f} |" in said
-    assert "seconds 1" in said and "a test's" in said
+    assert f"| pass@1 | {mean:.4f} | {error:.4f} |" in text and f"| pass@4 | {sum(map(bool, passed)) / 3:.4f} |" in text
+    assert "seconds 1" in text and "a test's" in text
     before = (out / "results.jsonl").read_bytes()
-    assert assess(out, human, lambda *_: pytest.fail("asked again"), "--seconds 1 --execute") == said
+    assert assess(out, human, lambda *_: pytest.fail("asked again"), "--seconds 1 --execute") == text
     assert (out / "results.jsonl").read_bytes() == before
 
 

@@ -77,13 +77,13 @@ def test_ngrams_of_a_large_vocabulary_are_not_confused():
 
 def test_mauve_is_one_of_a_set_with_itself_and_zero_of_noise(capfd):
     real = torch.randn(200, 16, generator=rng(0)).numpy() + 8 * np.eye(16, dtype=np.float32)[np.arange(200) % 2]
-    other = torch.randn(200, 16, generator=rng(1)).numpy() + 8 * np.eye(16, dtype=np.float32)[np.arange(200) % 2]
+    alike = torch.randn(200, 16, generator=rng(1)).numpy() + 8 * np.eye(16, dtype=np.float32)[np.arange(200) % 2]
     noise = torch.randn(200, 16, generator=rng(2)).numpy() - 8 * np.eye(16, dtype=np.float32)[2]
     assert mauve(real, real) > 0.99
     assert mauve(noise, real) < 0.05
-    missing = mauve(other[::2], real)  # samples of only one of two kinds of text
-    assert mauve(noise, real) < missing < 0.9 < mauve(other, real)
-    assert mauve(other, real, seed=3) == mauve(other, real, seed=3)
+    missing = mauve(alike[::2], real)  # samples of only one of two kinds of text
+    assert mauve(noise, real) < missing < 0.9 < mauve(alike, real)
+    assert mauve(alike, real, seed=3) == mauve(alike, real, seed=3)
     assert capfd.readouterr() == ("", "")
 
 
