@@ -148,7 +148,7 @@ def sample(
     Where nothing remains (rho_flip Z > 1), and in the last step, the token is drawn from softmax(f). So a position
     flips with probability min(1, rho_flip Z). Its token is then drawn from softmax(f), to which temperature and top_p
     apply.
-    Args: x (B, L): the given tokens, which never change, and mask_id where a token is to be drawn. how: its steps are
+    Args: x (B, L): the given tokens, which never change, and mask_id where a token is to be drawn. settings: steps are
     equal under the uniform time grid. seed (2,): at offset 0. callback: gets a `Step` after each step.
     """
     head, mask_id = model.head_matrix(), model.mask_id

@@ -238,7 +238,7 @@ def sample(
 
     Temperature and top_p apply to x_theta. Every position that is not given is drawn again in every step, so the head
     runs at all of them.
-    Args: x (B, L): the given tokens, which never change, and mask_id where a token is to be drawn. how: its steps are
+    Args: x (B, L): the given tokens, which never change, and mask_id where a token is to be drawn. settings: steps are
     equal under the uniform time grid. seed (2,): at offset 0. callback: gets a `Step` after each step, `fresh` where a
     token changed.
     """
