@@ -26,7 +26,7 @@ from cadd_min.data.pixels import Pixels
 from cadd_min.evaluation import images, text
 from cadd_min.evaluation.text_judge import SMOLLM2
 from cadd_min.sampling import generate
-from cadd_min.utils.cli import Parser, run, whole
+from cadd_min.utils.cli import Parser, integer, run
 from cadd_min.utils.device import DTYPES, torch_device
 from cadd_min.utils.errors import InputError
 from cadd_min.utils.files import cache_folder
@@ -41,15 +41,15 @@ def build_parser() -> argparse.ArgumentParser:
     def command(name: str, what: str, num: str) -> Any:
         added = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
         added.add_argument("--ckpt", type=Path, nargs="+", default=[Path("runs")], help=f"{generate.CKPT}; or several")
-        added.add_argument("--num", type=whole, help=num)
-        added.add_argument("--batch-size", type=whole, help="sequences at a time (default: text 32, images 128)")
+        added.add_argument("--num", type=integer, help=num)
+        added.add_argument("--batch-size", type=integer, help="sequences at a time (default: text 32, images 128)")
         added.add_argument("--cache", type=Path, default=cache_folder(), help="folder of prepared data")
         generate.add_run_options(added)
         return added
 
     bound = command("bound", "the likelihood bound of held-out data", "sequences (default: text 128, images 2048)")
-    bound.add_argument("--T", type=whole, help="steps of the chain (default: continuous time)")
-    bound.add_argument("--repeat", type=whole, default=4, help="times that the bound is drawn for each sequence")
+    bound.add_argument("--T", type=integer, help="steps of the chain (default: continuous time)")
+    bound.add_argument("--repeat", type=integer, default=4, help="times that the bound is drawn for each sequence")
     _add_dataset(bound)
     _add_archive(bound)
     samples = command("samples", "samples of text under a judge, beside held-out text", "samples (default: 128)")

@@ -22,7 +22,7 @@ from cadd_min.data.tokenizer import GPT2_SIZE, gpt2
 from cadd_min.model import Denoiser
 from cadd_min.upgrade import folder as upgraded
 from cadd_min.upgrade.wrapper import Upgraded
-from cadd_min.utils.cli import Parser, run, whole
+from cadd_min.utils.cli import Parser, integer, run
 from cadd_min.utils.errors import InputError
 from cadd_min.utils.files import new_folder
 
@@ -36,7 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
     ours = commands.add_parser("from-mdlm", help="MDLM's weights as a folder", description=mdlm.from_mdlm.__doc__)
     ours.add_argument("source", type=Path, help="MDLM's weights, or the folder that holds them")
     ours.add_argument("target", type=Path, help="a new folder")
-    ours.add_argument("--length", type=whole, default=1024, help="tokens in a sequence, which the weights do not tell")
+    ours.add_argument(
+        "--length", type=integer, default=1024, help="tokens in a sequence, which the weights do not tell"
+    )
     theirs = commands.add_parser("to-mdlm", help="a masked model as MDLM's", description=mdlm.to_mdlm.__doc__)
     theirs.add_argument("source", type=Path, help="what --ckpt of sample.py takes")
     theirs.add_argument("target", type=Path, help="a new .safetensors file")

@@ -29,7 +29,7 @@ from cadd_min.training.trainer import Trainer
 from cadd_min.upgrade import families
 from cadd_min.upgrade import folder as upgraded
 from cadd_min.upgrade.wrapper import UpgradeConfig, Upgraded, kept, source_of, upgrade, upgrade_own
-from cadd_min.utils.cli import options_of, run, set_defaults, whole
+from cadd_min.utils.cli import integer, options_of, run, set_defaults
 from cadd_min.utils.errors import InputError
 from cadd_min.utils.huggingface import hub_folder
 
@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--dataset", default="sotu", help="text as in train_text.py, or a .jsonl of prompt and response"
     )
     parser.add_argument("--chat", action="store_true", help="prompts go through the tokenizer's chat template")
-    parser.add_argument("--length", type=whole, default=256, help="tokens in a sequence")
+    parser.add_argument("--length", type=integer, default=256, help="tokens in a sequence")
     parser.set_defaults(unit=None, lr=1e-4, steps=1000, batch_size=4, ema=0.99, warmup=50)
     return parser
 

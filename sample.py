@@ -21,7 +21,7 @@ from cadd_min.sampling import generate
 from cadd_min.sampling.generate import CKPT, add_run_options, add_sampling_options, add_source_options
 from cadd_min.sampling.images import ImageTask
 from cadd_min.sampling.text import TextTask
-from cadd_min.utils.cli import Parser, run, whole
+from cadd_min.utils.cli import Parser, integer, run
 from cadd_min.utils.device import torch_device
 from cadd_min.utils.errors import InputError
 
@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ckpt", type=Path, default=Path("runs"), help=CKPT)
     add_sampling_options(parser)
     add_run_options(parser)
-    parser.add_argument("--num", type=whole, help="number of samples (default: 1, images: 64)")
+    parser.add_argument("--num", type=integer, help="number of samples (default: 1, images: 64)")
     parser.add_argument("--watch", action="store_true", help="show the first sample's denoising in the terminal")
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", help='text with gaps, "The [8] of the union [16]"')
@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     image = parser.add_argument_group("images")
     image.add_argument("--out", type=Path, help="the grid of samples (default: samples.png)")
     image.add_argument("--gif", type=Path, help="the path from noise to the grid: masks left, z0_hat decoded right")
-    image.add_argument("--classes", type=whole, nargs="+", help="classes to draw, in turn (default: all)")
+    image.add_argument("--classes", type=integer, nargs="+", help="classes to draw, in turn (default: all)")
     image.add_argument("--guidance", type=float, help="0 ignores the class, 1 is the model's own, more exaggerates")
     image.add_argument("--inpaint", type=Path, help="an image of the model's size to repaint")
     image.add_argument("--mask", type=Path, help="an image of the same size, white where to repaint")

@@ -34,7 +34,7 @@ from cadd_min.data.tokenizer import Tokenizer
 from cadd_min.model import Model
 from cadd_min.orders import Sampling
 from cadd_min.sampling import generate
-from cadd_min.utils.cli import add_options, from_args, whole
+from cadd_min.utils.cli import add_options, from_args, integer
 from cadd_min.utils.device import torch_device
 from cadd_min.utils.errors import InputError
 
@@ -53,19 +53,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--problems", type=Path, help="the file of problems (HumanEval's default: its package's)")
     parser.add_argument("--plus", action="store_true", help="add EvalPlus's tests, from --problems or from its cache")
     parser.add_argument("--split", choices=problems.SPLITS, default="test", help="of MBPP: test is task ids 11 to 510")
-    parser.add_argument("--shots", type=whole, default=len(problems.SHOTS), help="solved problems in a prompt of MBPP")
     parser.add_argument(
-        "--num-samples", type=whole, default=1, help="programs for each problem; a later run may ask for more"
+        "--shots", type=integer, default=len(problems.SHOTS), help="solved problems in a prompt of MBPP"
     )
-    parser.add_argument("--k", type=whole, nargs="+", default=[1], help="the k of pass@k")
+    parser.add_argument(
+        "--num-samples", type=integer, default=1, help="programs for each problem; a later run may ask for more"
+    )
+    parser.add_argument("--k", type=integer, nargs="+", default=[1], help="the k of pass@k")
     parser.add_argument("--out", type=Path, help="folder (default: beside the checkpoint, named after the benchmark)")
     parser.add_argument("--reference", action="store_true", help="test the reference solutions, no model")
     parser.add_argument("--execute", action="store_true", help=EXECUTES)
-    parser.add_argument("--workers", type=whole, default=os.cpu_count() or 1, help="programs that run at the same time")
+    parser.add_argument(
+        "--workers", type=integer, default=os.cpu_count() or 1, help="programs that run at the same time"
+    )
     add_options(parser, sandbox.Limits, "limits of a program")
     parser.add_argument("--ckpt", type=Path, default=Path("runs"), help=generate.CKPT)
     generate.add_source_options(parser)
-    parser.add_argument("--batch-size", type=whole, default=32, help="prompts at a time")
+    parser.add_argument("--batch-size", type=integer, default=32, help="prompts at a time")
     generate.add_sampling_options(parser)
     generate.add_run_options(parser)
 

@@ -18,7 +18,7 @@ from cadd_min.baselines import dispatch
 from cadd_min.model import Model
 from cadd_min.orders import HITTING, Sampling, cosine_temperature
 from cadd_min.sampler import Step
-from cadd_min.utils.cli import add_options, from_args, whole
+from cadd_min.utils.cli import add_options, from_args, integer
 from cadd_min.utils.device import DTYPES, autocast, default_device, seeded
 from cadd_min.utils.errors import InputError, choose
 
@@ -53,7 +53,7 @@ def add_source_options(parser: Any) -> None:
         "--from", dest="source", help="instead of --ckpt: a model of the Hugging Face hub, or its folder"
     )
     parser.add_argument(
-        "--length", type=whole, help="with --from: tokens in a sample (default: as the model was tuned, or 256)"
+        "--length", type=integer, help="with --from: tokens in a sample (default: as the model was tuned, or 256)"
     )
     parser.add_argument("--mask-token", help="with --from: the mask's text, if the model does not name it")
     parser.add_argument("--chat", action="store_true", help="prompts go through the tokenizer's chat template")

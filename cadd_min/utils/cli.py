@@ -20,7 +20,7 @@ from cadd_min.utils.errors import InputError, Interrupted, sentence, shown
 T = TypeVar("T")
 
 
-def whole(text: str) -> int:
+def integer(text: str) -> int:
     """Parse a whole number. Raises ValueError for another text, or for a number beyond 64 bits."""
     number = int(text)
     if abs(number) >= 2**63:
@@ -28,10 +28,10 @@ def whole(text: str) -> int:
     return number
 
 
-whole.__name__ = "int"  # what argparse calls the type in its messages
+integer.__name__ = "int"  # what argparse calls the type in its messages
 
 
-TYPES: dict[str, Callable[[str], Any]] = {"int": whole, "float": float, "str": str, "Temperature": float}
+TYPES: dict[str, Callable[[str], Any]] = {"int": integer, "float": float, "str": str, "Temperature": float}
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -50,7 +50,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().add_usage(usage, actions, groups, prefix)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        names: dict[Any, str] = {whole: "N", int: "N", float: "X", Path: "PATH"}
+        names: dict[Any, str] = {integer: "N", int: "N", float: "X", Path: "PATH"}
         return names.get(action.type, action.dest.upper())
 
     def _get_help_string(self, action: argparse.Action) -> str:
@@ -142,7 +142,7 @@ def set_defaults(parser: argparse.ArgumentParser, values: object, where: str) ->
         if action.dest not in values:
             continue
         value = values[action.dest]
-        kind = {whole: int, float: float}.get(action.type, str) if action.nargs != 0 else bool  # type: ignore[arg-type]
+        kind = {integer: int, float: float}.get(action.type, str) if action.nargs != 0 else bool  # type: ignore[arg-type]
         if not (fits(value, kind) or (value is None and action.default is None)):
             raise InputError(f"{where} is damaged: its setting {action.dest} is {shown(repr(value))}")
         action.default = value

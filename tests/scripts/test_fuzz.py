@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cadd_min.utils.cli import whole
+from cadd_min.utils.cli import integer
 from tests.scripts.fuzzing import BASE, faults, many, options, run
 
 LONG = ("steps", "num", "num_latents", "repeat", "accumulate")  # with a large number these may rightly run for ever
@@ -51,7 +51,7 @@ PATHS = st.one_of(st.sampled_from(FILES), st.sampled_from(FILES), JUNK)
 
 def one_value(action: argparse.Action) -> st.SearchStrategy[str]:
     """Make a half-sensible or hostile value of an option, from its type, its choices and the words of its help."""
-    if action.type in (int, whole):
+    if action.type in (int, integer):
         return st.one_of(FEW if action.dest in LONG else WHOLE, JUNK)
     if action.type is float:
         return st.one_of(REAL.map(str), REAL.map(str), JUNK)
