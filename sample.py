@@ -68,7 +68,7 @@ def main() -> None:
     task.show(x)
     print(
         f"model {model.config.model} at step {content['trainer']['step']} ({where}), "
-        f"{generate.settings(args, [model.config.model])}{task.settings()}"
+        f"{generate.describe(args, [model.config.model])}{task.settings()}"
     )
 
 

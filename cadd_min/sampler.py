@@ -91,15 +91,15 @@ def reverse_chain(
         decoding, seed = settings.decoding_at(mean_times[n]), seeds[n + 1]
         logits = predict(denoiser, x, settings.strength * z, t, rows)  # (K, N, V)
         remasked = plan.remasked(masked, s, t, seed)  # (B, L)
-        for some, coefficients in plan.groups(logits, rows, masked, remasked, s, t, seed):
-            here = rows[some]
+        for group, coefficients in plan.groups(logits, rows, masked, remasked, s, t, seed):
+            places = rows[group]
             with naming_step(n + 1):  # flip, draw, and move z by Proposition 2
-                x_s, z_s = ops.reverse_step(logits[:, some], here, z, table, coefficients, mask_id, seed, decoding)
-            x.view(-1)[here], z[:, here] = x_s, z_s
+                x_s, z_s = ops.reverse_step(logits[:, group], places, z, table, coefficients, mask_id, seed, decoding)
+            x.view(-1)[places], z[:, places] = x_s, z_s
         if plan.remasks:
             mask_again(x, z, remasked.flatten().nonzero()[:, 0], table, schedule, s[0], mask_id, seed)
         if callback is not None:
-            now, hat = x.clone(), philox.hat_choice(seed, places(rows, len(z), x))
+            now, hat = x.clone(), philox.hat_choice(seed, in_all_latents(rows, len(z), x))
             belief = partial(believed, now, rows, logits, table, mask_id, decoding, hat)
             latents = z.clone().unflatten(1, x.shape)
             callback(Step(n, mean_times[n], mean_times[n + 1], now, latents, masked & (x != mask_id), belief))
@@ -113,15 +113,15 @@ def predict(denoiser: DenoiserFn, x: Tensor, z: Tensor, t: Tensor, rows: Tensor)
     """
     count, (batch, length) = len(z), x.shape
     x_t, z_t = x.repeat(count, 1), z.reshape(count * batch, length, -1)
-    each, t = places(rows, count, x), t.to(z.dtype).repeat(count)
+    everywhere, t = in_all_latents(rows, count, x), t.to(z.dtype).repeat(count)
     if hasattr(denoiser, "logits_at"):
-        logits = denoiser.logits_at(x_t, z_t, t, each.flatten())
+        logits = denoiser.logits_at(x_t, z_t, t, everywhere.flatten())
     else:
-        logits = denoiser(x_t, z_t, t).flatten(0, 1)[each.flatten()]
-    return logits.unflatten(0, each.shape)
+        logits = denoiser(x_t, z_t, t).flatten(0, 1)[everywhere.flatten()]
+    return logits.unflatten(0, everywhere.shape)
 
 
-def places(rows: Tensor, count: int, x: Tensor) -> Tensor:
+def in_all_latents(rows: Tensor, count: int, x: Tensor) -> Tensor:
     """Return the places (K, N) of the positions `rows` (N,) of x (B, L) among the K B L of all latents."""
     return rows + x.numel() * torch.arange(count, device=rows.device)[:, None]
 
@@ -154,7 +154,7 @@ def mask_again(
     x: Tensor, z: Tensor, rows: Tensor, table: Tensor, schedule: NoiseSchedule, s: Tensor, mask_id: int, seed: Tensor
 ) -> None:
     """Mask the flat positions `rows` again, in place, with latents drawn from q(z_s | x_s = m, x_0 = x).  (Prop. 1)"""
-    eps = philox.normals(seed, places(rows, len(z), x), z.shape[-1]).to(z)  # (K, N, D)
+    eps = philox.normals(seed, in_all_latents(rows, len(z), x), z.shape[-1]).to(z)  # (K, N, D)
     z[:, rows] = schedule.signal(s).to(z) * table[x.view(-1)[rows]] + schedule.noise(s).to(z) * eps
     x.view(-1)[rows] = mask_id
 

@@ -101,7 +101,7 @@ def load(args: argparse.Namespace) -> list[Problem]:
     return problems.mbpp(args.problems, args.split, shots)
 
 
-def text_model(model: Model, tokenizer: Tokenizer, encode: Encode, how: Sampling, dtype: str) -> Complete:
+def text_model(model: Model, tokenizer: Tokenizer, encode: Encode, settings: Sampling, dtype: str) -> Complete:
     """Make complete(prompts, seed) of a model of text. how: the sampler's settings.
 
     The model fills its whole length after the prompt. The answer ends before the first end-of-text token.
@@ -117,7 +117,7 @@ def text_model(model: Model, tokenizer: Tokenizer, encode: Encode, how: Sampling
         encoded = [encode(prompt) for prompt in prompts]
         for row, ids in zip(masked, encoded):
             row[: len(ids)] = torch.tensor(ids)
-        x = generate.samples(model, how, len(prompts), seed=seed, dtype=dtype, prompt=masked).tolist()
+        x = generate.samples(model, settings, len(prompts), seed=seed, dtype=dtype, prompt=masked).tolist()
         return [answer(row, len(ids)) for row, ids in zip(x, encoded)]
 
     return complete
@@ -260,7 +260,7 @@ def main(args: argparse.Namespace) -> None:
     check_lengths(asked, encode, model.config.length)
     chat = ", chat" if args.chat else ""
     described = f"model {model.config.model} at step {content['trainer']['step']} ({path}), "
-    described += f"{generate.settings(args, [model.config.model])}{chat}"
+    described += f"{generate.describe(args, [model.config.model])}{chat}"
     complete = text_model(model, codec, encode, generate.sampling(args), args.dtype)
     parent = Path(path.name) if args.source else path.parent
     folder = args.out or parent / f"{args.benchmark}{'-plus' if args.plus else ''}"

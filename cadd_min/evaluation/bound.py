@@ -49,8 +49,8 @@ def summary(nats: Tensor, per: float) -> dict[str, float]:
     }
 
 
-def report(rows: dict[str, Any], how: str) -> str:
-    """Write one measure a line, and as the last line `how`: what was measured, and with which settings."""
+def report(rows: dict[str, Any], caption: str) -> str:
+    """Write one measure a line, and as the last line `caption`: what was measured, and with which settings."""
     width = max(map(len, rows)) + 2
     values = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in rows.values())
-    return "\n".join([*(f"{name:{width}}{value}" for name, value in zip(rows, values)), how])
+    return "\n".join([*(f"{name:{width}}{value}" for name, value in zip(rows, values)), caption])

@@ -35,8 +35,8 @@ NAMES = {
 
 def bound(models: Models, args: argparse.Namespace) -> str:
     """Report the bound of held-out images under each model, in bits per dimension."""
-    how = f"T {args.T or 'continuous'}, {args.dtype}, seed {args.seed}"
-    return _reports(models, args, bound_rows, lambda model: how)
+    settings = f"T {args.T or 'continuous'}, {args.dtype}, seed {args.seed}"
+    return _reports(models, args, bound_rows, lambda model: settings)
 
 
 def frechet(models: Models, args: argparse.Namespace) -> str:
@@ -90,22 +90,22 @@ def draw(model: Model, pixels: Pixels, args: argparse.Namespace) -> np.ndarray:
         label = (first + torch.arange(count, device=model.device)) % model.config.classes
         return Guided(model, label, 1.0 if args.guidance is None else args.guidance)
 
-    how, denoiser = generate.sampling(args), guided if model.config.classes else None
+    settings, denoiser = generate.sampling(args), guided if model.config.classes else None
     x = generate.many(
-        model, how, args.num, seed=args.seed, dtype=args.dtype, batch_size=args.batch_size, denoiser=denoiser
+        model, settings, args.num, seed=args.seed, dtype=args.dtype, batch_size=args.batch_size, denoiser=denoiser
     )
     return pixels.decode(x)
 
 
 def _drawn(model: Model, args: argparse.Namespace) -> str:
-    return f"{args.num} samples, {generate.settings(args, [model.config.model])}"
+    return f"{args.num} samples, {generate.describe(args, [model.config.model])}"
 
 
 def _reports(
     models: Models,
     args: argparse.Namespace,
     measure: Callable[[Model, Pixels, Images, argparse.Namespace], Rows],
-    how: Callable[[Model], str],
+    caption: Callable[[Model], str],
 ) -> str:
     """Open each model's data, measure, and report."""
     reports = []
@@ -114,7 +114,7 @@ def _reports(
             raise InputError(f"--guidance needs a model of classes, and --ckpt {path} was trained without labels")
         rows = measure(model, pixels, open_data(path, model, pixels, content["settings"], args), args)
         name = f"model {model.config.model} at step {content['trainer']['step']} ({path})"
-        reports.append(report(rows, f"{name}, {how(model)}"))
+        reports.append(report(rows, f"{name}, {caption(model)}"))
     return "\n\n".join(reports)
 
 

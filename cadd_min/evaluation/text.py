@@ -86,9 +86,9 @@ def bound(models: Models, args: argparse.Namespace) -> str:
     reports = []
     for path, (model, tokenizer, content) in models.items():
         tokens = held_out_tokens(content, tokenizer, args.dataset, args.cache)
-        how = f"T {args.T or 'continuous'}, {args.dtype}, seed {args.seed}"
+        settings = f"T {args.T or 'continuous'}, {args.dtype}, seed {args.seed}"
         name = f"model {model.config.model} at step {content['trainer']['step']} ({path})"
-        reports.append(report(bound_rows(model, tokenizer, tokens, args), f"{name}, {how}"))
+        reports.append(report(bound_rows(model, tokenizer, tokens, args), f"{name}, {settings}"))
     return "\n\n".join(reports)
 
 
@@ -116,8 +116,8 @@ def bound_rows(model: Model, tokenizer: Tokenizer, tokens: TokenView, args: argp
 
 def samples(models: Models, args: argparse.Namespace) -> str:
     """Score samples of each model under the judge. Returns a Markdown table with a row of held-out text."""
-    rows, _, how = scored(models, [args], args)
-    return f"{table(rows)}\n\n{how}"
+    rows, _, caption = scored(models, [args], args)
+    return f"{table(rows)}\n\n{caption}"
 
 
 def frontier(models: Models, args: argparse.Namespace) -> str:
@@ -125,8 +125,8 @@ def frontier(models: Models, args: argparse.Namespace) -> str:
 
     The table is printed first: the scores are there even if the picture fails.
     """
-    rows, curves, how = scored(models, sweep(args), args)
-    print(f"{table(rows)}\n\n{how}")
+    rows, curves, caption = scored(models, sweep(args), args)
+    print(f"{table(rows)}\n\n{caption}")
     plot(rows, curves, args.out)
     return f"frontier in {args.out}"
 
@@ -143,8 +143,8 @@ def infill(models: Models, args: argparse.Namespace) -> str:
         cells = [f"{100 * each.mean():.1f}% ± {100 * each.std() / len(each) ** 0.5:.1f}" for each in shares]
         name = f"{model.config.model} at step {content['trainer']['step']} ({names[path]})"
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    how = f"{len(x_0)} held-out sequences of {x_0.shape[1]} tokens, ± standard error; "
-    return "\n".join([*lines, "", how + generate.settings(args, kinds(models))])
+    caption = f"{len(x_0)} held-out sequences of {x_0.shape[1]} tokens, ± standard error; "
+    return "\n".join([*lines, "", caption + generate.describe(args, kinds(models))])
 
 
 # ------------------------------------------------------------------------------------------------ samples
@@ -205,7 +205,7 @@ def scored(
     lines = [f"MAUVE is left out: it needs --num {MAUVE_LEAST} samples, not {args.num}"] * (args.num < MAUVE_LEAST)
     lines.append(
         f"judge {judge.name} in {args.judge_dtype}; {args.num} samples of {length} tokens each, "
-        f"{generate.settings(args, kinds(models), each)}; {args.num} pieces of held-out text as MAUVE's reference, "
+        f"{generate.describe(args, kinds(models), each)}; {args.num} pieces of held-out text as MAUVE's reference, "
         "others as real text"
     )
     return rows, curves, "\n\n".join(lines)
@@ -241,7 +241,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def infilled(model: Model, x_0: Tensor, share: float, how: Sampling, args: argparse.Namespace) -> Tensor:
+def infilled(model: Model, x_0: Tensor, share: float, settings: Sampling, args: argparse.Namespace) -> Tensor:
     """Mask a share of x_0 (N, L) at random, fill in, and return the share of masked tokens put back, (N,).
 
     The masks are the same for every model of one length.
@@ -251,7 +251,7 @@ def infilled(model: Model, x_0: Tensor, share: float, how: Sampling, args: argpa
     masked = ranks < max(1, round(share * length))
     prompt = torch.where(masked, model.mask_id, x_0)
     parts = [
-        generate.samples(model, how, len(part), seed=args.seed, dtype=args.dtype, index=index, prompt=part)
+        generate.samples(model, settings, len(part), seed=args.seed, dtype=args.dtype, index=index, prompt=part)
         for index, part in enumerate(tqdm(prompt.split(args.batch_size), desc="filling in", leave=False))
     ]
     right = (torch.cat(parts).cpu() == x_0) & masked

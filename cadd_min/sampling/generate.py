@@ -91,7 +91,7 @@ def sampling(args: argparse.Namespace) -> Sampling:
 
 def samples(
     model: Model,
-    how: Sampling,
+    settings: Sampling,
     count: int,
     *,
     seed: int,
@@ -103,14 +103,14 @@ def samples(
 ) -> Tensor:
     """Draw one batch of tokens (count, L) int64.
 
-    Args: how: the sampler's settings; seed and index, the batch's number, name the noise; dtype: "float32" or
+    Args: settings: the sampler's settings; seed and index, the batch's number, name the noise; dtype: "float32" or
     "bfloat16"; denoiser, prompt, callback: see `dispatch.draw`.
     """
     with autocast(model.device, dtype):
         return dispatch.draw(
             model,
             count,
-            how,
+            settings,
             denoiser=denoiser,
             prompt=prompt,
             # a generator of the CPU: the same noise on every device
@@ -121,7 +121,7 @@ def samples(
 
 def many(
     model: Model,
-    how: Sampling,
+    settings: Sampling,
     count: int,
     *,
     seed: int,
@@ -137,7 +137,7 @@ def many(
     for index, first in enumerate(tqdm(range(0, count, batch_size), desc="sampling", unit="batch", leave=False)):
         n = min(batch_size, count - first)
         guided = denoiser(first, n) if denoiser else None
-        parts.append(samples(model, how, n, seed=seed, dtype=dtype, index=index, denoiser=guided))
+        parts.append(samples(model, settings, n, seed=seed, dtype=dtype, index=index, denoiser=guided))
     return torch.cat(parts)
 
 
@@ -159,7 +159,7 @@ def _steps(args: argparse.Namespace, models: Collection[str]) -> str:
     return ", but of ar ".join(stepped + [token_by_token] * ("ar" in models))
 
 
-def settings(
+def describe(
     args: argparse.Namespace, models: Collection[str], each: Collection[argparse.Namespace] | None = None
 ) -> str:
     """Describe the settings without which samples of these models ("cadd", "ar", ...) cannot be compared with others.

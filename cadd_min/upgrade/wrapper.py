@@ -306,19 +306,19 @@ def _put(root: nn.Module, name: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), last, module)
 
 
-def upgrade_own(model: Denoiser, how: dict[str, Any]) -> Denoiser:
+def upgrade_own(model: Denoiser, options: dict[str, Any]) -> Denoiser:
     """Make a model of this project (such as MDLM's public weights) anew with other options and the same weights.
 
-    how: all options of `UpgradeConfig`. Raises InputError for a model that is no masked model of text, and for options
-    that only the library's models have.
+    options: all options of `UpgradeConfig`. Raises InputError for a model that is no masked model of text, and for
+    options that only the library's models have.
     """
-    choose("model", how["model"], MODELS)
+    choose("model", options["model"], MODELS)
     for name in ("lora", "anneal"):
-        if how[name]:
+        if options[name]:
             raise InputError(f"{name} is for models of the Hugging Face library, and --from is one of this project")
     if model.config.model not in MODELS or model.config.image is not None:
         raise InputError(f"--from must be a masked model of text, not {model.config.model}")
-    changes = {name: how[name] for name in ("model", "discrete", "continuous", "latent_norm", "evidence", "hint")}
+    changes = {name: options[name] for name in ("model", "discrete", "continuous", "latent_norm", "evidence", "hint")}
     config = dataclasses.replace(model.config, **changes)
     if model.config.model == "mdlm" and config.model == "cadd":  # the latent is new: scale its hint to the embedding
         hint_unit = _median_norm(model.embedding) / Denoiser(config).latent.norm
@@ -327,7 +327,7 @@ def upgrade_own(model: Denoiser, how: dict[str, Any]) -> Denoiser:
     mismatch = new.load_state_dict(model.state_dict(), strict=False)
     if not all(key.startswith("latent.") for key in (*mismatch.missing_keys, *mismatch.unexpected_keys)):
         raise InputError(f"--from has other weights than its configuration says: {mismatch}")
-    new.embedding.requires_grad_(not how["freeze_embedding"])
+    new.embedding.requires_grad_(not options["freeze_embedding"])
     return new
 
 
