@@ -36,6 +36,7 @@ from cadd_min.checkpoints.load import find, load_denoiser
 from cadd_min.evaluation.bound import held_out_bound, summary
 from cadd_min.evaluation.text import COLUMNS, REAL, Reader, held_out_tokens, plot, windows
 from cadd_min.evaluation.text_judge import SMOLLM2, open_judge
+from cadd_min.objective import Batch
 from cadd_min.orders import Sampling
 from cadd_min.sampling import generate
 from cadd_min.training.log import read_metrics
@@ -152,7 +153,7 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
     reader = Reader(tokenizer, judge, windows(tokens, 2 * job["num"], model.config.length))
     dtype = content["settings"]["dtype"]
     row = job | {"dtype": dtype, "length": model.config.length, "scores": {}, "real": reader.real_text()}
-    held_out = windows(tokens, job["num"], model.config.length).split(32)
+    held_out = map(Batch, windows(tokens, job["num"], model.config.length).split(32))
     nats = held_out_bound(model, held_out, steps=None, repeat=4, seed=0, dtype=dtype)
     row["bound"] = summary(nats, model.config.length)
     speeds = [r["tokens_per_second"] for r in read_metrics(folder / "metrics.jsonl") if "tokens_per_second" in r]
