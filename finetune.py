@@ -24,7 +24,7 @@ from cadd_min.data.token_folder import prepare
 from cadd_min.model import Denoiser
 from cadd_min.objective import Batch
 from cadd_min.sampling.text import preview
-from cadd_min.training import start as launch
+from cadd_min.training import start
 from cadd_min.training.trainer import Trainer
 from cadd_min.upgrade import families
 from cadd_min.upgrade import folder as upgraded
@@ -39,7 +39,7 @@ HELD_OUT = 1024  # tokens in each of eight evaluation batches
 
 def build_parser() -> argparse.ArgumentParser:
     """Make the parser: the options of every training, those of `UpgradeConfig`, and the model's and the data's."""
-    parser = launch.build_parser(__doc__, UpgradeConfig)
+    parser = start.build_parser(__doc__, UpgradeConfig)
     parser.add_argument("--from", dest="source", help="the model: a folder, owner/name of the hub, or smollm2")
     parser.add_argument(
         "--mask-token", help="the mask's text, if the model has no mask; added if the tokenizer lacks it"
@@ -115,7 +115,7 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, Any] | None, Opened | No
     The settings of a model of this project, or of an upgraded model, become the defaults.
     """
     parser = build_parser()
-    args, resumed = launch.parse_args(parser, "finetune.py")
+    args, resumed = start.parse_args(parser, "finetune.py")
     if resumed or not args.source:
         return args, resumed, None
     own = open_own(args.source)
@@ -159,7 +159,7 @@ def main() -> None:
     def show_sample(trainer: Trainer, folder: Path | None) -> str:
         return trainer.averaged(preview, tokenizer)
 
-    launch.train(args, resumed, lambda: model, data, held_out, tokenizer, show_sample, what)
+    start.train(args, resumed, lambda: model, data, held_out, tokenizer, show_sample, what)
 
 
 if __name__ == "__main__":

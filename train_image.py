@@ -1,4 +1,4 @@
-"""Train CADD, or the masked or the continuous model that it joins, on images.
+"""Train CADD, the masked model (mdlm) or the continuous model (cdm) on images.
 
     python train_image.py                                  8x8 digits, on a laptop, in under three minutes
     python train_image.py --model mdlm                     the masked model; cdm is the continuous one
@@ -23,7 +23,7 @@ from cadd_min.data.batches import ImageBatches
 from cadd_min.dit import PATCH_PRESETS
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.sampling.pictures import preview
-from cadd_min.training import start as launch
+from cadd_min.training import start
 from cadd_min.unet import UNET_PRESETS
 from cadd_min.utils.cli import from_args, run
 from cadd_min.utils.errors import InputError, choose
@@ -44,7 +44,7 @@ DEFAULTS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = launch.build_parser(__doc__)
+    parser = start.build_parser(__doc__)
     parser.add_argument("--dataset", default="digits", help=f"{', '.join(images.NAMES)}, an .npz, or a folder")
     parser.add_argument("--archive", type=Path, help="local file or folder of a named data set, instead of a download")
     parser.add_argument("--backbone", default="unet", help=f"{', '.join(PRESETS)}")
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args, resumed = launch.parse_args(build_parser(), "train_image.py")
+    args, resumed = start.parse_args(build_parser(), "train_image.py")
     presets = PRESETS[choose("--backbone", args.backbone, PRESETS)]
     size = presets[choose("--preset", args.preset, presets)]
     images.pillow()  # fail now where it is missing, not at the first picture
@@ -80,7 +80,7 @@ def main() -> None:
     eval_batch_size = min(64, len(data.held_out), max(1, HELD_OUT // (pixels.length * pixels.levels)))
     held_out = ImageBatches(data.held_out, held_out_labels, pixels, eval_batch_size)
     first = pixels.encode(data.train[:1])
-    launch.train(
+    start.train(
         args,
         resumed,
         lambda: Denoiser(config),

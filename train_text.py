@@ -1,4 +1,4 @@
-"""Train CADD, or the masked or the continuous model that it joins, on text.
+"""Train CADD, the masked model (mdlm), the continuous model (cdm) or a baseline on text.
 
     python train_text.py                                   US presidents' messages, on a laptop, in minutes
     python train_text.py --dataset my.txt --model mdlm     your text; the masked model
@@ -20,7 +20,7 @@ from cadd_min.data.token_folder import TokenFolder, is_folder, prepare
 from cadd_min.dit import PRESETS
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.sampling.text import preview
-from cadd_min.training import start as launch
+from cadd_min.training import start
 from cadd_min.utils.cli import from_args, integer, run
 from cadd_min.utils.errors import choose
 
@@ -28,7 +28,7 @@ HELD_OUT = 4096  # tokens in each of the four evaluation batches: the bound has 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = launch.build_parser(__doc__)
+    parser = start.build_parser(__doc__)
     parser.add_argument("--dataset", default="sotu", help=f"{', '.join(corpus.NAMES)}, or a path")
     parser.add_argument("--tokenizer", help="gpt2 or chars (default: the dataset's own)")
     parser.add_argument("--vocab-size", type=integer, default=8192, help="tokens of the gpt2 tokenizer, 257 to 50257")
@@ -48,7 +48,7 @@ def open_tokens(args: argparse.Namespace) -> TokenFolder:
 
 
 def main() -> None:
-    args, resumed = launch.parse_args(build_parser(), "train_text.py")
+    args, resumed = start.parse_args(build_parser(), "train_text.py")
     size = PRESETS[choose("--preset", args.preset, PRESETS)]
     config = from_args(ModelConfig, args, vocab_size=args.vocab_size, length=args.length, size=size)
     tokens = open_tokens(args)
@@ -58,7 +58,7 @@ def main() -> None:
     eval_batch_size = max(1, HELD_OUT // args.length)
     name = f"the held-out part of --dataset {args.dataset}"
     held_out = TextBatches(tokens.split("val"), args.length, eval_batch_size, name=name)
-    launch.train(
+    start.train(
         args,
         resumed,
         lambda: Denoiser(config),

@@ -1,7 +1,7 @@
 """The transformer backbone: bidirectional, rotary positions, adaLN-Zero on t (DiT, Peebles & Xie 2023).
 
-Text goes in token by token, an image patch by patch. A causal backbone, where position i sees the inputs up to i, is
-for the autoregressive baseline.
+The inputs are the tokens of a text, or the patches of an image. A causal backbone, where position i sees the inputs up
+to i, is for the autoregressive baseline.
 """
 
 from __future__ import annotations
@@ -102,9 +102,9 @@ class Block(nn.Module):
         """Set the biases so that head 0, 1, 2, 3, ... starts by attending around offset -1, 1, -2, 2, ...
 
         The heads of a causal block start at 0, -1, -2, ...: its input at i is token i - 1, so 0 is the token before.
-        The queries get a bias c, the keys the same bias turned back by `offset` steps of the rotation. The logit is
-        then sum_f c_f^2 cos((i + offset - j) frequency_f), which is largest, `peak`, at j = i + offset. The network can
-        unlearn the bias. Without it the network stays at the unigram law until it discovers that neighbours matter.
+        The queries get a bias c, the keys the same bias turned back by `offset` steps of the rotation. Their logit is
+        sum_f c_f^2 cos((i + offset - j) frequency_f) / sqrt(head_dim), with its maximum `peak` at j = i + offset. The
+        network can unlearn the bias. Without the bias it stays at the unigram law until it discovers its neighbours.
         """
         self.qkv.bias.zero_()
         half = len(frequency)

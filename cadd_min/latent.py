@@ -4,7 +4,8 @@ Why the length must be held on purpose. A masked position shows the network z_t 
 sets how much of x_0 that gives away: the latent's signal-to-noise ratio ||w||^2 gamma_bar / (1 - gamma_bar). If the
 loss could train the table w, it would make w longer until z_t spells out x_0. The loss goes to zero, the network learns
 to read instead of to predict, and the samples collapse: while sampling, z_t holds only the network's own guesses. So
-every row of the table has the same length `norm` here, and no gradient flows into z_0.
+every row of the table has the length `norm` here, and no gradient flows into z_0. Two exceptions: the table "free" has
+neither property, and the rows of "ordered" in dimension 1 differ in length.
 
 How long? Naming one of V tokens takes log V nats. A D-dimensional latent carries at most D/2 log(1 + ||w||^2 SNR / D)
 nats (Shannon's capacity, which random directions nearly reach). `evidence` is the share of log V that the latent
@@ -68,7 +69,7 @@ def log_likelihood(z_t: Tensor, t: Tensor, table: Tensor, schedule: NoiseSchedul
     """Compute log N(z_t; signal w_v, noise^2 I) of every token v, up to a constant.
 
     For the Gaussian latent this is (sqrt(gamma_bar) z.w_v - gamma_bar ||w_v||^2 / 2) / (1 - gamma_bar). By Bayes' rule
-    it is a factor of p(x_0 | x_t, z_t). The other factor is the token's prior given everything else.
+    the likelihood is a factor of p(x_0 | x_t, z_t). The other factor is the token's prior given everything else.
     Args: z_t (B, L, D); t (B,); table (V, D). Returns: (B, L, V) nats.
     """
     signal, variance = per_token(schedule.signal(t), z_t), per_token(schedule.noise(t) ** 2, z_t)
@@ -117,28 +118,29 @@ class Latent(nn.Module):
             self.register_buffer("directions", F.normalize(directions, dim=-1))
         if table == "ordered":
             self.register_buffer("directions", F.pad(ordered_rows(vocab_size, dim), (0, 0, 0, 1)))
-        self.fewer = table == "tied" and 0 < dim != width
-        if self.fewer:
+        self.maps_width = table == "tied" and 0 < dim != width
+        if self.maps_width:
             self.register_buffer("mixing", torch.randn(width, dim, generator=random) / math.sqrt(width))
         inputs = width + dim if fusion == "concat" else dim
         needs_projection = dim > 0 and (fusion == "concat" or dim != width)
         self.project = nn.Linear(inputs, width, bias=False) if needs_projection else nn.Identity()
 
     def table(self, embedding: Tensor) -> Tensor:
-        """Make w (V, D) from the token embedding (V, width). The last row is the mask's, and never used."""
+        """Make w, a row for each row of the token embedding (V, width). The mask's row is never used."""
         if self.dim == 0:
             return embedding.new_zeros(len(embedding), 0)
         if self.kind == "free":
             return embedding
         if self.kind in ("fixed", "ordered"):
             return self.norm * self.directions
-        directions = embedding.detach() @ self.mixing if self.fewer else embedding.detach()
+        directions = embedding.detach() @ self.mixing if self.maps_width else embedding.detach()
         return self.norm * F.normalize(directions, dim=-1)
 
     def fuse(self, e: Tensor, z_t: Tensor, masked: Tensor, t: Tensor, embedding: Tensor) -> Tensor:
         """Make the network's input z_tilde (B, L, width) from e = E[x_t] (B, L, width) and z_t (B, L, D).
 
-        z_tilde is E[x_t] + z_t where masked. It is E[x_t] alone where not: there z_t says nothing that x_t does not.
+        With fusion "add" z_tilde is E[x_t] + project(unit hint(z_t)) where masked. The paper's E[x_t] + z_t is hint
+        "raw" with unit 1. Where not masked the latent is left out: there z_t says nothing that x_t does not.
         embedding (V + 1, width) is for hints that need the latent table: with 50,257 tokens the table takes time.
         """
         if self.dim == 0:

@@ -87,7 +87,7 @@ class ModelConfig:
             raise InputError(f"a model needs 2 tokens and length 1 at least, not {self.vocab_size}, {self.length}")
 
     def schedule(self) -> NoiseSchedule:
-        """Return the noise schedule. The latent of a cdm must end by telling its token, so its SNR is not capped."""
+        """Return the noise schedule. "auto" is capped, but linear for a cdm, whose latent alone tells the token."""
         cdm = self.model == "cdm"
         continuous = self.continuous if self.continuous != "auto" else "linear" if cdm else "capped"
         return NoiseSchedule("all-at-once" if cdm else self.discrete, continuous)
@@ -190,15 +190,15 @@ class Denoiser(Model):
         h = self.backbone(math.sqrt(self.config.size.embed) * z_tilde, t, label)  # entries of about 1 (Vaswani et al.)
         columns = [h]
         if self.config.bayes_head and self.latent.dim:
-            columns.append(self._evidence(z_t, t).to(h.dtype))
+            columns.append(self._natural_parameter(z_t, t).to(h.dtype))
         if self.config.head_bias:  # a bias is a column of ones, so that logits are a product wherever they are made
             columns.append(torch.ones_like(h[..., :1]))
         return torch.cat(columns, -1) if len(columns) > 1 else h
 
-    def _evidence(self, z_t: Tensor, t: Tensor) -> Tensor:
-        """Compute what the table's rows are multiplied with in log N(z_t; signal w_v, noise^2 I), (B, L, D).
+    def _natural_parameter(self, z_t: Tensor, t: Tensor) -> Tensor:
+        """Compute signal / noise^2 z_t, (B, L, D): times w_v, it is log N(z_t; signal w_v, noise^2 I) up to a constant.
 
-        All rows are equally long, so the log-likelihood is linear in w_v.
+        All rows w_v are equally long, so the log-likelihood is linear in w_v. noise^2 is held above 1e-4.
         """
         signal, noise = self.schedule.signal(t), self.schedule.noise(t)
         return per_token(signal / (noise**2).clamp(min=1e-4), z_t) * z_t

@@ -1,9 +1,12 @@
 """What is trained: the cross-entropy of masked tokens, with the squared error of z0_hat beside it where it is wanted.
 
-    L = E_t E_q [ sum over masked i of -log p(x_0^i | x_t, z_t) + mse ||w[x_0^i] - z0_hat^i||^2 ]    (Lemma 1)
+    L = E_t E_q [ sum over masked i of a_t (-log p(x_0^i | x_t, z_t)) + mse b_t ||w[x_0^i] - z0_hat^i||^2 ] / length
 
-A network that is trained on true latents alone believes its latent, whatever the neighbours say. While it samples, the
-latent is its own guess of a step ago, and often wrong. So a share of the latents in training are a random token's.
+a_t and b_t are 1 in the paper's loss, and Lemma 1's weights under "elbo".
+
+Wrong hints are an addition to the paper. A network that is trained on true latents alone believes its latent, whatever
+the neighbours say. While it samples, the latent is its own guess of a step ago, and often wrong. So in training a share
+of the latents are a random token's.
 """
 
 from __future__ import annotations
@@ -75,7 +78,7 @@ class Objective:
 
 
 def with_wrong_hints(x_0: Tensor, share: float, vocab_size: int, generator: Generator) -> Tensor:
-    """Replace a share of the tokens x_0 (B, L) by random tokens: the latents shown to the network are theirs."""
+    """Replace a share of the tokens x_0 (B, L) by random tokens. The result chooses the rows of the table for z_0."""
     if share == 0:
         return x_0
     random = torch.randint(vocab_size, x_0.shape, generator=generator, device=x_0.device)
@@ -84,13 +87,13 @@ def with_wrong_hints(x_0: Tensor, share: float, vocab_size: int, generator: Gene
 
 
 def training_loss(model: Model, batch: Batch, u: Tensor, objective: Objective, generator: Generator) -> Loss:
-    """Compute the loss L of the file's head for one noise level per sequence.
+    """Compute the loss L of the module's docstring, with one time per sequence.
 
     The sum is divided by B L, not by the number of masked positions, so that equal batches weigh the same.
     Args: u (B,) on (0, 1], the times; generator: of the masks, the noise and the wrong hints.
     """
     x_0, label, free = batch
-    t = T_MIN + (1 - T_MIN) * u  # elbo weights grow like 1/t
+    t = T_MIN + (1 - T_MIN) * u  # the elbo weights grow like 1/t, and faster, as t goes to 0
     schedule, table = model.schedule, model.table()
     hinted = with_wrong_hints(x_0, objective.wrong_hints, model.config.vocab_size, generator)
     x_t, z_t = ops.forward_noising(x_0, hinted, table, t, schedule, model.mask_id, ops.draw_seed(generator))
@@ -103,9 +106,10 @@ def training_loss(model: Model, batch: Batch, u: Tensor, objective: Objective, g
     rows = masked.flatten().nonzero()[:, 0]  # (N,); the only look at a GPU's values in a step
 
     features = model.features(x_t, z_t, t.float(), label).flatten(0, 1)[rows]  # (N, F)
-    w = table if objective.mse > 0 else None
+    w = table if objective.mse > 0 else None  # z0_hat is computed only for the MSE
     ce, mse = token_losses(features, model.head_matrix(), x_0.flatten()[rows], table=w, mask_id=model.mask_id)
-    ce_weight, mse_weight = (w[rows // x_0.shape[1]].float() for w in time_weights(t, schedule, objective.weighting))
+    weights = time_weights(t, schedule, objective.weighting)  # (B,) each
+    ce_weight, mse_weight = (weight[rows // x_0.shape[1]].float() for weight in weights)  # (N,) each
     total = (ce_weight * ce + objective.mse * mse_weight * mse).sum() / x_0.numel()
     return Loss(total, ce.detach().sum(), masked.sum(), mse.detach().sum())
 

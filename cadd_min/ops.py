@@ -85,8 +85,8 @@ def forward_noising(
 ) -> tuple[Tensor, Tensor]:
     """Draw (x_t, z_t) ~ q(x_t, z_t | x_0) with z_0 = table[ids], in one pass.    (Prop. 1)
 
-    Args: x_0 (B, L) int64 tokens; ids (B, L): the rows of table (V, D) that their latents are, x_0 itself unless hints
-    are wrong on purpose; t (B,); seed (2,) int64, a seed and an offset.
+    Args: x_0 (B, L) int64 tokens; ids (B, L): the rows of table (V, D) that are their z_0, x_0 itself unless hints are
+    wrong; t (B,); seed (2,) int64, a seed and an offset.
     Returns: x_t (B, L), z_t (B, L, D) of table's dtype, with a gradient to it.
     """
     backend()
@@ -109,7 +109,8 @@ def reverse_step(
 ) -> tuple[Tensor, Tensor]:
     """Make one reverse step of N masked positions, with z0_hat for z_0.    (Prop. 2)
 
-    The kernel runs where all positions share coefficients (4,). Where each has its own, (4, N), the reference runs.
+    The reference runs for coefficients (4, N), float64 tensors and temperatures up to COLD, else the active backend.
+    `reverse.reverse_rows` is the whole step in PyTorch.
     Args: logits (K, N, V) of the masked positions; rows (N,) int64, their places among the P = B L positions; z_t
     (K, P, D); table (V, D); coefficients: see `reverse.step_coefficients`; seed (2,) int64, its offset the step's own.
     Returns: x_s (N,), mask_id where a position stays masked; z_s (K, N, D).

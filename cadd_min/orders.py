@@ -2,7 +2,7 @@
 
 A plan gives the times of the steps. At each step it splits the masked positions into groups, each with the four
 coefficients of its reverse step. In the exact chain (Prop. 2) all positions are one group, and each flips by itself
-with probability rho_flip. Remasking and first hitting also keep the law of an exact denoiser. Unmasking in an order
+with probability rho_flip. Remasking and first hitting keep the marginals q(x_s | x_0) as well. Unmasking in an order
 trades variety for precision.
 """
 
@@ -29,8 +29,8 @@ HITTING = "first-hitting"
 # (N, V) probabilities of the masked positions -> (N,) how sure the network is of each.
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "confidence": lambda p: p.amax(-1),  # MaskGIT, Chang et al. 2022, without its noise
-    "entropy": lambda p: torch.special.entr(p).sum(-1).neg(),  # Dream and DiffuCoder, 2025; the paper's code runs
-    "margin": lambda p: p.topk(2, -1).values.diff(dim=-1)[:, 0].neg(),  # the two best apart, Kim et al. 2025
+    "entropy": lambda p: torch.special.entr(p).sum(-1).neg(),  # Dream and DiffuCoder, 2025; the paper on code
+    "margin": lambda p: p.topk(2, -1).values.diff(dim=-1)[:, 0].neg(),  # gap between the two largest, Kim et al. 2025
 }
 ORDERS = ("random", *SCORES)
 Temperature = float | Callable[[float], float]
@@ -155,7 +155,7 @@ class Remasking(ExactChain):
 
 
 class InOrder(Remasking):
-    """Flip as many positions a step as keep the masked share at 1 - alpha_t, the surest first, block by block.
+    """Flip masked positions until a share 1 - alpha_s of the free positions is masked: by blocks, the surest first.
 
     With remask > 0 tokens are also masked again, and as many more positions flip.
     """

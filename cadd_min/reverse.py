@@ -33,7 +33,8 @@ def token_probs(logits: Tensor, mask_id: int, temperature: float = 1.0, top_p: f
     """Average softmax(logits / temperature) over the K latents: (K, N, V) -> (N, V), float32 at least.
 
     Probabilities are averaged, not logits: p(x_0 | x_t) is the expectation of p(x_0 | x_t, z_t) over z_t. The mask has
-    probability zero, whatever its logit. A temperature up to COLD is the limit: all mass on the largest logit.
+    probability zero, whatever its logit. At a temperature up to COLD each latent puts all its mass on its
+    largest logit.
     top_p < 1 keeps the most probable tokens that together reach it, and those as probable as the last (Holtzman et al.
     2020). Raises InputError for logits that are NaN or all minus infinity.
     """

@@ -77,11 +77,11 @@ def reverse_chain(
     callback: Callable[[Step], None] | None = None,
 ) -> Tensor:
     """Draw x_0 (B, L) int64 from t = 1 to t = 0. Arguments as of `sample`; D = 0 is a masked model without latents."""
-    seed = ops.draw_seed(generator, table.device)
+    first_seed = ops.draw_seed(generator, table.device)
     x = first_tokens(shape, mask_id, prompt, table)  # (B, L)
-    z = first_latents(x, table, mask_id, settings.num_latents, seed)  # (K, B L, D)
-    plan = make_plan(settings, schedule, x == mask_id, mask_id, table.shape[1], seed)
-    seeds, mean_times = philox.step_seeds(seed, len(plan.times)), plan.times.mean(1).tolist()
+    z = first_latents(x, table, mask_id, settings.num_latents, first_seed)  # (K, B L, D)
+    plan = make_plan(settings, schedule, x == mask_id, mask_id, table.shape[1], first_seed)
+    seeds, mean_times = philox.step_seeds(first_seed, len(plan.times)), plan.times.mean(1).tolist()
 
     for n, (t, s) in enumerate(zip(plan.times[:-1], plan.times[1:])):  # s < t, (B,) each
         masked = x == mask_id
@@ -89,13 +89,13 @@ def reverse_chain(
         if len(rows) == 0 and not plan.remasks:
             break
         decoding, seed = settings.decoding_at(mean_times[n]), seeds[n + 1]
-        logits = predict(denoiser, x, settings.strength * z, t, rows)  # (K, N, V)
-        remasked = plan.remasked(masked, s, t, seed)  # (B, L)
-        for group, coefficients in plan.groups(logits, rows, masked, remasked, s, t, seed):
-            places = rows[group]
-            with naming_step(n + 1):  # flip, draw, and move z by Proposition 2
+        logits = predict(denoiser, x, settings.strength * z, t, rows)  # (K, N, V): p(x_0 | x_t, z_t)
+        remasked = plan.remasked(masked, s, t, seed)  # (B, L): chosen first, since an order flips as many more
+        with naming_step(n + 1):
+            for group, coefficients in plan.groups(logits, rows, masked, remasked, s, t, seed):
+                places = rows[group]  # flip with rho_flip, draw from p, else move z by Prop. 2: reverse.reverse_rows
                 x_s, z_s = ops.reverse_step(logits[:, group], places, z, table, coefficients, mask_id, seed, decoding)
-            x.view(-1)[places], z[:, places] = x_s, z_s
+                x.view(-1)[places], z[:, places] = x_s, z_s
         if plan.remasks:
             mask_again(x, z, remasked.flatten().nonzero()[:, 0], table, schedule, s[0], mask_id, seed)
         if callback is not None:
@@ -176,7 +176,7 @@ def believed(
 
 @contextlib.contextmanager
 def naming_step(number: int) -> Iterator[None]:
-    """Name the step in which a kernel or the reference refuses the denoiser's logits."""
+    """Name the step in which the denoiser's logits are refused."""
     try:
         yield
     except ValueError as error:

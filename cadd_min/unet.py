@@ -1,4 +1,4 @@
-"""The image backbone: a U-Net of residual blocks whose norms the time scales and shifts, with attention inside.
+"""The image backbone: a U-Net of residual blocks with attention. The time sets the scale and shift after a norm.
 
 Ho et al. 2020 (DDPM) with the time conditioning of Nichol & Dhariwal 2021. Only the ends differ: a pixel comes in as
 the embeddings of its colours' values, side by side, and leaves as equally many features for the head. In memory

@@ -26,8 +26,8 @@ CADD_HD Float mix(Float z_0, Float eps, Float signal, Float noise) {
 
 // Return the number of quads of noise for a latent of `dim` elements.
 //
-// Element e takes word e / quarter of quad e % quarter. So neighbouring quads write neighbouring
-// elements, which suits vector units and warps alike.
+// Element e is normal e / quarter of the four normals of quad e % quarter. So neighbouring quads
+// write neighbouring elements, which suits vector units and warps alike.
 CADD_HD int64_t quarter_of(int64_t dim) { return (dim + 3) / 4; }
 
 // Draw the four normals of one quad.

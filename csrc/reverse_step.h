@@ -16,7 +16,7 @@ struct ReverseCoefficients {
   float pull, keep, std;
 };
 
-// Read the coefficients from the (4,) step tensor: rho_flip, pull, keep, std.
+// Read the coefficients from their (4,) tensor: rho_flip, pull, keep, std.
 CADD_HD ReverseCoefficients reverse_coefficients(const double* four) {
   return {four[0], static_cast<float>(four[1]), static_cast<float>(four[2]),
           static_cast<float>(four[3])};

@@ -102,7 +102,7 @@ def load(args: argparse.Namespace) -> list[Problem]:
 
 
 def text_model(model: Model, tokenizer: Tokenizer, encode: Encode, settings: Sampling, dtype: str) -> Complete:
-    """Make complete(prompts, seed) of a model of text. how: the sampler's settings.
+    """Make complete(prompts, seed) of a model of text. settings: the sampler's settings.
 
     The model fills its whole length after the prompt. The answer ends before the first end-of-text token.
     """

@@ -14,7 +14,7 @@ import torch
 from cadd_min.data import images
 from cadd_min.data.images import Images
 from cadd_min.data.pixels import Pixels
-from cadd_min.evaluation import image_judge as judge
+from cadd_min.evaluation import image_judge
 from cadd_min.evaluation.bound import held_out_bound, report, summary
 from cadd_min.evaluation.fid import inception_metrics
 from cadd_min.model import Guided, Model
@@ -70,11 +70,11 @@ def bound_rows(model: Model, pixels: Pixels, data: Images, args: argparse.Namesp
 def frechet_rows(model: Model, pixels: Pixels, data: Images, args: argparse.Namespace) -> Rows:
     """Measure samples as image_judge.py says, and as many held-out images by the same code."""
     samples = draw(model, pixels, args)
-    net, accuracy = judge.open_judge(data, args.cache)
-    real, _ = judge.judged(net, data.train)
+    net, accuracy = image_judge.open_judge(data, args.cache)
+    real, _ = image_judge.judged(net, data.train)
     rows: Rows = {"classifier's held-out accuracy": accuracy}
     for whose, some in (("", samples), ("held-out images' ", data.held_out[: args.num])):
-        rows |= {whose + NAMES[key]: value for key, value in judge.measures(net, real, some).items()}
+        rows |= {whose + NAMES[key]: value for key, value in image_judge.measures(net, real, some).items()}
     return rows
 
 

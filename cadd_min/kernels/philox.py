@@ -1,4 +1,4 @@
-"""Random words that depend only on who asks: Philox4x32-10 (Salmon et al., SC 2011) in PyTorch.
+"""Random words, a function of seed, step, position and quad: Philox4x32-10 (Salmon et al., SC 2011) in PyTorch.
 
 The kernels of csrc/ draw from the same function, so a seed gives the same masks and tokens on every backend, with any
 number of threads. Four numbers name a draw: the seed of a run, the offset (its step), a token's position among the
@@ -59,8 +59,8 @@ def hat_choice(seed: Tensor, position: Tensor) -> Tensor:
 def normals(seed: Tensor, position: Tensor, dim: int) -> Tensor:
     """Draw standard normals at positions (...) by Box and Muller (1958). Returns (..., dim) float32.
 
-    Element e comes from word e // n of quad e % n with n = ceil(dim / 4): neighbours are in different quads, which
-    suits vector units.
+    Element e is normal e // n of the four normals of quad e % n, n = ceil(dim / 4): neighbours are in different quads,
+    which suits vector units.
     """
     quads = torch.arange((dim + 3) // 4, device=position.device)
     x, y, z, w = words(seed, position[..., None], quads)

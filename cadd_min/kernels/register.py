@@ -38,7 +38,7 @@ class Backend(NamedTuple):
 class Operators:
     """The registered operators: the compiled module, or None where the reference runs, and the backend's name.
 
-    What CADD_BACKEND asks for may be missing. That is told by `check`, when a loop is to run: a script can then say it.
+    A backend that CADD_BACKEND names may be missing. `check` raises that error when a loop is about to run.
     """
 
     def __init__(self, reference: dict[str, Callable[..., Any]]):
@@ -86,7 +86,7 @@ def load() -> tuple[ModuleType | None, Backend]:
 
 
 def register(reference: dict[str, Callable[..., Any]] | None) -> torch.library.Library | None:
-    """Define the operators by the reference, if it is given, and register fakes and autograd for whoever runs them.
+    """Define the operators by the reference, if it is given, and register fakes and autograd for every backend.
 
     The library that is returned must be kept: its operators go with it.
     """

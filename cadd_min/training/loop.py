@@ -30,7 +30,7 @@ LIMIT = 10  # skipped steps in a row after which the run stops
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How often a run logs, evaluates, samples and saves. 0 is never."""
+    """How often a run logs, evaluates, samples and saves; 0 is never. A run also saves when it ends or is stopped."""
 
     log_every: int = option(10, "steps between rows of metrics.jsonl")
     eval_every: int = option(1000, "steps between evaluations on held-out data")

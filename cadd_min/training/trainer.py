@@ -1,8 +1,9 @@
 """One training step, and everything that must survive to the next step.
 
-A step is a pure function of the weights, the seed and its number: data, times, masks and noise are drawn from
-generators seeded by (seed, micro-batch number). So a resumed run needs no random state to go on bit for bit. N
-processes that share a step's micro-batches make the step of one process, up to the order in which gradients are added.
+A step depends only on the trainer's state, the seed and the data. Times are drawn from a generator of (seed, step).
+Masks, noise and wrong hints are drawn from generators of (seed, micro-batch number). So a resumed run needs no random
+state to go on bit for bit. N processes that share a step's micro-batches make the step of one process, up to the order
+in which gradients are added.
 """
 
 from __future__ import annotations
@@ -212,7 +213,7 @@ class Trainer:
     def evaluate(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Measure the EMA weights on held-out batches: CE per masked token, the bound and its parts in nats per token.
 
-        The noise is the same at every call, and no hint is wrong. Models share no CE to compare, but the bound.
+        The noise is the same at every call, and no hint is wrong. Compare models by the bound, not by the CE.
         """
         objective = dataclasses.replace(self.config, wrong_hints=0.0, drop_latent=0.0, drop_label=0.0)
         ce, masked, discrete, continuous, tokens = 0.0, 0, 0.0, 0.0, 0

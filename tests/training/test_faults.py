@@ -46,7 +46,7 @@ import matplotlib.pyplot, torch.utils.tensorboard
 from cadd_min.checkpoints import file as checkpoint
 from cadd_min.data import tokenizer
 from cadd_min.sampling import text
-from cadd_min.training import start as launch
+from cadd_min.training import start
 tokenizer.gpt2(300)
 out, kills, arguments = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 rng, killed, writing = random.Random(0), 0, 0
@@ -236,7 +236,6 @@ def test_a_full_disk_in_the_middle_of_a_run_is_a_sentence_and_the_checkpoint_sta
 import resource, runpy, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from cadd_min.checkpoints import file as checkpoint
-from cadd_min.training import loop as fit
 save = checkpoint.save
 def then_full(*args):
     save(*args)
