@@ -268,6 +268,6 @@ def test_nan_logits_are_refused(dtype):
     """Check both implementations: NaN compares false with everything, so that a draw from it would look valid."""
     table = toy().to(dtype)
     for order in ("random", "entropy"):  # an order looks at the logits first; both name the step
-        with pytest.raises(InputError, match="step 1: .*NaN"):
+        with pytest.raises(InputError, match=r"step 1: .*NaN"):
             broken = lambda x, z, t: torch.full((*x.shape, 3), math.nan)
             chain(broken, (2, 2), table, NoiseSchedule(), MASK, steps=2, order=order)
