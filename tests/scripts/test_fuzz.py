@@ -139,7 +139,7 @@ STARTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("script", STARTS)
 def test_arguments(script, world):
-    @many(100)
+    @many(70)
     @given(command(script, options(script)))
     def check(arguments: list[str]) -> None:
         assert world.check(script, *arguments) == []
