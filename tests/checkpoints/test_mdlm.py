@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cadd_min.checkpoints import mdlm as mdlm_weights
+from cadd_min.checkpoints import mdlm
 from cadd_min.checkpoints.load import from_pretrained
 from cadd_min.checkpoints.mdlm import from_mdlm, to_mdlm
 from cadd_min.objective import Batch, Objective, training_loss
@@ -154,7 +154,7 @@ def test_ours_there_is_what_it_is_at_the_time_that_was_chosen(bias, monkeypatch)
     The model sees the time, and its queries, keys and values have biases: MDLM has neither. The conversion must not
     change the model's own tensors.
     """
-    monkeypatch.setattr("tests.toys.NANO", mdlm_weights.Size(LAYERS, WIDTH, HEADS, COND))
+    monkeypatch.setattr("tests.toys.NANO", mdlm.Size(LAYERS, WIDTH, HEADS, COND))
     model, x = randomised(nano("mdlm", VOCAB, LENGTH, head_bias=bias), 5, 0.3), some_tokens()
     early, late = (log_probabilities(model, x, t) for t in (0.2, 0.9))
     assert (early - late).abs().max() > 0.1
@@ -201,7 +201,7 @@ def test_files_of_tensors_are_read_and_nothing_in_them_is_run(tmp_path):
     torch.save(state, tmp_path / "weights.bin")
     torch.save({"state_dict": state, "step": 3}, tmp_path / "lightning.ckpt")
     for source in (tmp_path, *tmp_path.iterdir()):
-        tensors = mdlm_weights.read(source)
+        tensors = mdlm.read(source)
         assert tensors.keys() == state.keys() and all(torch.equal(tensors[name], state[name]) for name in state)
 
     class Evil:
@@ -211,7 +211,7 @@ def test_files_of_tensors_are_read_and_nothing_in_them_is_run(tmp_path):
     torch.save({"state_dict": state, "config": Evil()}, tmp_path / "evil.ckpt")
     for name in ("evil.ckpt", "none.ckpt"):
         with pytest.raises(InputError, match=rf"{name} is no file of tensors alone"):
-            mdlm_weights.read(tmp_path / name)
+            mdlm.read(tmp_path / name)
     assert not (tmp_path / "ran").exists()
 
 

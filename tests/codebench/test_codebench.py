@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 
 from cadd_min.codebench import evalplus as plus
-from cadd_min.codebench import evaluate as assess_code
-from cadd_min.codebench import problems, sandbox
+from cadd_min.codebench import evaluate, problems, sandbox
 from cadd_min.codebench.journal import Journal, settle
 from cadd_min.codebench.scores import extract, mean_and_error, pass_at_k
 from cadd_min.data.tokenizer import gpt2
@@ -220,13 +219,13 @@ def test_a_folder_keeps_to_its_settings(tmp_path):
             settle(tmp_path, "rows.jsonl", {"seed": 1})
 
 
-def assess(out: Path, human: Path, complete: assess_code.Complete, options: str = "") -> str:
+def assess(out: Path, human: Path, complete: evaluate.Complete, options: str = "") -> str:
     """Run all steps with four samples a problem. `options` come last, so they override these."""
     parser = argparse.ArgumentParser()
-    assess_code.add_arguments(parser)
+    evaluate.add_arguments(parser)
     command = f"--benchmark humaneval --problems {human} --out {out} --num-samples 4 --k 1 4 {options}"
     args = parser.parse_args(command.split())
-    return assess_code.assess(problems.humaneval(human), complete, "a test's", out, args)
+    return evaluate.assess(problems.humaneval(human), complete, "a test's", out, args)
 
 
 def answers(prompts: list[str], seed: int) -> list[str]:

@@ -8,7 +8,7 @@ import scipy.linalg
 import torch
 
 from cadd_min.data.images import Images, open_images
-from cadd_min.evaluation import image_judge as judge
+from cadd_min.evaluation import image_judge
 from cadd_min.evaluation.image_judge import (
     class_entropies,
     frechet_distance,
@@ -73,7 +73,7 @@ def test_the_judge_knows_digits_and_what_is_wrong_with_them(tmp_path):
 
 def test_each_data_set_has_its_own_judge(tmp_path, monkeypatch):
     """Check that the cache tells apart data sets of one name and shape by their images."""
-    monkeypatch.setattr(judge, "train_judge", lambda data: (judge.Classifier(1, data.classes()), 0.5))
+    monkeypatch.setattr(image_judge, "train_judge", lambda data: (image_judge.Classifier(1, data.classes()), 0.5))
     for value in (0, 1):
         images = np.full((5, 4, 4, 1), value, np.uint8)
         open_judge(Images("mine", images, images, (np.arange(5), np.arange(5))), tmp_path)

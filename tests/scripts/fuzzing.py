@@ -31,7 +31,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cadd_min.checkpoints import file as checkpoint
-from cadd_min.checkpoints import mdlm as mdlm_weights
+from cadd_min.checkpoints import mdlm
 from cadd_min.checkpoints.folder import save_pretrained
 from cadd_min.checkpoints.load import load_denoiser
 from cadd_min.data import shards
@@ -39,7 +39,7 @@ from cadd_min.data.corpus import open_corpus
 from cadd_min.data.images import open_images
 from cadd_min.data.tokenizer import gpt2
 from cadd_min.dit import Size
-from cadd_min.evaluation import image_judge as judge
+from cadd_min.evaluation import image_judge
 from cadd_min.model import ModelConfig
 from cadd_min.training import log
 from cadd_min.unet import UNET_PRESETS
@@ -239,14 +239,14 @@ def _write_models(folder: Path) -> None:
     model, codec, _ = load_denoiser(folder / "text.pt")
     save_pretrained(model, codec, folder / "exported", settings=trained, step=1)
     masked = load_denoiser(folder / "mdlm.pt")[0]
-    state = mdlm_weights.to_mdlm(masked, 0.5)
+    state = mdlm.to_mdlm(masked, 0.5)
     save_file(state, folder / "mdlm.safetensors")
     torch.save(state, folder / "theirs.pt")
     tokens = folder / "tokens"
     tokens.mkdir()
     shards.write_folder(open_corpus("text.txt", folder), gpt2(300), tokens)
-    with mock.patch.object(judge, "train_judge", functools.partial(judge.train_judge, steps=3)):
-        judge.open_judge(data, Path("cache"))
+    with mock.patch.object(image_judge, "train_judge", functools.partial(image_judge.train_judge, steps=3)):
+        image_judge.open_judge(data, Path("cache"))
     for kind in ("text", "image"):
         name = f"runs/{kind}"
         done = call(f"train_{kind}.py", *BASE[f"train_{kind}.py"].replace("new", name).split(), "--save-every", "1")
@@ -329,7 +329,7 @@ def _quick() -> Iterator[None]:
     These are git, loss curves, TensorBoard, the network, and most of the judge's training.
     """
     with (
-        mock.patch.object(judge, "train_judge", functools.partial(judge.train_judge, steps=3)),
+        mock.patch.object(image_judge, "train_judge", functools.partial(image_judge.train_judge, steps=3)),
         mock.patch.object(log, "_tensorboard", lambda out: None),
         mock.patch.object(log, "loss_curve", log.read_metrics),
         mock.patch.object(log, "commit", lambda: None),
