@@ -70,10 +70,15 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, *args: Any, **more: Any) -> Any:
         """Parse as argparse does, and refuse `--option=--`, which argparse may read as an empty list."""
         found = super().parse_args(*args, **more)
-        for action in self._actions:
-            if action.nargs is None and getattr(found, action.dest, None) == []:
-                self.error(f"argument {'/'.join(action.option_strings) or action.dest}: expected one argument")
+        self._refuse_empty(found)
         return found
+
+    def _refuse_empty(self, found: argparse.Namespace) -> None:
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                action.choices[getattr(found, action.dest)]._refuse_empty(found)
+            elif action.nargs is None and getattr(found, action.dest, None) == []:
+                self.error(f"argument {'/'.join(action.option_strings) or action.dest}: expected one argument")
 
 
 def option(default: Any, help: str) -> Any:

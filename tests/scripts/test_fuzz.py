@@ -156,6 +156,7 @@ FOUND = {
                   "--strength=--", "--ckpt='\n'",
                   f"--ckpt=image.pt --num={10**12}", "--ckpt=image.pt --guidance=1e308",
                   f"--ckpt=image.pt --out={LONG_NAME}.png"],
+    "evaluate.py infill": ["--num=--"],
     "evaluate.py bound": ["--seed=-1", f"--T={10**30}", f"--dataset={LONG_NAME}", f"--cache={LONG_NAME}"],
     "export.py folder": [f"text.pt {LONG_NAME}", f"{LONG_NAME} new", "missing\x1e\x85 new"],
     "export.py from-mdlm": [f"mdlm.safetensors new --length {10**12}", f"{LONG_NAME} new"],
