@@ -36,6 +36,7 @@ class TimeEmbedding(nn.Module):
             self.label = nn.Embedding(classes + 1, cond)
 
     def forward(self, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return c (B, cond) of t (B,) and label (B,)."""
         angle = t[:, None].float() * self.frequency
         c = self.mlp(torch.cat([angle.cos(), angle.sin()], -1))
         if self.classes:
@@ -57,6 +58,7 @@ class Rotary(nn.Module):
         self.register_buffer("sin", torch.cat([-angle.sin(), angle.sin()], -1), persistent=False)
 
     def forward(self, q: Tensor) -> Tensor:
+        """Rotate q (B, heads, L, head_dim)."""
         length = q.shape[-2]
         return q * self.cos[:length].to(q.dtype) + q.roll(q.shape[-1] // 2, -1) * self.sin[:length].to(q.dtype)
 
@@ -90,6 +92,7 @@ class Block(nn.Module):
         self.ada = nn.Linear(size.cond, 6 * width)
 
     def forward(self, x: Tensor, c: Tensor, rotary: Rotary) -> Tensor:
+        """Map x (B, L, W) under the conditioning c (B, cond) to (B, L, W)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.ada(c)[:, None].chunk(6, -1)  # (B, 1, W) each
         qkv = self.qkv(modulate(x, shift_a, scale_a))  # (B, L, 3 W)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, head_dim) each
@@ -145,6 +148,7 @@ class DiT(nn.Module):
             nn.init.zeros_(block.get_parameter("ada.weight"))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return the features (B, L, width) of x (B, L, width) at times t (B,)."""
         c = self.time(t, label).to(x.dtype)
         for block in self.blocks:
             x = block(x, c, self.rotary)
@@ -168,6 +172,7 @@ class PatchDiT(nn.Module):
         self.leave = nn.Linear(size.width, inputs)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return the features of x, (B, H W C, embed) both, at times t (B,)."""
         patches = x.reshape(len(x), *self.grid).transpose(2, 3).flatten(3).flatten(1, 2)  # (B, patches, inputs)
         h = self.leave(self.transformer(self.enter(patches) + self.position, t, label))
         rows, p, columns, _, entries = self.grid

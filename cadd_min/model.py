@@ -8,6 +8,7 @@ share the network alone: their losses and chains are in baselines/.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +94,7 @@ class ModelConfig:
         return NoiseSchedule("all-at-once" if cdm else self.discrete, continuous)
 
 
-class Model(nn.Module):
+class Model(nn.Module, ABC):
     """What training, sampling and evaluation ask of a model. Two classes answer: `Denoiser`, and upgrade's `Upgraded`.
 
     Called, it maps x_t (B, L), z_t (B, L, D), t (B,) and a label (B,) or None to logits (B, L, V).
@@ -110,21 +111,21 @@ class Model(nn.Module):
         """The device of the weights."""
         return next(self.parameters()).device
 
+    @abstractmethod
     def table(self) -> Tensor:
         """Return the latent table w, (V, D). Its last row may be the mask's, which is never used."""
-        raise NotImplementedError
 
+    @abstractmethod
     def features(self, x_t: Tensor, z_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Compute the features (B, L, F): logits are features @ head_matrix().T. No label means any class."""
-        raise NotImplementedError
 
+    @abstractmethod
     def head_matrix(self) -> Tensor:
         """Return the head, (V, F)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def blocks(self) -> list[nn.Module]:
         """List the backbone's transformer blocks: FSDP2 shards the weights block by block."""
-        raise NotImplementedError
 
     def at_step(self, step: int) -> None:
         """Prepare for training step `step`. Only a model that changes while it is trained does anything here."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from cadd_min.forward import noised
 from cadd_min.kernels import philox
 from cadd_min.kernels.register import INSTALL, Backend, Operators
-from cadd_min.reverse import COLD, ZHATS, Decoding, reverse_rows, token_probs
+from cadd_min.reverse import COLD, ZHATS, Decoding, in_all_latents, reverse_rows, token_probs
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.utils.cli import Parser, run
 from cadd_min.utils.errors import choose
@@ -46,13 +46,13 @@ def _reverse_step(
     seed: Tensor,
     mask_id: int,
     zhat: int,
-    *decoding: float,
+    temperature: float,
+    top_p: float,
 ) -> tuple[Tensor, Tensor]:
-    latents, positions, dim = z_t.shape
-    each = rows + positions * torch.arange(latents, device=rows.device)[:, None]  # (K, N)
-    u = (*philox.choices(seed, rows), philox.hat_choice(seed, each))
-    eps = philox.normals(seed, each, dim).to(z_t.dtype)
-    p = token_probs(logits, mask_id, *decoding)
+    everywhere = in_all_latents(rows, *z_t.shape[:2])  # (K, N)
+    u = (*philox.choices(seed, rows), philox.hat_choice(seed, everywhere))
+    eps = philox.normals(seed, everywhere, z_t.shape[2]).to(z_t.dtype)
+    p = token_probs(logits, mask_id, temperature, top_p)
     return reverse_rows(p, z_t.index_select(1, rows), table, coefficients, mask_id, ZHATS[zhat], u, eps)
 
 

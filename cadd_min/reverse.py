@@ -29,6 +29,11 @@ class Decoding(NamedTuple):
     top_p: float = 1.0
 
 
+def in_all_latents(rows: Tensor, count: int, positions: int) -> Tensor:
+    """Return the places (K, N) of `rows` (N,), some of P = B L positions, among the K P of all K = `count` latents."""
+    return rows + positions * torch.arange(count, device=rows.device)[:, None]
+
+
 def token_probs(logits: Tensor, mask_id: int, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
     """Average softmax(logits / temperature) over the K latents: (K, N, V) -> (N, V), float32 at least.
 

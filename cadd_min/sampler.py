@@ -18,7 +18,7 @@ from cadd_min import ops
 from cadd_min.kernels import philox
 from cadd_min.loss import DenoiserFn
 from cadd_min.orders import Sampling, Temperature, make_plan
-from cadd_min.reverse import Decoding, estimate_z_0, token_probs
+from cadd_min.reverse import Decoding, estimate_z_0, in_all_latents, token_probs
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.utils.errors import InputError, first_line
 
@@ -99,7 +99,7 @@ def reverse_chain(
         if plan.remasks:
             mask_again(x, z, remasked.flatten().nonzero()[:, 0], table, schedule, s[0], mask_id, seed)
         if callback is not None:
-            now, hat = x.clone(), philox.hat_choice(seed, in_all_latents(rows, len(z), x))
+            now, hat = x.clone(), philox.hat_choice(seed, in_all_latents(rows, *z.shape[:2]))
             belief = partial(believed, now, rows, logits, table, mask_id, decoding, hat)
             latents = z.clone().unflatten(1, x.shape)
             callback(Step(n, mean_times[n], mean_times[n + 1], now, latents, masked & (x != mask_id), belief))
@@ -113,17 +113,12 @@ def predict(denoiser: DenoiserFn, x: Tensor, z: Tensor, t: Tensor, rows: Tensor)
     """
     count, (batch, length) = len(z), x.shape
     x_t, z_t = x.repeat(count, 1), z.reshape(count * batch, length, -1)
-    everywhere, t = in_all_latents(rows, count, x), t.to(z.dtype).repeat(count)
+    everywhere, t = in_all_latents(rows, *z.shape[:2]), t.to(z.dtype).repeat(count)
     if hasattr(denoiser, "logits_at"):
         logits = denoiser.logits_at(x_t, z_t, t, everywhere.flatten())
     else:
         logits = denoiser(x_t, z_t, t).flatten(0, 1)[everywhere.flatten()]
     return logits.unflatten(0, everywhere.shape)
-
-
-def in_all_latents(rows: Tensor, count: int, x: Tensor) -> Tensor:
-    """Return the places (K, N) of the positions `rows` (N,) of x (B, L) among the K B L of all latents."""
-    return rows + x.numel() * torch.arange(count, device=rows.device)[:, None]
 
 
 def first_tokens(shape: tuple[int, int], mask_id: int, prompt: Tensor | None, table: Tensor) -> Tensor:
@@ -154,7 +149,7 @@ def mask_again(
     x: Tensor, z: Tensor, rows: Tensor, table: Tensor, schedule: NoiseSchedule, s: Tensor, mask_id: int, seed: Tensor
 ) -> None:
     """Mask the flat positions `rows` again, in place, with latents drawn from q(z_s | x_s = m, x_0 = x).  (Prop. 1)"""
-    eps = philox.normals(seed, in_all_latents(rows, len(z), x), z.shape[-1]).to(z)  # (K, N, D)
+    eps = philox.normals(seed, in_all_latents(rows, *z.shape[:2]), z.shape[-1]).to(z)  # (K, N, D)
     z[:, rows] = schedule.signal(s).to(z) * table[x.view(-1)[rows]] + schedule.noise(s).to(z) * eps
     x.view(-1)[rows] = mask_id
 

@@ -1,7 +1,7 @@
 """Score entropy discrete diffusion (SEDD, Lou et al., ICML 2024) with the absorbing state: the network learns ratios.
 
-At a masked position, the ratio of p_t with the token v there to p_t with the mask m there, and the network's score of
-it, which is not normalised, are
+Take a masked position. The ratio to learn is p_t with the token v there, over p_t with the mask m there. The network's
+score s_v of it is not normalised:
 
     p_t(.. v ..) / p_t(.. m ..) = alpha / (1 - alpha) p(x_0 = v | x_t)
                             s_v = alpha / (1 - alpha) e^(f_v)

@@ -94,9 +94,12 @@ def gain(law: Law, same: Tensor, c: Tensor) -> Tensor:
 def kl_rate(law: Law, same: Tensor, t: Tensor, schedule: NoiseSchedule, vocab_size: int) -> Tensor:
     """Compute the KL rate between two reverse jump processes, given x_0 and by x_theta, in nats per unit of time.
 
-    Let r = -alpha' / alpha, x = V alpha x_0 + 1 - alpha, y = V alpha x_theta + 1 - alpha and i = x_t. The process given
-    x_0 jumps from i to j at the rate lambda_j = r/V x_j / x_i, that by x_theta at the rate mu_j = r/V y_j / y_i. Every
-    x and y sums to V, so the KL rate is
+    Let i = x_t. From i, the process given x_0 jumps to j at the rate lambda_j, and the process by x_theta at mu_j:
+
+        lambda_j = r/V x_j / x_i,   x = V alpha x_0 + 1 - alpha,   r = -alpha' / alpha
+        mu_j     = r/V y_j / y_i,   y = V alpha x_theta + 1 - alpha
+
+    The vectors x and y sum to V each. The KL rate is therefore
 
         sum over j of lambda_j log(lambda_j / mu_j) - lambda_j + mu_j
         = r/V (sum_j x_j / x_i log(x_j y_i / (x_i y_j)) - V / x_i + V / y_i)
@@ -118,7 +121,7 @@ def kl_rate(law: Law, same: Tensor, t: Tensor, schedule: NoiseSchedule, vocab_si
 def kl_step(law: Law, same: Tensor, s: Tensor, t: Tensor, schedule: NoiseSchedule, vocab_size: int) -> Tensor:
     """Compute KL(q(x_s | x_t, x_0) || q(x_s | x_t, x_theta)), (N,) float64 nats, for s < t (N,).
 
-    With c_s and c_t the c of both times and x_0 a one-hot row, the KL for s > 0 is
+    Let c_s and c_t be the c of both times, and x_0 a one-hot row. For s > 0,
 
         KL        = scale ((1 - a) / V sum_v k_v + a k_(x_t)) + gain at t
         scale     = (1 - alpha_s) / (1 - alpha_t) / (1 + c_t [x_t = x_0])
@@ -147,6 +150,7 @@ def laws(rows: Tensor, head: Tensor, x_t: Tensor, x_0: Tensor, c: Tensor) -> Law
     """
 
     def chunk_law(h: Tensor, x_t: Tensor, x_0: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the law's three columns for some of the positions."""
         log_p = logits_of(h, head).log_softmax(-1)  # (chunk, V)
         spread = torch.log1p(c[:, None].to(log_p) * log_p.exp()).sum(-1)
         return log_p.gather(-1, x_t[:, None])[:, 0], log_p.gather(-1, x_0[:, None])[:, 0], spread

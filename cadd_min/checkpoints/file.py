@@ -62,7 +62,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
                 file.seek(-2, os.SEEK_END)  # an archive ends with the length of its comment
                 file.write(DIGEST.to_bytes(2, "little") + hashing.sha.digest())
                 file.flush()
-                os.fsync(file.fileno())
+                os.fsync(file.fileno())  # a full disk may say so only now, when the old file is still in place
             if path.name == FILE and path.exists() and _digest_matches(path):  # a damaged file must not replace a good
                 os.replace(path, path.with_name(PREVIOUS))
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
@@ -101,6 +101,15 @@ def _load(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not a checkpoint of this project")
     if content.get("version") != VERSION:
         raise InputError(f"{path} has checkpoint version {shown(repr(content.get('version')))}, expected {VERSION}")
+    return with_new_names(content)
+
+
+def with_new_names(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a content in which the schedule that was called "gone" has the name that it has today."""
+    for part in ("model_config", "settings"):
+        values = content.get(part)
+        if isinstance(values, dict) and values.get("discrete") == "gone":
+            values["discrete"] = "all-at-once"
     return content
 
 

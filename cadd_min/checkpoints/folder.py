@@ -112,9 +112,10 @@ def read(source: Path | str, revision: str | None = None, **download: Any) -> di
     settings = config.get("settings")
     if not isinstance(settings, dict) or settings.get("dtype", "float32") not in [*DTYPES]:
         raise InputError(f"{folder / CONFIG}: settings must be an object, and its dtype one of {', '.join(DTYPES)}")
-    return {
+    content = {
         "model_config": config.get("model_config", {}),
         "settings": settings,
         "tokenizer": codec,
         "trainer": {"ema": read_weights(folder / WEIGHTS), "step": config.get("step") or "unknown"},
     }
+    return file.with_new_names(content)

@@ -181,8 +181,8 @@ def hide_bias(ours: dict[str, Tensor], block: str, c: Tensor) -> None:
     """Rewrite a block's queries, keys and values, in place, so that they need no bias at the conditioning c (cond,).
 
     The output n of a LayerNorm sums to zero. At a constant c the block computes M ((1 + scale) n + shift) + bias. Let
-    S be M with its columns multiplied by 1 + scale, and make the new scale 0 and the new shift the same d everywhere.
-    Adding a vector a to every column of S then gives, as 1^T n = 0,
+    S be M with its columns multiplied by 1 + scale. Make the new scale 0, and the new shift the same d everywhere.
+    Then add a vector a to every column of S. Since 1^T n = 0, the block computes
 
         (S + a 1^T) (n + d 1) = S n + d S 1 + width d a
 

@@ -108,11 +108,13 @@ def text_model(model: Model, tokenizer: Tokenizer, encode: Encode, settings: Sam
     """
 
     def answer(row: list[int], start: int) -> str:
+        """Return the text of a row's tokens from `start` to its first end of text."""
         end = [*row, tokenizer.eot_id].index(tokenizer.eot_id, start)
         # decoded from the beginning, because some tokenizers drop the first space of a text
         return tokenizer.decode(row[:end])[len(tokenizer.decode(row[:start])) :]
 
     def complete(prompts: list[str], seed: int) -> list[str]:
+        """Draw an answer to each prompt."""
         masked = torch.full((len(prompts), model.config.length), tokenizer.mask_id)  # (B, L)
         encoded = [encode(prompt) for prompt in prompts]
         for row, ids in zip(masked, encoded):

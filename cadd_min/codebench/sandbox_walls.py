@@ -4,7 +4,7 @@ sandbox.py runs this file once for every program, so it imports few modules, all
 processes, each the parent of the next:
 
 stage   has left the machine's namespaces of mounts, processes, network and IPC
-init    is process 1 of the new namespaces: when it ends, the kernel kills all processes in them, in whatever session
+init    is process 1 of the new namespaces: when it ends, the kernel kills all processes in them
 guard   dies if the program kills its parent, and the init reports that
 driver  has lost every privilege, and runs the program (sandbox_inside.py)
 """

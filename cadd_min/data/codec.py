@@ -31,7 +31,7 @@ class Codec(Protocol):
         ...
 
 
-TOKENIZERS: dict[str, Any] = {cls.kind: cls for cls in (BPETokenizer, CharTokenizer, HFTokenizer)}
+KINDS: dict[str, Any] = {cls.kind: cls for cls in (BPETokenizer, CharTokenizer, HFTokenizer)}
 
 
 def from_spec(spec: dict[str, Any]) -> Codec:
@@ -42,6 +42,6 @@ def from_spec(spec: dict[str, Any]) -> Codec:
 def tokenizer_from_spec(spec: dict[str, Any]) -> Tokenizer:
     """Rebuild a tokenizer from its `spec`. Raises InputError where the spec is damaged, or of no known kind."""
     kind = spec.get("kind")
-    if not isinstance(kind, str) or kind not in TOKENIZERS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise InputError(f"tokenizer kind must be bpe, chars or hf, not {kind!r}")
-    return TOKENIZERS[kind].from_spec(spec)
+    return KINDS[kind].from_spec(spec)

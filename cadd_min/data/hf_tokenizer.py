@@ -59,6 +59,7 @@ class HFTokenizer(Tokenizer):
         return self._mask_id
 
     def spec(self) -> dict[str, Any]:
+        """Return the plain values from which `from_spec` rebuilds this tokenizer, tokenizer.json among them."""
         return {
             "kind": self.kind,
             "json": self.json,

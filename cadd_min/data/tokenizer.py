@@ -114,6 +114,7 @@ class BPETokenizer(Tokenizer):
         return cls(tokens)
 
     def encode_batch(self, texts: list[str], threads: int = 0) -> list[list[int]]:
+        """Return the ids of each text. A special token that is written in a text is encoded as ordinary characters."""
         return self._encoding.encode_ordinary_batch(texts, num_threads=threads or os.cpu_count() or 1)
 
     def _decode(self, ids: list[int]) -> str:
@@ -141,6 +142,7 @@ class CharTokenizer(Tokenizer):
         return cls(alphabet)
 
     def encode_batch(self, texts: list[str], threads: int = 0) -> list[list[int]]:
+        """Return the ids of each text. Raises InputError for a character that is not in the alphabet."""
         try:
             return [[self._ids[c] for c in text] for text in texts]
         except KeyError as missing:

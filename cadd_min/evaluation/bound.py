@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from cadd_min.baselines.dispatch import bound
 from cadd_min.model import Model
 from cadd_min.objective import Batch
 from cadd_min.utils.device import autocast, seeded
+
+Models = dict[Path, tuple[Model, Any, dict[str, Any]]]  # by the checkpoint: model, codec, all else in the checkpoint
 
 
 def held_out_bound(

@@ -34,6 +34,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(FEATURES, classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features (N, 64) and logits (N, classes). Dropout is before the head, in training only."""
         x = images.permute(0, 3, 1, 2).float() / 127.5 - 1  # (N, C, H, W)
         features = self.stages(x).mean((2, 3))  # (N, 64)
         return features, self.head(F.dropout(features, 0.3, self.training))
@@ -96,6 +97,7 @@ def judged(net: Classifier, images: np.ndarray, batch: int = 500) -> tuple[Tenso
     """Compute features (N, 64) and logits (N, classes) of images (N, H, W, C) uint8, in float64."""
 
     def parts() -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the features and logits of each batch."""
         for start in range(0, len(images), batch):
             features, logits = net(torch.from_numpy(np.ascontiguousarray(images[start : start + batch])))
             yield features.double(), logits.double()

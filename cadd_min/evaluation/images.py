@@ -15,14 +15,13 @@ from cadd_min.data import images
 from cadd_min.data.images import Images
 from cadd_min.data.pixels import Pixels
 from cadd_min.evaluation import image_judge
-from cadd_min.evaluation.bound import held_out_bound, report, summary
+from cadd_min.evaluation.bound import Models, held_out_bound, report, summary
 from cadd_min.evaluation.fid import inception_metrics
 from cadd_min.model import Guided, Model
 from cadd_min.objective import Batch
 from cadd_min.sampling import generate
 from cadd_min.utils.errors import InputError
 
-Models = dict[Path, tuple[Model, Any, dict[str, Any]]]  # by the checkpoint: model, codec, all else in the checkpoint
 Rows = dict[str, Any]
 NAMES = {
     "FD": "Fréchet distance (classifier's features, not FID)",
@@ -54,6 +53,7 @@ def bound_rows(model: Model, pixels: Pixels, data: Images, args: argparse.Namesp
     held_out = data.held_out[: args.num]
 
     def batches() -> Iterator[Batch]:
+        """Yield the held-out images, with their labels where the model has classes."""
         for first in range(0, len(held_out), args.batch_size):
             rows = slice(first, first + args.batch_size)
             label = None

@@ -22,7 +22,7 @@ from cadd_min.data.pairs import holds_pairs
 from cadd_min.data.token_folder import TokenFolder, TokenView, is_folder, prepare
 from cadd_min.data.tokenizer import Tokenizer
 from cadd_min.evaluation import text_scores
-from cadd_min.evaluation.bound import held_out_bound, report, summary
+from cadd_min.evaluation.bound import Models, held_out_bound, report, summary
 from cadd_min.evaluation.text_judge import SMOLLM2, LanguageJudge, characters, open_judge
 from cadd_min.evaluation.text_scores import MAUVE_LEAST, score
 from cadd_min.model import Model
@@ -31,7 +31,6 @@ from cadd_min.orders import Sampling
 from cadd_min.sampling import generate
 from cadd_min.utils.errors import InputError
 
-Models = dict[Path, tuple[Model, Any, dict[str, Any]]]  # by the checkpoint: model, codec, all else in the checkpoint
 REAL = "held-out text"
 TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0)  # of a frontier without --temperatures and --top-ps
 COLUMNS = {  # of score(): heading and digits

@@ -60,6 +60,7 @@ class Fit:
         self.trainer, self.run, self.config = trainer, run, config
         self.first = trainer.world.first
         self.log = MetricsLog(run.out, trainer.step) if self.first else None
+        self.saved_step = -1  # of this process's last save
         self.last_look, self.next_look = (trainer.step, time.monotonic()), trainer.step  # see `_stopping`
         self.step_tokens = trainer.config.batch_size * trainer.accumulate * trainer.model.config.length
         steps, name = trainer.config.steps, trainer.model.config.model
@@ -84,7 +85,8 @@ class Fit:
                         self._say(self.run.show_sample(trainer, self.run.out if self.first else None))
                     if saving:
                         self.save()
-                self.save()
+                if self.saved_step != trainer.step:  # a second copy of a step would push out the checkpoint before it
+                    self.save()
         finally:
             self.bar.close()
             if self.log is not None:
@@ -95,7 +97,7 @@ class Fit:
 
     def save(self) -> None:
         """Write the checkpoint. All processes must call at the same time."""
-        state = self.trainer.state_dict()
+        state, self.saved_step = self.trainer.state_dict(), self.trainer.step
         if self.first:
             checkpoint.save(self.run.out / checkpoint.FILE, {**self.run.contents, "trainer": state})
 

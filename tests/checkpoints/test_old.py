@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cadd_min.checkpoints import file as checkpoint
+from cadd_min.checkpoints.folder import save_pretrained
 from cadd_min.checkpoints.load import build_model, load_denoiser
 from cadd_min.model import Model
 from cadd_min.orders import Sampling
@@ -42,6 +43,18 @@ def test_other_weights_draw_other_tokens():
     model = build_model(content, OLD)
     model.load_state_dict(content["trainer"]["model"])
     assert any(draw(model.eval(), settings) != tokens for settings, tokens in DRAWN["text"].items())
+
+
+def test_a_renamed_schedule_is_found_under_its_old_name(tmp_path):
+    content = checkpoint.load(OLD / "text.pt")
+    content["model_config"]["discrete"] = content["settings"]["discrete"] = "gone"
+    checkpoint.save(tmp_path / "old.pt", content)
+    model, codec, found = load_denoiser(tmp_path / "old.pt")
+    assert model.schedule.discrete == found["settings"]["discrete"] == "all-at-once"
+    save_pretrained(model, codec, tmp_path / "folder")
+    config = tmp_path / "folder" / "config.json"
+    config.write_text(config.read_text().replace("all-at-once", "gone"))
+    assert load_denoiser(tmp_path / "folder")[0].schedule.discrete == "all-at-once"
 
 
 def test_training_goes_on_from_an_old_checkpoint():

@@ -141,6 +141,13 @@ def test_every_cut_and_every_flipped_bit_is_found_and_the_checkpoint_before_is_u
     assert checkpoint.load(tmp_path)["trainer"]["step"] == 1
 
 
+def test_the_checkpoint_before_the_last_is_of_an_earlier_step(tmp_path):
+    """Run steps that save_every divides: the last step must not be saved twice, once in the loop and once after it."""
+    fit(trainer(steps=4), run_of(tmp_path), FitConfig(log_every=0, eval_every=0, sample_every=0, save_every=2))
+    steps = [checkpoint.load(tmp_path / name)["trainer"]["step"] for name in (checkpoint.FILE, checkpoint.PREVIOUS)]
+    assert steps == [4, 2]
+
+
 def test_a_run_that_died_between_two_renames_has_its_checkpoint(tmp_path, capsys):
     path = tmp_path / "run" / checkpoint.FILE
     checkpoint.save(path, state(7))
