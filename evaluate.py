@@ -31,7 +31,8 @@ from cadd_min.utils.device import DTYPES, torch_device
 from cadd_min.utils.errors import InputError
 from cadd_min.utils.files import cache_folder
 
-TEXT, IMAGES = ("bound", "samples", "frontier", "infill"), ("bound", "frechet", "fid")
+TEXT = {"bound": text.bound, "samples": text.samples, "frontier": text.frontier, "infill": text.infill}
+IMAGES = {"bound": images.bound, "frechet": images.frechet, "fid": images.fid}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -147,7 +148,7 @@ def main() -> None:
     if args.what != "bound":
         for model, _, _ in models.values():
             dispatch.check(model, generate.sampling(args))
-    print(getattr(images if of_images else text, args.what)(models, args))
+    print((IMAGES if of_images else TEXT)[args.what](models, args))
 
 
 if __name__ == "__main__":

@@ -187,6 +187,7 @@ def token_losses(
     chunk = chunk or chunk_rows(head)
 
     def piece(rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute both for some of the positions."""
         logits = (rows @ head.T).to(precise)
         if mask_id is not None and mask_id < len(head):
             logits[:, mask_id] = -torch.inf

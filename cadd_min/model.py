@@ -139,6 +139,7 @@ class Model(nn.Module, ABC):
         return self.logits(self.features(x_t, z_t, t, label).flatten(0, 1)[rows])
 
     def forward(self, x_t: Tensor, z_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Compute the logits (B, L, V) at every position."""
         return self.logits(self.features(x_t, z_t, t, label))
 
 

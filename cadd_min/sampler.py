@@ -1,7 +1,7 @@
 """The reverse chain: from masks and noise to tokens, with any denoiser.
 
-Each step predicts p(x_0 | x_t, z_t), flips every masked position with probability rho_flip, draws a token where it
-flipped, and elsewhere moves the latent towards an estimate z0_hat by Proposition 2.
+Each step predicts p(x_0 | x_t, z_t) and flips every masked position with probability rho_flip. Where a position flips,
+the step draws its token. Elsewhere it moves the latent towards an estimate z0_hat by Proposition 2.
 """
 
 from __future__ import annotations

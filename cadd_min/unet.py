@@ -30,6 +30,7 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Map x (B, in, H, W) under the conditioning c (B, cond) to (B, out, H, W)."""
         h = self.conv_in(F.silu(self.norm_in(x)))
         scale, shift = self.ada(c)[:, :, None, None].chunk(2, 1)
         h = self.norm_out(h) * (1 + scale) + shift
@@ -48,6 +49,7 @@ class Attention(nn.Module):
         self.out = zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, channels, H, W) to the same shape."""
         qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1))  # (B, 3, heads, head_dim, H W)
         q, k, v = qkv.transpose(-1, -2).unbind(1)
         return x + self.out(attend(q, k, v).transpose(-1, -2).reshape(x.shape))
@@ -62,6 +64,7 @@ class Stage(nn.Module):
         self.attention = Attention(outputs, size.heads) if attends else nn.Identity()
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Map x (B, in, H, W) under the conditioning c (B, cond) to (B, out, H, W)."""
         return self.attention(self.block(x, c))
 
 
@@ -99,6 +102,7 @@ class UNet(nn.Module):
         self.leave = nn.Conv2d(channels, colours, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return the features of x, (B, H W C, embed) both, at times t (B,)."""
         c = self.time(t, label)
         h = self.enter(x.view(len(x), *self.shape).permute(0, 3, 1, 2))
         skips = [h]

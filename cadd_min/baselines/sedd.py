@@ -50,6 +50,7 @@ def scores(rows: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     """
 
     def chunk_scores(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute both columns for some of the positions."""
         f = logits_of(h, head) - math.log(len(head))  # (chunk, V)
         return f.logsumexp(-1), f.gather(-1, target[:, None])[:, 0]
 

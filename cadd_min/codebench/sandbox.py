@@ -94,6 +94,7 @@ def opened(limits: Limits) -> Iterator[Run]:
     with tempfile.TemporaryDirectory(prefix="cadd_min-") as root:
 
         def run(program: str, tests: str) -> Outcome:
+            """Run a program and its tests in a sandbox of its own."""
             return contain(program, tests, limits, root)
 
         probe(run, limits)

@@ -43,6 +43,7 @@ class Span(NamedTuple):
 
     @property
     def remote(self) -> bool:
+        """Whether the file is read over a network."""
         return "://" in self.path
 
 

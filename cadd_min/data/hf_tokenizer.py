@@ -52,10 +52,12 @@ class HFTokenizer(Tokenizer):
 
     @property
     def eot_id(self) -> int:
+        """Return the id of the end of a document."""
         return self._end_id
 
     @property
     def mask_id(self) -> int:
+        """Return the id of the mask, which may be inside the vocabulary."""
         return self._mask_id
 
     def spec(self) -> dict[str, Any]:
@@ -80,6 +82,7 @@ class HFTokenizer(Tokenizer):
         return cls(**{name: spec[name] for name in types})
 
     def encode_batch(self, texts: list[str], threads: int = 0) -> list[list[int]]:
+        """Return the ids of each text. The package chooses how many threads to use."""
         return self._encode(texts, special=False)
 
     def encode_chat(self, message: str) -> list[int]:

@@ -30,10 +30,12 @@ class Pixels:
 
     @property
     def vocab_size(self) -> int:
+        """Return the number of values of a pixel."""
         return self.levels
 
     @property
     def mask_id(self) -> int:
+        """Return the id of the mask, which follows the values."""
         return self.levels
 
     @property

@@ -52,6 +52,7 @@ class Job(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Return the length of the part's text in bytes."""
         return sum(span.size for span in self.part)
 
     def entry(self) -> dict[str, Any] | None:

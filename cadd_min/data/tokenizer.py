@@ -39,10 +39,12 @@ class Tokenizer:
 
     @property
     def eot_id(self) -> int:
+        """Return the id of the end of a document, the last token."""
         return self.vocab_size - 1
 
     @property
     def mask_id(self) -> int:
+        """Return the id of the mask, which follows the vocabulary."""
         return self.vocab_size
 
     def spec(self) -> dict[str, Any]:
@@ -97,6 +99,7 @@ class BPETokenizer(Tokenizer):
         return " ".join(base64.b64encode(token).decode() for token in self.tokens)
 
     def spec(self) -> dict[str, Any]:
+        """Return the kind, and the tokens in base64, in rank order."""
         return {"kind": self.kind, "tokens": self._packed}
 
     @classmethod
@@ -131,6 +134,7 @@ class CharTokenizer(Tokenizer):
         self._ids = {c: i for i, c in enumerate(alphabet)}
 
     def spec(self) -> dict[str, Any]:
+        """Return the kind and the alphabet."""
         return {"kind": self.kind, "alphabet": self.alphabet}
 
     @classmethod

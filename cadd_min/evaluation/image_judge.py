@@ -153,6 +153,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
         raise InputError(f"precision and recall need more than {k} images of each kind, not {len(real)}, {len(fake)}")
 
     def covered(points: Tensor, centres: Tensor) -> float:
+        """Return the share of points within the k-th neighbour's distance of some centre."""
         radius = torch.cdist(centres, centres).kthvalue(k + 1, dim=1).values  # the nearest is the point itself
         return float((torch.cdist(points, centres) <= radius).any(1).double().mean())
 

@@ -87,6 +87,7 @@ def draw(model: Model, pixels: Pixels, args: argparse.Namespace) -> np.ndarray:
     """Draw samples (num, H, W, C). A model of classes draws as many of each class."""
 
     def guided(first: int, count: int) -> Any:
+        """Make the denoiser of samples first to first + count - 1, whose classes take turns."""
         label = (first + torch.arange(count, device=model.device)) % model.config.classes
         return Guided(model, label, 1.0 if args.guidance is None else args.guidance)
 

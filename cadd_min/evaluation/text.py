@@ -165,6 +165,7 @@ class Reader:
         self.reference = self.judge.read(self.texts(self.real[::2])).features
 
     def texts(self, ids: Tensor) -> list[str]:
+        """Decode tokens (N, L)."""
         return [self.tokenizer.decode(row) for row in ids.tolist()]
 
     def score(self, ids: Tensor) -> dict[str, float]:

@@ -28,7 +28,9 @@ MAUVE_LEAST = 50
 class Judge(Protocol):
     """The part of a judge that `score` needs. `text_judge.LanguageJudge` has it."""
 
-    def read(self, texts: list[str]) -> Reading: ...
+    def read(self, texts: list[str]) -> Reading:
+        """Score texts, and return what was found."""
+        ...
 
 
 def unigram_entropy(ids: Tensor) -> float:

@@ -84,6 +84,7 @@ class Through(nn.Module):
         self.model = model
 
     def forward(self, f: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Return f(model, *args, **options)."""
         return f(self.model, *args, **options)
 
 

@@ -171,8 +171,8 @@ def upgrade(
 
     Args: shift: whether the logits at position i are of token i + 1; None: as in the model's family. unit: length of a
     token's embedding; None: measured. options: those of `UpgradeConfig`.
-    Raises InputError for a model that takes no embeddings, cannot look to the right, has fewer positions than `length`,
-    or computes its logits by more than a linear map of its last layer.
+    Raises InputError for a model that takes no embeddings, or cannot look to the right, or has fewer positions than
+    `length`. So it does where logits are more than a linear map of the last layer.
     """
     network, name = source.network, source.name
     if "inputs_embeds" not in inspect.signature(network.forward).parameters:
