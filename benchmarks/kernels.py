@@ -3,7 +3,8 @@
     python -m benchmarks.kernels                 the tables of docs/performance.md, on the GPU if there is one
     python -m benchmarks.kernels --json FILE     the same, and the results as JSON
 
-The cells are medians in milliseconds. In brackets is the ratio to the fused kernel in the same run. The columns are
+The cells are medians in milliseconds, on a GPU of rounds of 20 calls. In brackets is the ratio to the fused kernel in
+the same run. The columns are
 
     fused         the project's kernel, for the reverse step with each z0_hat and with top-p 0.9
     eager         the same in plain PyTorch with torch's own random numbers
@@ -31,24 +32,30 @@ from cadd_min import ops
 from cadd_min.reverse import Decoding, step_coefficients
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.utils.cli import run
+from cadd_min.utils.device import default_device
 from cadd_min.utils.errors import InputError
 
 SCHEDULE = NoiseSchedule()
 NOISING = [(8, 1024, 768, 50257), (8, 1024, 128, 50257), (8, 128, 128, 4096), (32, 1024, 768, 50257)]  # B, L, D, V
+QUEUED = 20  # calls between two readings of the clock on a GPU
 REVERSE = [(2048, 50258, 768, 1), (512, 50258, 768, 1), (512, 50258, 768, 4), (1024, 4096, 128, 1)]  # N, V, D, K
 
 
-def milliseconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Measure the median time of a call. The first call does not count."""
-    times = []
+def milliseconds(call: Callable[[], object], device: torch.device, repeats: int, queued: int = 1) -> float:
+    """Measure the median time of a call. The first round does not count.
+
+    queued: calls of a round on a GPU, of which the time is averaged: the GPU need not wait for Python between them.
+    """
+    on_gpu, times = device.type == "cuda", []
     for _ in range(repeats + 1):
-        if device.type == "cuda":
+        if on_gpu:
             torch.cuda.synchronize()
         start = time.perf_counter()
-        call()
-        if device.type == "cuda":
+        for _ in range(queued if on_gpu else 1):
+            call()
+        if on_gpu:
             torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
+        times.append(1e3 * (time.perf_counter() - start) / (queued if on_gpu else 1))
     return statistics.median(times[1:])
 
 
@@ -84,7 +91,7 @@ def noising(shape: tuple[int, int, int, int], device: torch.device, repeats: int
         "normal": lambda: out.normal_(),
         "copy": lambda: out.clone(),
     }
-    return {name: milliseconds(call, device, repeats) for name, call in calls.items()}
+    return {name: milliseconds(call, device, repeats, QUEUED) for name, call in calls.items()}
 
 
 def reverse(shape: tuple[int, int, int, int], device: torch.device, repeats: int) -> dict[str, float]:
@@ -107,7 +114,7 @@ def reverse(shape: tuple[int, int, int, int], device: torch.device, repeats: int
         "multinomial": lambda: torch.multinomial(logits[0].softmax(-1), 1),
         "amax": lambda: logits.amax(-1),
     }
-    return {name: milliseconds(call, device, repeats) for name, call in calls.items()}
+    return {name: milliseconds(call, device, repeats, QUEUED) for name, call in calls.items()}
 
 
 def memory_of(shape: tuple[int, int, int, int]) -> dict[str, float]:
@@ -142,7 +149,7 @@ def table(title: str, rows: dict[str, dict[str, float]], base: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--repeats", type=int, default=9, help="calls of which the median is taken")
     parser.add_argument("--json", type=Path, help="file for the results as JSON")
     args = parser.parse_args()

@@ -1,12 +1,12 @@
-"""What is trained: the cross-entropy of masked tokens, with the squared error of z0_hat beside it where it is wanted.
+"""The training objective: the cross-entropy of masked tokens, and the squared error of z0_hat if `mse` is not 0.
 
     L = E_t E_q [ sum over masked i of a_t (-log p(x_0^i | x_t, z_t)) + mse b_t ||w[x_0^i] - z0_hat^i||^2 ] / length
 
 a_t and b_t are 1 in the paper's loss, and Lemma 1's weights under "elbo".
 
-Wrong hints are an addition to the paper. A network that is trained on true latents alone believes its latent, whatever
-the neighbours say. While it samples, the latent is its own guess of a step ago, and often wrong. So in training a share
-of the latents are a random token's.
+Wrong hints are an addition to the paper. A network that trains only on true latents learns to trust the latent over the
+other tokens. In sampling, the latent moves towards the network's own earlier estimates, which are often wrong. So in
+training a share of the latents are those of random tokens.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Batch(NamedTuple):
         return self._each(lambda part: part.to(device, non_blocking=True))
 
     def pinned(self) -> Batch:
-        """Copy the batch to memory from which a GPU can fetch it while the CPU goes on."""
-        return self._each(Tensor.pin_memory)
+        """Copy the batch to memory from which a GPU can fetch it while the CPU goes on. On a GPU it stays as it is."""
+        return self._each(lambda part: part if part.is_cuda else part.pin_memory())
 
     def scored(self) -> int:
         """Count the tokens that are scored."""

@@ -76,7 +76,7 @@ def draw_seed(generator: torch.Generator | None, device: torch.device | str | No
     """Draw a seed (2,) int64 from a generator, or torch's own: a number, and the offset 0."""
     own = device if generator is None else generator.device
     seed = torch.randint(2**62, (2,), generator=generator, device=own)
-    seed[1] = 0
+    seed[1].zero_()  # a plain 0 would have to travel to the GPU, which waits for it
     return seed if device is None else seed.to(device)
 
 
@@ -110,7 +110,7 @@ def reverse_step(
     """Make one reverse step of N masked positions, with z0_hat for z_0.    (Prop. 2)
 
     The reference runs for coefficients (4, N), float64 tensors and temperatures up to COLD, else the active backend.
-    `reverse.reverse_rows` is the whole step in PyTorch.
+    In PyTorch the step is `reverse.token_probs`, then `reverse.reverse_rows`.
     Args: logits (K, N, V) of the masked positions; rows (N,) int64, their places among the P = B L positions; z_t
     (K, P, D); table (V, D); coefficients: see `reverse.step_coefficients`; seed (2,) int64, its offset the step's own.
     Returns: x_s (N,), mask_id where a position stays masked; z_s (K, N, D).

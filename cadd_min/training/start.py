@@ -11,7 +11,8 @@ import torch
 
 from cadd_min import ops
 from cadd_min.checkpoints import file as checkpoint
-from cadd_min.checkpoints.load import blaming
+from cadd_min.checkpoints.load import blaming, model_config
+from cadd_min.data.codec import Codec
 from cadd_min.model import Model, ModelConfig
 from cadd_min.objective import Batch
 from cadd_min.training import log
@@ -20,7 +21,7 @@ from cadd_min.training.loop import FitConfig, Run, fit
 from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.utils.cli import Parser, add_options, from_args, set_defaults
 from cadd_min.utils.device import default_device
-from cadd_min.utils.errors import InputError
+from cadd_min.utils.errors import InputError, choose
 from cadd_min.utils.files import cache_folder, remove_leftovers
 
 RUNS = Path("runs")
@@ -49,9 +50,11 @@ def parse_args(parser: argparse.ArgumentParser, script: str) -> tuple[argparse.N
     """
     parser.set_defaults(script=script)
     args = parser.parse_args()
+    ops.backend()  # an unknown CADD_BACKEND ends here, before the data is read
     if not args.resume:
         return args, None
-    content, where = checkpoint.load(args.out or RUNS), checkpoint.find(args.out or RUNS)
+    where = checkpoint.find(args.out or RUNS)
+    content = checkpoint.load(where)
     checkpoint.check_outline(content, where)
     trained_by = checkpoint.trained_by(content)
     if trained_by != script:
@@ -59,6 +62,19 @@ def parse_args(parser: argparse.ArgumentParser, script: str) -> tuple[argparse.N
     set_defaults(parser, content.get("settings"), str(where))
     parser.set_defaults(out=where.parent)
     return parser.parse_args(), content
+
+
+def network(args: argparse.Namespace, presets: dict[str, Any], resumed: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the size that --preset names, as a field of ModelConfig.
+
+    A resumed run keeps its own size and head, which may have no name or option today. Raises InputError.
+    """
+    if resumed and all(getattr(args, name, None) == resumed["settings"].get(name) for name in ("preset", "backbone")):
+        where = checkpoint.find(args.out or RUNS)
+        with blaming(where):
+            own = model_config(resumed, where)
+        return {"size": own.size, "head_bias": own.head_bias}
+    return {"size": presets[choose("--preset", args.preset, presets)]}
 
 
 def new_folder(args: argparse.Namespace) -> Path:
@@ -90,7 +106,7 @@ def train(
     make: Callable[[], Model],
     data: Callable[[int], Batch],
     held_out: Sequence[Batch],
-    codec: Any,
+    codec: Codec,
     show_sample: Callable[[Trainer, Path | None], str],
     what: str,
 ) -> None:
@@ -105,7 +121,6 @@ def train(
             f"--dataset {args.dataset} has other tokens than the run had: resume on the same data, or anew"
         )
     train_config, fit_config = from_args(TrainConfig, args), from_args(FitConfig, args)
-    ops.backend()  # where this fails, no folder must be left behind
     with world(args.device) as processes:
         torch.manual_seed(args.seed)
         trainer = Trainer(make().to(processes.device), data, train_config, processes)
@@ -122,7 +137,7 @@ def train(
             print(f"trained: {out / checkpoint.FILE}; now: python sample.py --ckpt {out}")
 
 
-def _contents(args: argparse.Namespace, trainer: Trainer, codec: Any) -> dict[str, Any]:
+def _contents(args: argparse.Namespace, trainer: Trainer, codec: Codec) -> dict[str, Any]:
     """Return what the run's checkpoints hold beside the trainer's state, as plain values."""
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "resume")}
     # the values that "auto" and 0 stand for: a resumed run keeps its dtype, and its steps stay as large

@@ -1,9 +1,9 @@
 """One training step, and everything that must survive to the next step.
 
 A step depends only on the trainer's state, the seed and the data. Times are drawn from a generator of (seed, step).
-Masks, noise and wrong hints are drawn from generators of (seed, micro-batch number). So a resumed run needs no random
-state to go on bit for bit. N processes that share a step's micro-batches make the step of one process, up to the order
-in which gradients are added.
+Masks, noise, wrong hints and dropout are drawn from generators of (seed, micro-batch number). So a run resumes bit for
+bit without a saved random state. N processes share the micro-batches of a step. Their step equals the step of one
+process up to rounding.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class Trainer:
         return {"ce": sums["ce"] / masked, "mse": sums["mse"] / masked, "grad_norm": norm}
 
     def backward(self) -> dict[str, Tensor]:
-        """Add up the step's gradients, of all processes, in the parameters.
+        """Average the gradients of the step's micro-batches, over all processes, in the parameters.
 
         Returns the sums of the loss's parts over this process's micro-batches.
         """
@@ -174,6 +174,7 @@ class Trainer:
             batch = self._read(index, following).to(self.device)
             accumulate_only(self._model, n + 1 < mine)
             noise = seeded(config.seed, index, self.device)
+            torch.manual_seed(noise.initial_seed())  # dropout draws from torch's own generator
             with self.autocast():
                 loss, *parts = self._model(self.training_loss, batch, u[place, : len(batch.x_0)], config, noise)
             (loss / mine).backward()

@@ -21,9 +21,10 @@ from cadd_min.objective import Batch, training_loss
 from cadd_min.training.log import MetricsLog, loss_curve, read_metrics
 from cadd_min.training.start import restore
 from cadd_min.training.trainer import TrainConfig, Trainer, learning_rate
+from cadd_min.unet import UNetSize
 from cadd_min.utils.device import best_dtype, seeded
 from cadd_min.utils.errors import InputError
-from tests.toys import batch, nano, rng, same, trainer
+from tests.toys import batch, images, nano, rng, same, trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,6 +41,21 @@ def test_resume_is_bit_for_bit(model, options, tmp_path):
     restore(second, checkpoint.load(tmp_path / "c.pt"), tmp_path)
     assert second.step == 3
     for _ in range(3):
+        second.train_step()
+    assert same(straight, second) and not same(straight, first)
+
+
+def test_resume_with_dropout_is_bit_for_bit(tmp_path):
+    """Restore a U-Net with dropout: its masks depend on the micro-batch, not on earlier draws."""
+    data = lambda index: Batch(torch.randint(17, (4, 64), generator=rng(index)))
+    size = UNetSize(embed=4, channels=8, mults=(1,), blocks=1, attention=(), heads=1, dropout=0.5, cond=8)
+    config = TrainConfig(steps=4, batch_size=4, warmup=0, dtype="float32")
+    straight, first, second = (Trainer(images(size), data, config) for _ in range(3))
+    for a in (straight, straight, straight, straight, first, first):
+        a.train_step()
+    checkpoint.save(tmp_path / "c.pt", {"trainer": first.state_dict()})
+    restore(second, checkpoint.load(tmp_path / "c.pt"), tmp_path)
+    for _ in range(2):
         second.train_step()
     assert same(straight, second) and not same(straight, first)
 
@@ -155,9 +171,11 @@ def test_elbo_weights_alone_cannot_train_a_cdm():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_a_step_waits_for_the_gpu_only_to_count_its_masks():
-    """Check by PyTorch's own warnings that a step waits once: for the number of masked positions."""
-    fitted = Trainer(nano().cuda(), batch, TrainConfig(batch_size=8, dtype="bfloat16"))
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_a_step_waits_for_the_gpu_only_to_count_its_masks(where):
+    """Check by PyTorch's own warnings that a step waits once, for the number of masks, wherever the data lies."""
+    data = lambda index: batch(index).to(torch.device(where))
+    fitted = Trainer(nano().cuda(), data, TrainConfig(batch_size=8, dtype="bfloat16"))
     fitted.train_step()
     torch.cuda.set_sync_debug_mode("warn")
     try:
