@@ -135,7 +135,7 @@ def main() -> None:
     files = {path: load.find(path) for path in args.ckpt}
     if len(set(files.values())) < len(args.ckpt):
         raise InputError(f"--ckpt must be different checkpoints, not {' '.join(map(str, args.ckpt))}")
-    models = {where: load.load_denoiser(path, device) for path, where in files.items()}
+    models = {where: load.load_denoiser(where, device) for where in files.values()}
     kinds = {isinstance(codec, Pixels) for _, codec, _ in models.values()}
     if len(kinds) > 1:
         raise InputError("--ckpt: models of text and of images cannot be measured together")

@@ -4,9 +4,9 @@ python export.py folder runs my-model                    the newest run, its ave
 python export.py from-mdlm mdlm.safetensors my-mdlm      the public MDLM's weights, as such a folder
 python export.py to-mdlm runs back.safetensors --time 0.5    a masked model trained here, in MDLM's layout
 
-A model that finetune.py made from another one becomes a folder in the Hugging Face library's own format, with LoRA
-added in: the library opens it as the masked model that it is without its latent. Other models become safetensors and
-JSON (cadd_min/checkpoints/folder.py). sample.py --ckpt, evaluate.py --ckpt and finetune.py --from take both.
+A model that finetune.py made from a Hugging Face model becomes a folder in that library's own format, with LoRA merged.
+The library opens the folder as the masked model without its latent. All other models become safetensors and JSON
+(cadd_min/checkpoints/folder.py). sample.py --ckpt, evaluate.py --ckpt and finetune.py --from take both kinds of folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cadd_min.upgrade import folder as upgraded
 from cadd_min.upgrade.wrapper import Upgraded
 from cadd_min.utils.cli import Parser, integer, run
 from cadd_min.utils.errors import InputError
-from cadd_min.utils.files import new_folder
+from cadd_min.utils.files import new_or_empty
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,13 +33,15 @@ def build_parser() -> argparse.ArgumentParser:
     folder = commands.add_parser("folder", help="a model as a folder", description="Write a model as a folder.")
     folder.add_argument("source", type=Path, help="a checkpoint, its folder, or a folder of runs")
     folder.add_argument("target", type=Path, help="a new folder")
-    ours = commands.add_parser("from-mdlm", help="MDLM's weights as a folder", description=mdlm.from_mdlm.__doc__)
+    what = "Write the public MDLM's weights, of GPT-2's tokens, as a folder of this project."
+    ours = commands.add_parser("from-mdlm", help="MDLM's weights as a folder", description=what)
     ours.add_argument("source", type=Path, help="MDLM's weights, or the folder that holds them")
     ours.add_argument("target", type=Path, help="a new folder")
     ours.add_argument(
         "--length", type=integer, default=1024, help="tokens in a sequence, which the weights do not tell"
     )
-    theirs = commands.add_parser("to-mdlm", help="a masked model as MDLM's", description=mdlm.to_mdlm.__doc__)
+    what = "Write a masked model's weights as a .safetensors file in the public MDLM's layout."
+    theirs = commands.add_parser("to-mdlm", help="a masked model as MDLM's", description=what)
     theirs.add_argument("source", type=Path, help="what --ckpt of sample.py takes")
     theirs.add_argument("target", type=Path, help="a new .safetensors file")
     theirs.add_argument("--time", type=float, help="t from 0 to 1 at which to take a model that looks at the time")
@@ -48,14 +50,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def export_folder(source: Path, target: Path) -> str:
     """Write the model of `source` to the new folder `target`. Returns what was written, in words."""
-    new_folder(target)
+    new_or_empty(target)
     model, codec, content = load_denoiser(source)
     step = content["trainer"]["step"]
-    count = sum(p.numel() for p in model.parameters())
     if isinstance(model, Upgraded) and isinstance(codec, HFTokenizer):
         upgraded.save(model, codec, target)
     else:
         save_pretrained(model, codec, target, settings=content["settings"], step=step)
+    count = sum(p.numel() for p in model.parameters())  # after saving, which adds LoRA's matrices in
     return f"{model.config.model} at step {step}, {count:,} parameters"
 
 

@@ -29,6 +29,7 @@ from cadd_min.utils.cli import from_args, run
 from cadd_min.utils.errors import InputError, choose
 
 PRESETS = {"unet": UNET_PRESETS, "dit": PATCH_PRESETS}
+SIZE_NAMES = "; ".join(f"{', '.join(sizes)} of the {name}" for name, sizes in PRESETS.items())
 HELD_OUT = 2**25  # probabilities (B, L, V) in each of the four evaluation batches: the bound has all in memory
 DEFAULTS = {
     "steps": 1800,
@@ -48,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", default="digits", help=f"{', '.join(images.NAMES)}, an .npz, or a folder")
     parser.add_argument("--archive", type=Path, help="local file or folder of a named data set, instead of a download")
     parser.add_argument("--backbone", default="unet", help=f"{', '.join(PRESETS)}")
-    parser.add_argument("--preset", default="tiny", help=f"size of the network: {', '.join(UNET_PRESETS)}")
+    parser.add_argument("--preset", default="tiny", help=f"size of the network: {SIZE_NAMES}")
     parser.add_argument("--classes", action="store_true", help="condition on the labels")
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images")
     # on a CPU, a convolution of few channels is no faster in bfloat16
@@ -58,8 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args, resumed = start.parse_args(build_parser(), "train_image.py")
-    presets = PRESETS[choose("--backbone", args.backbone, PRESETS)]
-    size = presets[choose("--preset", args.preset, presets)]
+    shape = start.network(args, PRESETS[choose("--backbone", args.backbone, PRESETS)], resumed)
     images.pillow()  # fail now where it is missing, not at the first picture
     data = images.open_images(args.dataset, args.cache, args.archive)
     if args.classes and data.labels is None:
@@ -71,9 +71,9 @@ def main() -> None:
         args,
         vocab_size=pixels.levels,
         length=pixels.length,
-        size=size,
         image=pixels.shape,
         classes=classes,
+        **shape,
     )
     flip = data.flip if args.flip is None else args.flip
     batches = ImageBatches(data.train, labels, pixels, args.batch_size, args.seed, flip)

@@ -49,8 +49,8 @@ def open_tokens(args: argparse.Namespace) -> TokenFolder:
 
 def main() -> None:
     args, resumed = start.parse_args(build_parser(), "train_text.py")
-    size = PRESETS[choose("--preset", args.preset, PRESETS)]
-    config = from_args(ModelConfig, args, vocab_size=args.vocab_size, length=args.length, size=size)
+    shape = start.network(args, PRESETS, resumed)
+    config = from_args(ModelConfig, args, vocab_size=args.vocab_size, length=args.length, **shape)
     tokens = open_tokens(args)
     codec, training_tokens = tokens.tokenizer(), tokens.split("train")
     config = dataclasses.replace(config, vocab_size=codec.vocab_size)  # only gpt2 has the size of --vocab-size

@@ -43,6 +43,7 @@ from cadd_min.unet import UNET_PRESETS
 from cadd_min.utils.cli import run
 from cadd_min.utils.device import seeded
 from cadd_min.utils.errors import InputError, choose
+from cadd_min.utils.files import cache_folder
 from train_image import DEFAULTS
 
 COLUMNS = {"FD": 2, "variety": 2, "doubt": 2, "precision": 2, "recall": 2, "copies": 3}
@@ -134,7 +135,7 @@ def main() -> None:
     parser.add_argument("--train", nargs="*", default=["mdlm", "cadd", "cdm"], help="models to train")
     parser.add_argument("--dataset", default="digits", help="as for train_image.py")
     parser.add_argument("--archive", type=Path, help="where the data set lies, if not to be downloaded")
-    parser.add_argument("--cache", default=str(Path.home() / ".cache" / "cadd_min"), help="folder of prepared data")
+    parser.add_argument("--cache", default=str(cache_folder()), help="folder of prepared data")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each model")
     parser.add_argument("--steps", type=int, default=DEFAULTS["steps"], help="training steps")
     parser.add_argument("--samples", type=int, default=1024, help="samples for each T and zhat")

@@ -28,7 +28,7 @@ from cadd_min.orders import Sampling
 from cadd_min.reverse import ZHATS
 from cadd_min.sampler import reverse_chain
 from cadd_min.utils.cli import run
-from cadd_min.utils.device import autocast, best_dtype, seeded, torch_device
+from cadd_min.utils.device import autocast, best_dtype, default_device, seeded, torch_device
 from cadd_min.utils.errors import InputError
 
 
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--zhat", default="hard", choices=ZHATS, help="estimate of z_0")
     parser.add_argument("--num-latents", type=int, default=1, help="K")
     parser.add_argument("--repeat", type=int, default=5, help="runs of which the median is taken")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     args = parser.parse_args()
     if not all(re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape) for shape in args.shapes) or min(args.repeat, *args.steps) < 1:
         raise InputError("--shapes must look like 8x128, and --repeat and --steps be at least 1")

@@ -41,8 +41,9 @@ from cadd_min.orders import Sampling
 from cadd_min.sampling import generate
 from cadd_min.training.log import read_metrics
 from cadd_min.utils.cli import TYPES, run
-from cadd_min.utils.device import DTYPES
+from cadd_min.utils.device import DTYPES, default_device
 from cadd_min.utils.errors import InputError, choose
+from cadd_min.utils.files import cache_folder
 
 ROOT = Path(__file__).parent.parent
 NOT_THE_RUNS = ("train", "ckpt", "vary", "seeds", "out", "table", "picture")
@@ -239,11 +240,9 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=64, help="samples of each setting, and pieces of held-out text")
     parser.add_argument("--judge", default=SMOLLM2, help="language model that scores the texts")
     parser.add_argument("--judge-dtype", choices=DTYPES, default="float32", help="bfloat16: faster, 0.002 bits higher")
-    parser.add_argument("--cache", default=str(Path.home() / ".cache" / "cadd_min"), help="folder of prepared data")
+    parser.add_argument("--cache", default=str(cache_folder()), help="folder of prepared data")
     parser.add_argument("--runs", default="runs/text", help="folder in which each model and seed has its run")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="on a GPU use --jobs 1"
-    )
+    parser.add_argument("--device", default=default_device(), help="on a GPU use --jobs 1")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--out", type=Path, help="append each run as a line of JSON")
     parser.add_argument("--table", type=Path, help="only print the table of the runs in this file")

@@ -49,7 +49,7 @@ from cadd_min.objective import Batch
 from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.unet import UNET_PRESETS
 from cadd_min.utils.cli import run
-from cadd_min.utils.device import DTYPES, autocast, best_dtype, seeded, torch_device
+from cadd_min.utils.device import DTYPES, autocast, best_dtype, default_device, seeded, torch_device
 from cadd_min.utils.errors import InputError
 from train_image import DEFAULTS
 
@@ -312,7 +312,7 @@ def main() -> None:
     parser.add_argument("--unet", choices=UNET_PRESETS, help="train this U-Net on images instead")
     parser.add_argument("--image", type=int, nargs=3, default=[32, 32, 3], help="height, width and colours")
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--compile", action="store_true", help="compile the networks")
     parser.add_argument("--repeat", type=int, default=9, help="rounds of which the median is taken")
     args = parser.parse_args()

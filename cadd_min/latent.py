@@ -55,8 +55,8 @@ def table_norm(norm: float, vocab_size: int, schedule: NoiseSchedule, share: flo
 def ordered_rows(count: int, dim: int) -> Tensor:
     """Make (count, dim) unit rows for tokens that are steps of a scale, like grey levels: near tokens get near rows.
 
-    The rows are points of half a circle, (cos, sin) of pi u for u from 0 to 1, then of 2 pi u, 3 pi u, ... An odd
-    dimension ends with a cosine. Dimension 1 is the scale itself, from -sqrt(3) to sqrt(3), of mean square 1.
+    A row is (cos, sin) of pi u, then of 2 pi u, 3 pi u, ..., where u goes from 0 to 1 along the scale. An odd dimension
+    ends with a cosine. In dimension 1 the rows are evenly spaced from -sqrt(3) to sqrt(3), without unit length.
     """
     u = torch.linspace(0, 1, count)[:, None]
     if dim == 1:
@@ -84,13 +84,13 @@ class Latent(nn.Module):
         "tied"     the token embedding; a fixed random matrix maps it to dim where dim is not the embedding's width
         "fixed"    random directions that never change
         "ordered"  the points of a scale, for pixels
-        "free"     the token embedding itself, with its gradient: the trap above, to look at and not to use
+        "free"     the token embedding itself, trained: its rows grow until z_t gives x_0 away. Only for demonstration
     fusion: "add" (the paper's), "concat" or "reweight".
     hint: what of z_t the network reads.
         "raw"        z_t itself (the paper's)
         "linear"     the best linear guess of z_0, which is near zero where z_t is noise
         "posterior"  E[w | z_t] under the table
-    unit: the length of the hint where z_0 has length 1. For a pretrained embedding it is the ratio of the two lengths.
+    unit: the factor of the hint. For a pretrained embedding: the length of its rows over the length of z_0.
     """
 
     directions: Tensor

@@ -99,11 +99,12 @@ def nelbo_parts(
     """
     check_steps(steps)
     u = stratified_times(len(x_0), generator, x_0.device)  # (B,)
-    process = (denoiser, x_0, table, schedule, mask_id, free, generator)
+    z_0 = table[x_0]  # (B, L, D)
+    process = (denoiser, x_0, z_0, table, schedule, mask_id, free, generator)
     if steps is None:  # integrals over [T_MIN, 1], and [0, T_MIN] as one last step, in which every token flips
         t = T_MIN + (1 - T_MIN) * u
         ce, z_hat, masked = errors_at(t, *process)
-        gain = per_token(-schedule.snr_prime(t) / 2, ce) * (table[x_0] - z_hat).square().sum(-1)
+        gain = per_token(-schedule.snr_prime(t) / 2, ce) * (z_0 - z_hat).square().sum(-1)
         discrete = (1 - T_MIN) * (per_token(schedule.flip_rate(t), ce) * ce).sum(-1)
         continuous = (1 - T_MIN) * (gain * masked).sum(-1)
         ce, _, _ = errors_at(torch.full_like(t, T_MIN), *process)
@@ -113,10 +114,10 @@ def nelbo_parts(
         s = torch.where(t < 1.5 / steps, torch.zeros_like(t), t - 1 / steps)  # the last step ends at 0 exactly
         ce, z_hat, masked = errors_at(t, *process)
         keep = per_token(schedule.rho_keep(s, t), ce)
-        kept = torch.where(keep > 0, keep * kl_continuous(table[x_0], z_hat, s, t, schedule), torch.zeros_like(ce))
+        kept = torch.where(keep > 0, keep * kl_continuous(z_0, z_hat, s, t, schedule), torch.zeros_like(ce))
         discrete = steps * (per_token(schedule.rho_flip(s, t), ce) * ce).sum(-1)
         continuous = steps * (kept * masked).sum(-1)
-    prior = kl_prior(table[x_0], schedule)
+    prior = kl_prior(z_0, schedule)
     return Bound(discrete, continuous + (prior if free is None else prior * free).sum(-1))
 
 
@@ -124,17 +125,18 @@ def errors_at(
     t: Tensor,
     denoiser: DenoiserFn,
     x_0: Tensor,
+    z_0: Tensor,
     table: Tensor,
     schedule: NoiseSchedule,
     mask_id: int,
     free: Tensor | None,
     generator: Generator | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise x_0 (B, L) to times t (B,), and compare what the denoiser expects with what is true.
+    """Noise x_0 (B, L) and z_0 (B, L, D) to times t (B,), and compare what the denoiser expects with what is true.
 
     Returns: the CE (B, L) in nats, zero where not masked; the soft estimate z0_hat (B, L, D); 1 where masked (B, L).
     """
-    x_t, z_t = q_sample(x_0, table[x_0], t, schedule, mask_id, generator=generator)
+    x_t, z_t = q_sample(x_0, z_0, t, schedule, mask_id, generator=generator)
     x_t = x_t if free is None else torch.where(free, x_t, x_0)
     masked = x_t == mask_id if free is None else (x_t == mask_id) & free
     log_p = log_probs(denoiser(x_t, z_t, t.to(table.dtype)).to(table.dtype), mask_id)  # (B, L, V)
@@ -206,8 +208,8 @@ def token_losses(
 def time_weights(t: Tensor, schedule: NoiseSchedule, weighting: str) -> tuple[Tensor, Tensor]:
     """Return the weights (B,) of the CE and of the squared error at times t (B,).
 
-    "uniform" is the paper's plain loss: 1 and 1. "elbo" is Lemma 1 in continuous time, -alpha'/(1 - alpha) and -SNR'/2,
-    so that CE + MSE is the bound itself.
+    "uniform" is the paper's plain loss: 1 and 1. "elbo" is Lemma 1 in continuous time, -alpha'/(1 - alpha) and -SNR'/2.
+    The weighted CE + MSE is then the integrand of the bound.
     """
     choose("weighting", weighting, WEIGHTINGS)
     if weighting == "uniform":

@@ -46,10 +46,12 @@ class ModelConfig:
     )
     discrete: str = option("linear", "schedule of the masks, alpha_t: linear or cosine")
     continuous: str = option("auto", "schedule of the latent: linear, cosine, capped, flow; auto: capped, cdm linear")
-    latent_dim: int = option(0, "dimension of the latent; 0: the network's width")
+    latent_dim: int = option(0, "dimension of the latent; 0: the width of a token's embedding")
     latent_norm: float = option(0.0, "length of the latent table's rows; 0: from --evidence")
     evidence: float = option(0.1, "share of log V nats that the latent alone tells at half time")
-    latent_table: str = option("tied", "directions of the table: tied to the token embedding, fixed, or free (leaks)")
+    latent_table: str = option(
+        "tied", "directions of the table: tied to the token embedding, fixed, ordered (pixels), or free (leaks)"
+    )
     fusion: str = option("add", "how the latent joins the mask's embedding: add, concat or reweight")
     hint: str = option("linear", "what of z_t the network reads: raw, linear (shrunk) or posterior (E[w | z_t])")
     bayes_head: bool = option(False, "add the latent's own log-likelihood to the logits")
@@ -113,7 +115,7 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def table(self) -> Tensor:
-        """Return the latent table w, (V, D). Its last row may be the mask's, which is never used."""
+        """Return the latent table w: D columns, and a row for each row of the token embedding, the mask's included."""
 
     @abstractmethod
     def features(self, x_t: Tensor, z_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
@@ -217,8 +219,8 @@ class Denoiser(Model):
 class Guided:
     """The denoiser of given classes under classifier-free guidance (Ho & Salimans 2022).
 
-    logits = any + guidance (given - any): of "any class", and of the class of each sequence, label (B,). Guidance 0 is
-    the unconditional model, 1 the conditional model, and more exaggerates what sets the class apart.
+    logits = any + guidance (given - any). `given`: logits for the class of each sequence, label (B,). `any`: logits for
+    "any class". Guidance 0 is the unconditional model, 1 the conditional model, and more exaggerates the class.
     """
 
     def __init__(self, model: Model, label: Tensor, guidance: float = 1.0):

@@ -144,6 +144,8 @@ class Remasking(ExactChain):
         return remask_rate(self.settings.remask, s[0], t[0], self.schedule)
 
     def remasked(self, masked: Tensor, s: Tensor, t: Tensor, seed: Tensor) -> Tensor:
+        if not self.remasks:
+            return super().remasked(masked, s, t, seed)
         u = philox.choices(seed, torch.arange(masked.numel(), device=masked.device))[0].view(masked.shape)
         return self.free & ~masked & (u < self._sigma(s, t))
 

@@ -30,7 +30,7 @@ class Decoding(NamedTuple):
 
 
 def in_all_latents(rows: Tensor, count: int, positions: int) -> Tensor:
-    """Return the places (K, N) of `rows` (N,), some of P = B L positions, among the K P of all K = `count` latents."""
+    """Return the flat indices (K, N) of the positions `rows` (N,) in each of K = `count` latents of P positions."""
     return rows + positions * torch.arange(count, device=rows.device)[:, None]
 
 
@@ -38,19 +38,20 @@ def token_probs(logits: Tensor, mask_id: int, temperature: float = 1.0, top_p: f
     """Average softmax(logits / temperature) over the K latents: (K, N, V) -> (N, V), float32 at least.
 
     Probabilities are averaged, not logits: p(x_0 | x_t) is the expectation of p(x_0 | x_t, z_t) over z_t. The mask has
-    probability zero, whatever its logit. At a temperature up to COLD each latent puts all its mass on its
-    largest logit.
-    top_p < 1 keeps the most probable tokens that together reach it, and those as probable as the last (Holtzman et al.
-    2020). Raises InputError for logits that are NaN or all minus infinity.
+    probability zero, whatever its logit. At temperatures up to COLD each latent puts all its mass on its largest logit.
+    top_p < 1 keeps the fewest, most probable tokens whose mass reaches top_p, with ties (Holtzman et al. 2020).
+    Raises InputError for logits that are NaN or all minus infinity.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if mask_id < logits.shape[-1]:
         logits = logits.index_fill(-1, torch.tensor([mask_id], device=logits.device), -torch.inf)
     if temperature > COLD:
         p = (logits / temperature).softmax(-1).mean(0)
+        finite = torch.isfinite(p.sum())
     else:
         p = F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype).mean(0)
-    if not torch.isfinite(p.sum()):
+        finite = torch.isfinite(logits.amax(-1)).all()  # the one-hot rows are finite whatever the logits are
+    if not finite:
         raise InputError("the denoiser returned logits that are NaN or all minus infinity")
     return nucleus(p, top_p) if top_p < 1 else p
 

@@ -32,7 +32,7 @@ class Step(NamedTuple):
     x: Tensor  # (B, L) tokens, mask_id where still masked
     z: Tensor  # (K, B, L, D) latents
     fresh: Tensor  # (B, L) bool: unmasked in this step
-    belief: Callable[[], Tensor]  # () -> (B, L): x, and what z0_hat looks like where x_t was masked
+    belief: Callable[[], Tensor]  # () -> (B, L): x, with the token nearest to z0_hat wherever x_t was masked
 
 
 def sample(
@@ -50,7 +50,7 @@ def sample(
     generator: Generator | None = None,
     callback: Callable[[Step], None] | None = None,
 ) -> Tensor:
-    """Draw x_0 (B, L) int64 by the exact chain in `steps` equal steps. `reverse_chain` has all settings.
+    """Draw x_0 (B, L) int64 in `steps` equal steps. Positions flip independently. `reverse_chain` takes all settings.
 
     Args: denoiser(x_t (B, L), z_t (B, L, D), t (B,)) -> logits (B, L, V), any callable; shape (B, L); table (V, D);
     zhat: see `reverse.estimate_z_0`; num_latents: K; temperature: a number, or a function of t; prompt (B, L), mask_id

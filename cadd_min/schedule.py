@@ -6,10 +6,10 @@ A masked token's latent is z_t = signal_t z_0 + noise_t eps, and gamma_bar_t mea
     Gaussian latent ("linear", "cosine", "capped")   signal_t = sqrt(gamma_bar_t), noise_t = sqrt(1 - gamma_bar_t)
     flow-matching latent ("flow")                    signal_t = 1 - t,   noise_t = t   (paper, App. B.1)
 
-Both have SNR(t) = signal_t^2 / noise_t^2 = gamma_bar_t / (1 - gamma_bar_t). At t = 0 and t = 1 both are
-exactly 0 or 1 in floating point. Under "capped" a masked token's latent is never louder than its noise (SNR <= 1). The
-latent then stays a hint until its token is unmasked, and the network keeps learning from the other tokens at small t.
-The paper's linear schedule shows the network the answer there.
+Both latents have SNR(t) = signal_t^2 / noise_t^2 = gamma_bar_t / (1 - gamma_bar_t). At t = 0 and t = 1, alpha_t and
+gamma_bar_t are exactly 0 or 1 in floating point. Under "capped" signal_t <= noise_t at every t > 0. The latent then
+stays a hint until its token is unmasked, and the network keeps learning from the other tokens at small t. The paper's
+linear schedule gives the answer away there.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class NoiseSchedule:
         return self._alpha(t)
 
     def gamma_bar(self, t: Tensor) -> Tensor:
-        """Return gamma_bar_t, the share of the latent's variance that is signal: 1 at t = 0, 0 at t = 1."""
+        """Return gamma_bar_t = signal_t^2 / (signal_t^2 + noise_t^2): 1 at t = 0, 0 at t = 1."""
         return self._gamma_bar(t)
 
     def rho_flip(self, s: Tensor, t: Tensor) -> Tensor:

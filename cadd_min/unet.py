@@ -160,6 +160,6 @@ UNET_PRESETS = {
     "tiny": UNetSize(embed=32, channels=32, mults=(1, 2), blocks=1, attention=(1,), heads=2, cond=128),  # 8x8 digits
     # Ho et al. 2020, appendix B: 4 levels, 2 blocks, attention at 16x16, dropout 0.1
     "cifar10": UNetSize(embed=64, channels=128, mults=(1, 2, 2, 2), blocks=2, attention=(1,), dropout=0.1),
-    # Nichol & Dhariwal 2021 for ImageNet 64x64, one level less for half the resolution
+    # Nichol & Dhariwal 2021: channels, blocks and heads as for ImageNet 64x64, multipliers as for 32x32 images
     "imagenet32": UNetSize(embed=64, channels=192, mults=(1, 2, 2, 2), blocks=3, attention=(1, 2), heads=4, cond=768),
 }

@@ -141,6 +141,16 @@ def test_draw_never_returns_a_token_without_mass(size, seed, u):
     assert 0 <= token.item() < size and p[token] > 0
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_token_probs_refuse_logits_that_are_no_law(temperature, bad):
+    logits = torch.zeros(1, 3, 8)
+    token_probs(logits, 7, temperature)
+    logits[0, 1] = bad
+    with pytest.raises(InputError, match="NaN or all minus infinity"):
+        token_probs(logits, 7, temperature)
+
+
 def test_token_probs_average_probabilities():
     """Check that probabilities, not logits, are averaged over the latents; then the mask, temperature 0 and top-p."""
     logits = torch.randn(3, 5, 7, generator=rng(0))

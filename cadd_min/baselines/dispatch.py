@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cadd_min import objective, ops
 from cadd_min.baselines import ar, sedd, udm
-from cadd_min.loss import Bound, nelbo_parts
+from cadd_min.loss import Bound, check_steps, nelbo_parts
 from cadd_min.model import Guided, Model
 from cadd_min.objective import Batch, Loss
 from cadd_min.orders import HITTING, Sampling, check_hitting
@@ -24,13 +24,27 @@ from cadd_min.sampler import Step, first_tokens, reverse_chain
 from cadd_min.utils.errors import InputError
 
 MODULES: dict[str, ModuleType] = {"ar": ar, "udm": udm, "sedd": sedd}  # each has training_loss, nelbo_parts, sample
-UNDERSTOOD = ("steps", "temperature", "top_p", "zhat")  # allowed for every baseline; zhat has no effect without latents
+UNDERSTOOD = ("steps", "temperature", "top_p", "zhat")  # zhat has no effect on a baseline, nor steps on ar
 STEPPED = ("udm", "sedd")  # these take their steps from a time grid; ar takes one step for each token
 
 
 def training_loss(name: str) -> Callable[..., Loss]:
     """Return a model's training loss by the model's name. It takes the arguments of `objective.training_loss`."""
-    return MODULES[name].training_loss if name in MODULES else objective.training_loss
+    if name not in MODULES:
+        return objective.training_loss
+
+    def loss(model: Model, batch: Batch, *rest: Any) -> Loss:
+        """Refuse given tokens, which a baseline would train on like all tokens."""
+        check_batch(batch, name)
+        return MODULES[name].training_loss(model, batch, *rest)
+
+    return loss
+
+
+def check_batch(batch: Batch, name: str) -> None:
+    """Raise InputError for a batch with given tokens: a baseline would score them like all tokens."""
+    if batch.free is not None:
+        raise InputError(f"given tokens are for cadd, mdlm and cdm, and this is {name}")
 
 
 def bound(model: Model, batch: Batch, *, steps: int | None = None, generator: torch.Generator | None = None) -> Bound:
@@ -38,10 +52,13 @@ def bound(model: Model, batch: Batch, *, steps: int | None = None, generator: to
 
     For the core, the bound is on the free tokens given the others, and given the labels where the batch has them. For a
     baseline it is on all tokens, without labels.
-    Args: steps: of the discrete chain, or None for continuous time. Raises InputError for steps below 1.
+    Args: steps: of the discrete chain, or None for continuous time; "ar" has no steps.
+    Raises InputError for steps below 1, and for given tokens under a baseline.
     """
+    check_steps(steps)
     x_0, label, free = batch
     if model.config.model in MODULES:
+        check_batch(batch, model.config.model)
         return MODULES[model.config.model].nelbo_parts(model, x_0, steps=steps, generator=generator)
     denoiser = model if label is None else Guided(model, label)
     chain = (model.table(), model.schedule, model.mask_id)
@@ -49,7 +66,7 @@ def bound(model: Model, batch: Batch, *, steps: int | None = None, generator: to
 
 
 def check(model: Model, settings: Sampling) -> None:
-    """Raise InputError for a setting that this model's chain would ignore."""
+    """Raise InputError for a setting that this model's chain refuses. A baseline accepts those in UNDERSTOOD."""
     name, defaults = model.config.model, Sampling()
     if name not in MODULES:
         check_hitting(settings, model.schedule)

@@ -133,7 +133,7 @@ def find(path: Path) -> Path:
         if not runs:
             raise InputError(f"there is no checkpoint in {path}: train one first (make train)")
         return runs[-1] / FILE
-    if not path.exists():
+    if not path.exists() and not (path.name == FILE and holds_run(path.parent)):
         raise InputError(f"there is no checkpoint at {path}: train one first (make train)")
     return path
 

@@ -19,7 +19,7 @@ from cadd_min.data.codec import Codec
 from cadd_min.model import Denoiser
 from cadd_min.utils.device import DTYPES
 from cadd_min.utils.errors import InputError, reason
-from cadd_min.utils.files import atomic_write, new_folder, read_json, write_json
+from cadd_min.utils.files import atomic_write, new_or_empty, read_json, write_json
 from cadd_min.utils.huggingface import INSTALL, hub_folder
 
 FORMAT, VERSION = "cadd_min", 1
@@ -42,7 +42,7 @@ def save_pretrained(
     model: a Denoiser, compiled and distributed or not. settings: of its training, "dtype" and "dataset"; step: for how
     many steps it was trained. Raises InputError.
     """
-    folder = new_folder(folder)
+    folder = new_or_empty(folder)
     for wrapper in WRAPPERS[::-1]:
         model = getattr(model, wrapper, model)
     if not isinstance(model, Denoiser):

@@ -14,7 +14,7 @@ from cadd_min import model
 from cadd_min.checkpoints import folder, load
 from cadd_min.data.codec import Codec
 from cadd_min.utils.errors import InputError
-from cadd_min.utils.files import new_folder
+from cadd_min.utils.files import new_or_empty
 from cadd_min.utils.huggingface import INSTALL
 
 try:
@@ -53,7 +53,7 @@ class Denoiser(
 
     def save_pretrained(self, save_directory: Path | str, **options: Any) -> str | None:
         """Write a new folder with a model card. options: those of the mixin's method. Raises InputError."""
-        new_folder(save_directory)  # the mixin would first delete a config.json
+        new_or_empty(save_directory)  # the mixin would first delete a config.json
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:

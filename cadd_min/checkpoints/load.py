@@ -28,10 +28,12 @@ UNKNOWN: dict[str, Any] = {"settings": {}, "trainer": {"step": "unknown"}}  # of
 
 def find(path: Path) -> Path:
     """Return the file that tells one model from another: a checkpoint, or the weights or cadd.json of a folder."""
-    if str(path).startswith(HUB) or ((path / WEIGHTS).exists() and not (path / file.FILE).exists()):
-        return path / WEIGHTS
+    if path.name in (WEIGHTS, UPGRADED):
+        return path
     if (path / UPGRADED).exists():  # whose weights may be in several files
         return path / UPGRADED
+    if str(path).startswith(HUB) or ((path / WEIGHTS).exists() and not (path / file.FILE).exists()):
+        return path / WEIGHTS
     return file.find(path)
 
 
@@ -43,13 +45,13 @@ def is_ours(path: Path) -> bool:
 def load_denoiser(path: Path, device: torch.device | str = "cpu") -> tuple[Model, Codec, dict[str, Any]]:
     """Load a trained model, with the averaged weights (EMA), its codec, and all else that is known of it.
 
-    path: whatever --ckpt takes. Raises InputError.
+    path: whatever --ckpt takes, or what `find` returned. Raises InputError.
     """
-    if (path / UPGRADED).exists():
-        model, tokenizer = open_upgraded(str(path))
-        return model.eval().to(device), tokenizer, UNKNOWN | {"tokenizer": tokenizer.spec()}
     where = find(path)
-    content = folder.read(path) if where == path / WEIGHTS else file.load(path)
+    if where.name == UPGRADED:
+        model, tokenizer = open_upgraded(str(where.parent))
+        return model.eval().to(device), tokenizer, UNKNOWN | {"tokenizer": tokenizer.spec()}
+    content = folder.read(where.parent) if where.name == WEIGHTS else file.load(where)
     trained, codec = denoiser_of(content, where)
     return trained.to(device), codec, content
 
@@ -68,7 +70,8 @@ def open_model(
     for name, value in (("length", length), ("mask-token", mask_token)):
         if value is not None:
             raise InputError(f"--{name} goes with --from, and --ckpt has its own")
-    return *load_denoiser(ckpt, device), find(ckpt)
+    where = find(ckpt)  # once: another run may become the newest meanwhile
+    return *load_denoiser(where, device), where
 
 
 def from_pretrained(source: Path | str, revision: str | None = None) -> tuple[Model, Codec]:
@@ -98,12 +101,17 @@ def denoiser_of(content: dict[str, Any], where: Path) -> tuple[Model, Codec]:
 
 def build_model(content: dict[str, Any], where: Path) -> Model:
     """Make a model of the checkpoint's shape, without its weights. Raises InputError."""
+    if "base" in content["model_config"]:
+        return build(from_dict(UpgradeConfig, tuples(content["model_config"]), str(where)))
+    return Denoiser(model_config(content, where))
+
+
+def model_config(content: dict[str, Any], where: Path) -> ModelConfig:
+    """Return the shape of the Denoiser in a content that was read from `where`. Raises InputError."""
     config = tuples(content["model_config"])
-    if "base" in config:
-        return build(from_dict(UpgradeConfig, config, str(where)))
     size = tuples(config["size"])
     config["size"] = from_dict(SIZES[size.pop("kind", "Size")], size, str(where))
-    return Denoiser(from_dict(ModelConfig, config, str(where)))
+    return from_dict(ModelConfig, config, str(where))
 
 
 def tuples(values: dict[str, Any]) -> dict[str, Any]:

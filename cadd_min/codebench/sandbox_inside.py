@@ -7,7 +7,8 @@ sandbox_walls.py starts it as `python -c` with this file's text. The socket is f
 3. sends `wrong ...`, `error ...`, or the key if all tests passed
 4. after the key, receives a token and sends it back
 
-A program cannot forge the token: before the tests have run, the token is nowhere in this process.
+The token reaches this process only after the key was sent. A program that searches this process for the key can still
+report a false success: see sandbox.py.
 """
 
 from __future__ import annotations

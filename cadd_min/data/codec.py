@@ -1,6 +1,6 @@
 """What turns data into tokens and back: a tokenizer for text, pixels for images. One protocol, and one door.
 
-A codec's `spec` is plain JSON that rebuilds it without any package or download. Checkpoints and token files carry it.
+A `spec` is plain JSON that rebuilds its codec without a download. Checkpoints and token folders carry the spec.
 """
 
 from __future__ import annotations
@@ -14,16 +14,11 @@ from cadd_min.utils.errors import InputError
 
 
 class Codec(Protocol):
-    """What training, sampling and checkpoints ask of a tokenizer or of pixels."""
+    """What training and checkpoints ask of a tokenizer or of pixels."""
 
     @property
     def vocab_size(self) -> int:
         """Return the number of tokens of the model that the codec belongs to."""
-        ...
-
-    @property
-    def mask_id(self) -> int:
-        """Return the id of the mask."""
         ...
 
     def spec(self) -> dict[str, Any]:

@@ -255,7 +255,7 @@ def _decode_packed(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.nd
 
 
 def _folder(path: Path) -> Images:
-    """Read every PNG and JPEG in a folder. Folders within it are classes."""
+    """Read every PNG and JPEG in a folder. Its subfolders are classes, unless an image lies in the folder itself."""
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in ENDINGS)
     if not files:
         raise InputError(f"--dataset {path} is a folder without {', '.join(ENDINGS)} files")

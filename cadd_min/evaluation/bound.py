@@ -29,11 +29,11 @@ def held_out_bound(
     """
     nats = []
     for index, batch in enumerate(tqdm(list(batches), desc="bound", unit="batch", leave=False)):
-        draws = []
+        batch, draws = batch.to(model.device), []
         for n in range(repeat):
             generator = seeded(seed, index * repeat + n, model.device)
             with autocast(model.device, dtype):
-                parts = bound(model, batch.to(model.device), steps=steps, generator=generator)
+                parts = bound(model, batch, steps=steps, generator=generator)
             draws.append(torch.stack([*parts], -1).double())  # (B, 2)
         nats.append(torch.stack(draws).mean(0))
     return torch.cat(nats)

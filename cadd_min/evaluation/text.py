@@ -262,9 +262,9 @@ def infilled(model: Model, x_0: Tensor, share: float, settings: Sampling, args: 
 
 
 def sweep(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """List the settings of a frontier, from the most careful to the model's own: temperature or top-p varies.
+    """List the settings of a frontier, for each temperature or for each top-p, in rising order.
 
-    A cosine temperature ends at each of the temperatures. Raises InputError for options that would not be heeded.
+    A cosine temperature ends at each of the temperatures. Raises InputError for options that the sweep would ignore.
     """
     if args.temperatures and args.top_ps:
         raise InputError("--temperatures and --top-ps cannot be given together: a frontier varies one of them")

@@ -150,9 +150,9 @@ def check(ids: Tensor) -> None:
 def score(texts: list[str], ids: Tensor, judge: Judge, reference: np.ndarray | None = None) -> dict[str, float]:
     """Compute the row of measures of N samples, given as texts (N) and as ids (N, L). Real text is scored alike.
 
-    judge_bpc is bits a character of all samples together, judge_ppl the perplexity a token of the judge's. _se are
-    their standard errors, left out for one sample: see `ratio`. The perplexity's is that of its logarithm times the
-    perplexity. entropy, distinct and repetition are measured on ids.
+    judge_bpc: bits per character over all samples. judge_ppl: perplexity per token of the judge's tokenizer. The keys
+    judge_bpc_se and judge_ppl_se are standard errors (see `ratio`), left out for one sample. judge_ppl_se is the
+    perplexity times the standard error of its logarithm. entropy, distinct and repetition are measured on ids.
     reference: the judge's features (M, F) of real text, which must not be the text that is scored. "mauve" is left out
     without it, or where N or M is below MAUVE_LEAST. Raises InputError without samples, where texts and ids differ in
     number, and for samples of fewer than four tokens.

@@ -21,9 +21,9 @@ CUDA_ARCHITECTURES = "8.0;9.0+PTX"  # unless TORCH_CUDA_ARCH_LIST says otherwise
 
 
 def wants_cuda() -> bool:
-    """Tell whether to build for CUDA, by CADD_CUDA: "auto", where nvcc and a CUDA build of torch are; "0", never; "1".
+    """Tell whether to build for CUDA. CADD_CUDA=auto builds where nvcc and a CUDA build of torch are found.
 
-    Raises RuntimeError for "1" where it cannot be built.
+    CADD_CUDA=0 never builds for CUDA, CADD_CUDA=1 always. Raises RuntimeError if 1 is impossible, or for other values.
     """
     asked = os.environ.get("CADD_CUDA", "auto")
     if asked not in ("auto", "0", "1"):

@@ -1,6 +1,6 @@
 """Random words, a function of seed, step, position and quad: Philox4x32-10 (Salmon et al., SC 2011) in PyTorch.
 
-The kernels of csrc/ draw from the same function. So a seed gives the same masks and tokens on every backend, with any
+The kernels of csrc/ draw from the same function. So a seed gives the same random words on every backend, with any
 number of threads. Four numbers name a draw: the seed of a run, the offset (its step), a token's position among the
 K B L of a batch, and the quad drawn there. A quad is four words of 32 bits. Here each word is an int64 tensor.
 """

@@ -23,8 +23,8 @@ from cadd_min.training.trainer import Trainer
 from cadd_min.utils.cli import option
 from cadd_min.utils.errors import InputError, Interrupted, is_out_of_memory
 
-LOOK = 10  # at most as many steps between two looks at an interrupt (many processes) or at skipped steps (no log)
-LOOK_SECONDS = 1.0  # between two looks at an interrupt: torchrun kills its processes 30 seconds after SIGTERM
+LOOK = 10  # most steps between two checks: for an interrupt (many processes), for skipped steps (a run without log)
+LOOK_SECONDS = 1.0  # between two checks for an interrupt: torchrun kills its processes 30 seconds after SIGTERM
 LIMIT = 10  # skipped steps in a row after which the run stops
 
 
@@ -107,7 +107,7 @@ class Fit:
     def _stopping(self, interrupted: list[int]) -> bool:
         """Tell whether any process was asked to stop. All processes get the same answer.
 
-        A single process looks after every step. Many processes have to ask each other, so they look about once in
+        A single process checks after every step. Many processes have to ask each other, so they check about once in
         LOOK_SECONDS, but at least every LOOK steps.
         """
         world, step, now = self.trainer.world, self.trainer.step, time.monotonic()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from torch import Tensor
 from cadd_min.data.hf_tokenizer import HFTokenizer
 from cadd_min.dit import DEEPEST
 from cadd_min.utils.errors import InputError, first_line
+from cadd_min.utils.files import read_json
 from cadd_min.utils.huggingface import hub_folder, quiet
 
 INSTALL = "pip install 'transformers>=5' safetensors"
@@ -235,12 +235,9 @@ def smollm2() -> tuple[Path, dict[str, str]]:
 def _config_values(folder: Path) -> dict[str, Any]:
     """Read a folder's config.json. Raises InputError."""
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        values = None
-    if not isinstance(values, dict):
-        raise InputError(f"{folder} is no model's folder: it has no config.json, or a damaged one")
-    return values
+        return read_json(folder / "config.json")
+    except InputError:
+        raise InputError(f"{folder} is no model's folder: it has no config.json, or a damaged one") from None
 
 
 def _tokenizer(folder: Path, values: dict[str, Any], options: dict[str, Any]) -> Any:

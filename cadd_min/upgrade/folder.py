@@ -15,7 +15,7 @@ from cadd_min.upgrade import families
 from cadd_min.upgrade.wrapper import UpgradeConfig, Upgraded, merged, upgrade
 from cadd_min.utils.cli import from_dict
 from cadd_min.utils.errors import InputError, reason
-from cadd_min.utils.files import atomic_write, new_folder, read_json, write_json
+from cadd_min.utils.files import atomic_write, new_or_empty, read_json, write_json
 from cadd_min.utils.huggingface import hub_folder
 
 FORMAT, VERSION = "cadd_min upgrade", 1
@@ -28,7 +28,7 @@ def save(model: Upgraded, tokenizer: HFTokenizer, folder: Path | str) -> None:
 
     This merges LoRA into `model`: do not use `model` afterwards. Raises InputError.
     """
-    folder = new_folder(folder)
+    folder = new_or_empty(folder)
     config = {name: value for name, value in dataclasses.asdict(model.config).items() if name not in FOUND}
     config |= {"format": FORMAT, "version": VERSION, "lora": 0, "anneal": 0}
     try:

@@ -1,8 +1,8 @@
-"""An existing language model as the denoiser p(x_0 | x_t, z_t). Only its input changes, and only at masked positions.
+"""An existing language model as the denoiser p(x_0 | x_t, z_t): attention to both sides, hints at masked positions.
 
-CADD changes no architecture, so any model that takes embeddings and returns logits will do. Where a token is masked,
-the latent's hint is added to the embedding of the mask. Elsewhere, and with the latent off, the model computes what it
-computed before, bit for bit.
+CADD changes no layer. It needs a model that takes embeddings and whose logits are a linear map of its last layer.
+Attention is opened to both sides. Where a token is masked, the latent's hint is added to the embedding of the mask.
+With the latent off, the untuned logits are the pretrained model's under the same attention, bit for bit.
 
 How long is the latent? The rows of the table have the directions of the pretrained embedding. Their length is set from
 `evidence`, as in every model of this project (see latent.py). The hint that the network reads is scaled to the
@@ -171,8 +171,8 @@ def upgrade(
 
     Args: shift: whether the logits at position i are of token i + 1; None: as in the model's family. unit: length of a
     token's embedding; None: measured. options: those of `UpgradeConfig`.
-    Raises InputError for a model that takes no embeddings, or cannot look to the right, or has fewer positions than
-    `length`. So it does where logits are more than a linear map of the last layer.
+    Raises InputError for a model that takes no embeddings, cannot look to the right, or has fewer than `length`
+    positions. A model whose logits are not a linear map of its last layer is refused as well.
     """
     network, name = source.network, source.name
     if "inputs_embeds" not in inspect.signature(network.forward).parameters:

@@ -92,9 +92,10 @@ def add_options(parser: argparse.ArgumentParser, cls: type, title: str) -> Any:
     for field in dataclasses.fields(cls):
         if "help" not in field.metadata:
             continue
-        kind: dict[str, Any] = {"type": TYPES.get(str(field.type))}
         if field.type == "bool":
-            kind = {"action": argparse.BooleanOptionalAction}
+            kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        else:
+            kind = {"type": TYPES[str(field.type)]}
         group.add_argument(
             "--" + field.name.replace("_", "-"), default=field.default, help=field.metadata["help"], **kind
         )

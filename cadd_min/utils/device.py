@@ -48,7 +48,7 @@ def best_dtype(device: torch.device) -> str:
 
 
 def seeded(seed: int, index: int, device: torch.device | str = "cpu", *, use: int = 0) -> torch.Generator:
-    """Return the generator of micro-batch `index` of a run. Another `use` has another generator.
+    """Return the generator that (seed, index, use) name. `index` counts micro-batches, steps or batches of samples.
 
     The numbers are hashed, because torch's CPU generator reads only the low 32 bits of its seed.
     """

@@ -34,7 +34,7 @@ def first_line(error: BaseException) -> str:
 
 def described(error: BaseException) -> str:
     """Return the type and the first line of an exception of another library."""
-    return f"{type(error).__name__}: {first_line(error)}"
+    return f"{type(error).__name__}: {first_line(error)}" if str(error) else type(error).__name__
 
 
 def reason(error: BaseException) -> str:

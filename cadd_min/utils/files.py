@@ -28,7 +28,8 @@ def cache_folder() -> Path:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Give a path beside `path` to write a file or a folder to, and rename it to `path` at the end.
 
-    On failure nothing is left of it, and `path` stays as it was. A folder may only replace an empty folder.
+    On failure nothing is left of it but parent folders that were missing, and `path` stays as it was. A folder may only
+    replace an empty folder.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -39,18 +40,23 @@ def atomic_write(path: Path) -> Iterator[Path]:
                 os.fsync(written.fileno())  # a name must not reach the disk before the content does
         os.replace(part, path)
     finally:
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
+        _remove(part)
+
+
+def _remove(part: Path) -> None:
+    if part.is_dir():
+        shutil.rmtree(part, ignore_errors=True)
+    else:
         part.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed `atomic_write` into `folder` left there."""
     for part in folder.glob("*.tmp"):
-        part.unlink(missing_ok=True)
+        _remove(part)
 
 
-def new_folder(folder: Path | str) -> Path:
+def new_or_empty(folder: Path | str) -> Path:
     """Return the absolute path of a folder that is new or empty. Raises InputError where something is there."""
     folder = Path(os.path.abspath(folder))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):

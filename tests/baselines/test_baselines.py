@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from cadd_min import ops
-from cadd_min.baselines import ar, common, sedd, udm
+from cadd_min.baselines import ar, common, dispatch, sedd, udm
 from cadd_min.loss import stratified_times
 from cadd_min.model import BASELINES, ModelConfig
 from cadd_min.objective import Batch, Objective
@@ -452,6 +452,19 @@ def test_baselines_have_no_latent_and_are_for_text(name):
     assert net.table().shape == (12, 0) and net.latent.dim == 0
     with pytest.raises(InputError, match=f"model {name} is for text"):
         ModelConfig(17, 64, NANO, image=(8, 8, 1), model=name)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_given_tokens_and_no_steps_are_refused(name):
+    """Check that a baseline refuses a batch with given tokens, which it would train on and score like all tokens."""
+    net, x_0 = nano(name), torch.randint(11, (2, 12), generator=rng(0))
+    given = Batch(x_0, free=x_0 > 3)
+    with pytest.raises(InputError, match=f"given tokens are for cadd, mdlm and cdm, and this is {name}"):
+        dispatch.training_loss(name)(net, given, stratified_times(2, rng(1)), Objective(), rng(2))
+    with pytest.raises(InputError, match="given tokens"):
+        dispatch.bound(net, given)
+    with pytest.raises(InputError, match="steps"):
+        dispatch.bound(net, Batch(x_0), steps=0)
 
 
 @pytest.mark.parametrize("name", BASELINES)

@@ -4,6 +4,8 @@ old/text.pt and old/digits.pt are the bytes that commit 83933e8 wrote after six 
 file has the tokens that the same commit drew from it, by the settings in each key.
 """
 
+import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,11 +15,13 @@ import torch
 from cadd_min.checkpoints import file as checkpoint
 from cadd_min.checkpoints.folder import save_pretrained
 from cadd_min.checkpoints.load import build_model, load_denoiser
+from cadd_min.dit import PRESETS
 from cadd_min.model import Model
 from cadd_min.orders import Sampling
 from cadd_min.sampling import generate
-from cadd_min.training.start import restore
+from cadd_min.training.start import network, restore
 from cadd_min.training.trainer import TrainConfig, Trainer
+from cadd_min.utils.errors import InputError
 from tests.toys import batch
 
 OLD = Path(__file__).parent / "old"
@@ -55,6 +59,19 @@ def test_a_renamed_schedule_is_found_under_its_old_name(tmp_path):
     config = tmp_path / "folder" / "config.json"
     config.write_text(config.read_text().replace("all-at-once", "gone"))
     assert load_denoiser(tmp_path / "folder")[0].schedule.discrete == "all-at-once"
+
+
+def test_a_resumed_run_keeps_a_size_that_has_no_name_today(tmp_path):
+    """Check that a resumed run has its own size and head, and that another --preset is still looked up by its name."""
+    content = checkpoint.load(OLD / "text.pt")
+    content["settings"]["preset"], content["model_config"]["head_bias"] = "medium", True
+    checkpoint.save(tmp_path / checkpoint.FILE, content)
+    args = argparse.Namespace(out=tmp_path, preset="medium")
+    own = network(args, PRESETS, content)
+    assert dataclasses.asdict(own["size"]).items() <= content["model_config"]["size"].items() and own["head_bias"]
+    assert network(argparse.Namespace(out=tmp_path, preset="tiny"), PRESETS, content) == {"size": PRESETS["tiny"]}
+    with pytest.raises(InputError, match="--preset"):
+        network(args, PRESETS, None)
 
 
 def test_training_goes_on_from_an_old_checkpoint():

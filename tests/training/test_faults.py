@@ -19,6 +19,7 @@ from cadd_min.training import log
 from cadd_min.training.log import read_metrics
 from cadd_min.training.loop import LIMIT, FitConfig, Run, fit
 from cadd_min.utils.errors import InputError
+from cadd_min.utils.files import remove_leftovers
 from tests.toys import batch, same, trainer
 
 ROOT = Path(__file__).parents[2]
@@ -146,6 +147,14 @@ def test_the_checkpoint_before_the_last_is_of_an_earlier_step(tmp_path):
     fit(trainer(steps=4), run_of(tmp_path), FitConfig(log_every=0, eval_every=0, sample_every=0, save_every=2))
     steps = [checkpoint.load(tmp_path / name)["trainer"]["step"] for name in (checkpoint.FILE, checkpoint.PREVIOUS)]
     assert steps == [4, 2]
+
+
+def test_leftovers_are_removed_files_and_folders_alike(tmp_path):
+    (tmp_path / ".model.7.tmp").mkdir()
+    for name in (".model.7.tmp/weights", ".checkpoint.pt.7.tmp", "checkpoint.pt"):
+        (tmp_path / name).write_text("half")
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
 def test_a_run_that_died_between_two_renames_has_its_checkpoint(tmp_path, capsys):
