@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-slow lint clean sanitize gpu-check
+.PHONY: train test test-slow lint figures clean sanitize gpu-check
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   train on the packaged corpus, then sample (minutes on two cores)"
 	@echo "make test    the tests, under ten minutes        make lint    ruff, mypy, clang-format"
 	@echo "make test-slow   those that take longer: kill -9, many processes, fuzzing, trained comparisons"
+	@echo "make figures   the figures of docs/, from the stored numbers there"
 	@echo "make sanitize   the C++ kernels' tests under ASan and UBSan"
 	@echo "make gpu-check PYTHON=python3   build for CUDA, test and measure on the GPU; installs nothing"
 
@@ -43,6 +44,9 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+figures: $(VENV)/ready
+	$(BIN)/python -m benchmarks.figures
 
 # A copy of the sources in build/, so that the installed kernels stay as they are.
 COPY = rm -rf build/$@ && mkdir -p build/$@ && cp -r cadd_min csrc tests benchmarks *.py pyproject.toml README.md \

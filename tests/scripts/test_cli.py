@@ -1,4 +1,4 @@
-"""The commands of text: all that README shows work, and bad input is one clear sentence and exit code 2."""
+"""The commands of text: all that README and docs/commands.md show work, and bad input is one sentence, exit code 2."""
 
 import re
 import runpy
@@ -84,16 +84,19 @@ def test_watch_shows_masks_dim_and_fresh_tokens_bright(call, text):
     assert shown == "A\x1b[2m·\x1b[0m \x1b[1;92mB\x1b[0m"
 
 
-def readme_commands() -> list[str]:
-    """Read the command lines of README's code blocks, without comments, with continued lines joined."""
-    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+PAGES = ("README.md", "docs/commands.md")
+
+
+def commands_of(page: str) -> list[str]:
+    """Read the command lines of a page's code blocks, without comments, with continued lines joined."""
+    blocks = re.findall(r"```\n(.*?)```", (ROOT / page).read_text(), re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split("  #")[0].strip() for line in lines if line.startswith(("python ", "torchrun "))]
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """Write the files that README's image commands name: a folder of two classes, an image and a mask of its size."""
+    """Write the files that the image commands name: a folder of two classes, an image and a mask of its size."""
     rng = np.random.default_rng(0)
     for name in ("photos/cats/", "photos/dogs/"):
         (tmp_path / name).mkdir(parents=True)
@@ -123,9 +126,10 @@ def few(command: str, text: Path) -> str:
     return command if script == "export.py" else f"{command} --steps 4"
 
 
-def test_every_command_of_readme_works(call, text, photos, monkeypatch, tmp_path):
-    """Run all commands in README's order, on little data, for few steps. OpenWebText and torchrun are only parsed."""
-    commands = readme_commands()
+def test_every_command_shown_works(call, text, photos, monkeypatch, tmp_path):
+    """Run all commands in the pages' order, on little data, for few steps. OpenWebText and torchrun are only parsed."""
+    assert len(commands_of("README.md")) == 8
+    commands = [command for page in PAGES for command in commands_of(page)]
     monkeypatch.setattr("tests.checkpoints.test_mdlm.VOCAB", GPT2_SIZE)
     save_file(public_state(), tmp_path / "mdlm.safetensors")
     test_code.write(tmp_path / "human.jsonl", test_code.HUMAN)
@@ -149,16 +153,26 @@ def test_every_command_of_readme_works(call, text, photos, monkeypatch, tmp_path
         assert code == 0, (command, err)
 
 
-def test_readme_names_files_and_targets_that_exist():
-    """Check README's make targets, its extras of the package, and its links within the repository."""
-    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
-    for target in re.findall(r"\bmake (train|test|[a-z]+-[a-z]+)\b", readme):
-        assert f"\n{target}:" in makefile
-    extras = re.search(r"-e '\.\[(.*?)\]'", readme).group(1).split(",")
-    project = (ROOT / "pyproject.toml").read_text()
-    assert extras and all(f"\n{extra} = [" in project for extra in extras)
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", readme)
-    assert len(links) > 10 and all((ROOT / link).exists() for link in links)
+def test_pages_name_files_targets_and_extras_that_exist():
+    """Check the make targets, the extras of the package, and the links within the repository, of every page."""
+    project, makefile = (ROOT / "pyproject.toml").read_text(), (ROOT / "Makefile").read_text()
+    for page in (ROOT / "README.md", *ROOT.glob("docs/**/*.md")):
+        text = page.read_text()
+        for target in re.findall(r"`make (\w+(?:-\w+)*)", text):
+            assert f"\n{target}:" in makefile, (page, target)
+        extras = ",".join(re.findall(r"-e\s+'\.\[(.*?)\]'", text))
+        assert all(f"\n{extra} = [" in project for extra in filter(None, extras.split(","))), page
+        for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+            assert (page.parent / link).exists(), (page, link)
+
+
+def test_readme_is_short_and_shows_before_it_tells():
+    """Check README's length and its first figure's line, and that each loose file of the package is named there."""
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.split()) <= 1000
+    assert readme[: readme.index("![")].count("\n") < 20
+    for file in (ROOT / "cadd_min").glob("*.py"):
+        assert file.name in readme or file.name in ("__init__.py", "unet.py")
 
 
 @pytest.mark.parametrize(

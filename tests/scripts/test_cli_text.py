@@ -287,12 +287,12 @@ def figures(line: str) -> list[float]:
 
 @pytest.mark.slow
 def test_a_row_of_the_results_is_what_its_command_gives(tmp_path, monkeypatch, capsys):
-    """Run the smallest experiment of docs/results.md again, and compare every number with the page, to 5%.
+    """Run the smallest experiment of docs/tables/results.md again, and compare every number with the page, to 5%.
 
     Other cores add in another order, so that trained models differ. The row of held-out text depends on no trained
     model: its numbers must agree but for rounding.
     """
-    page = (ROOT / "docs" / "results.md").read_text()
+    page = (ROOT / "docs" / "tables" / "results.md").read_text()
     command = re.search(r"python -m benchmarks\.(text --train mdlm:preset=nano.*?)\n\n", page, re.S)[1]
     row, real = smallest_rows(page)
     runs = f" --runs {tmp_path / 'runs'} --cache {tmp_path}"
