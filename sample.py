@@ -5,7 +5,8 @@ python sample.py --zhat soft --steps 256 --num 4       mode covering, more steps
 python sample.py --watch                               show the denoising in the terminal
 python sample.py --prompt "The [8] of the union [16]"  text: the prompt stays, [n] is a gap of n tokens
 python sample.py --from owner/name --prompt "Once"     text: an untuned masked language model of the hub
-python sample.py --gif path.gif                        images: a grid in samples.png, and its path from noise
+python sample.py --html chain.html --zhat hard soft    a page that replays the chain, in any browser
+python sample.py --gif path.gif                        the path from noise, animated
 python sample.py --classes 3 8 --guidance 2            images: of classes 3 and 8, exaggerated
 python sample.py --inpaint digit.png --mask hole.png   images: repaint where the mask is white
 """
@@ -15,9 +16,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cadd_min.baselines.dispatch import steps_of
 from cadd_min.checkpoints.load import open_model
+from cadd_min.data.codec import Codec
 from cadd_min.data.pixels import Pixels
-from cadd_min.sampling import generate
+from cadd_min.model import Model
+from cadd_min.sampling import generate, page
 from cadd_min.sampling.generate import CKPT, add_run_options, add_sampling_options, add_source_options
 from cadd_min.sampling.images import ImageTask
 from cadd_min.sampling.text import TextTask
@@ -29,16 +33,17 @@ from cadd_min.utils.errors import InputError
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     parser.add_argument("--ckpt", type=Path, default=Path("runs"), help=CKPT)
-    add_sampling_options(parser)
+    add_sampling_options(parser, zhats=True)
     add_run_options(parser)
     parser.add_argument("--num", type=integer, help="number of samples (default: 1, images: 64)")
     parser.add_argument("--watch", action="store_true", help="show the first sample's denoising in the terminal")
+    parser.add_argument("--gif", type=Path, help="an animated picture of it: of the first text, of all images")
+    parser.add_argument("--html", type=Path, help="a page that replays it; --zhat may then have several values")
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", help='text with gaps, "The [8] of the union [16]"')
     add_source_options(text)
     image = parser.add_argument_group("images")
     image.add_argument("--out", type=Path, help="the grid of samples (default: samples.png)")
-    image.add_argument("--gif", type=Path, help="the path from noise to the grid: masks left, z0_hat decoded right")
     image.add_argument("--classes", type=integer, nargs="+", help="classes to draw, in turn (default: all)")
     image.add_argument("--guidance", type=float, help="0 ignores the class, 1 is the model's own, more exaggerates")
     image.add_argument("--inpaint", type=Path, help="an image of the model's size to repaint")
@@ -51,25 +56,46 @@ def main() -> None:
     device = torch_device(args.device)
     model, codec, content, where = open_model(args.ckpt, device, args.source, args.length, args.mask_token)
     task = ImageTask(model, codec, args) if isinstance(codec, Pixels) else TextTask(model, codec, args)
-    args.zhat, args.num = args.zhat or task.zhat, task.num if args.num is None else args.num
+    zhats, args.num = args.zhat or [task.zhat], task.num if args.num is None else args.num
     args.dtype = generate.dtype_of(args.dtype, content)
     if args.num < 1:
         raise InputError(f"--num must be at least 1, not {args.num}")
-    x = generate.samples(
-        model,
-        generate.sampling(args),
-        args.num,
-        seed=args.seed,
-        dtype=args.dtype,
-        denoiser=task.denoiser(args.num),
-        prompt=task.prompt(args.num),
-        callback=task.callback(args.steps),
-    )
-    task.show(x)
-    print(
+    if len(zhats) > 1 and (args.html is None or args.gif or args.watch or len(set(zhats)) < len(zhats)):
+        raise InputError("--zhat takes several (different) estimates only with --html, without --gif and --watch")
+    recorders = draw(model, codec, task, args, zhats)
+    args.zhat = ", ".join(zhats)
+    line = (
         f"model {model.config.model} at step {content['trainer']['step']} ({where}), "
         f"{generate.describe(args, [model.config.model])}{task.settings()}"
     )
+    print(line)
+    if args.html:
+        page.write(args.html, f"{where.parent.name}: {model.config.model}, step by step", line, recorders)
+        print(f"the chain, step by step, in {args.html}")
+
+
+def draw(
+    model: Model, codec: Codec, task: ImageTask | TextTask, args: argparse.Namespace, zhats: list[str]
+) -> list[page.Recorder]:
+    """Draw and show the samples by each estimate of z_0, with the same noise. Returns what --html shows of each."""
+    prompt, recorders = task.prompt(args.num), []
+    each = [generate.sampling(argparse.Namespace(**vars(args) | {"zhat": zhat})) for zhat in zhats]
+    for settings in each:
+        if args.html:
+            page.check(args.html, model, settings, args.num, len(zhats))
+            recorders.append(page.Recorder(model, codec, args.num, prompt, settings, len(zhats)))
+        x = generate.samples(
+            model,
+            settings,
+            args.num,
+            seed=args.seed,
+            dtype=args.dtype,
+            denoiser=task.denoiser(args.num),
+            prompt=prompt,
+            callback=generate.together(task.callback(steps_of(model, settings)), *recorders[-1:]),
+        )
+        task.show(x, settings.zhat if len(zhats) > 1 else "")
+    return recorders
 
 
 if __name__ == "__main__":

@@ -132,6 +132,8 @@ def test_a_built_wheel_holds_every_module(tmp_path):
     )
     wheel = next(tmp_path.glob("*.whl"))
     subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True, env=alone)
+    for path in PACKAGE.rglob("*.html"):  # what is no module must be named in pyproject.toml
+        assert (site / "cadd_min" / path.relative_to(PACKAGE)).is_file()
     names = [f"cadd_min.{name}" for name in modules(PACKAGE)]
     code = (
         f"import importlib, pathlib\nfor name in {names!r}:\n"

@@ -80,6 +80,12 @@ def check(model: Model, settings: Sampling) -> None:
             raise InputError(f"the time grid {value} is not for {name}")
 
 
+def steps_of(model: Model, settings: Sampling) -> int:
+    """Return the number of steps of a model's chain: T, or a step for each token."""
+    by_token = settings.time_grid == HITTING or model.config.model == "ar"
+    return model.config.length if by_token else settings.steps
+
+
 def draw(
     model: Model,
     count: int,

@@ -26,9 +26,14 @@ CKPT = "a checkpoint, its folder, a folder of runs, a folder for others, or hf:o
 HOME = "\x1b[H\x1b[2J"  # to a terminal's first line, and clear the screen
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Add all sampling options. `add_run_options` adds those of the noise and the device."""
+def add_sampling_options(parser: argparse.ArgumentParser, zhats: bool = False) -> None:
+    """Add all sampling options. `add_run_options` adds those of the noise and the device.
+
+    zhats: let --zhat take several estimates, as a list.
+    """
     group = add_options(parser, Sampling, "sampling")
+    if zhats:
+        next(action for action in parser._actions if action.dest == "zhat").nargs = "+"
     parser.set_defaults(zhat=None)  # text and images have different defaults
     group.add_argument(
         "--cosine-temperature",
@@ -172,6 +177,17 @@ def describe(
         f"{draw_settings(each or [args])}, strength {args.strength}{order}, {args.dtype} on {args.device}, "
         f"last step a draw, seed {args.seed}"
     )
+
+
+def together(*callbacks: Callable[[Step], None] | None) -> Callable[[Step], None] | None:
+    """Return one callback that calls all that are not None, or None where there is none."""
+    given = [callback for callback in callbacks if callback is not None]
+
+    def call_all(step: Step) -> None:
+        for callback in given:
+            callback(step)
+
+    return call_all if given else None
 
 
 class Watch:

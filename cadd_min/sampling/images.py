@@ -15,9 +15,10 @@ from cadd_min.data.images import read_image
 from cadd_min.data.pixels import Pixels
 from cadd_min.model import Guided, Model
 from cadd_min.sampler import Step
-from cadd_min.sampling.generate import Watch
+from cadd_min.sampling.generate import Watch, together
 from cadd_min.sampling.pictures import Film, frame, grid, save
 from cadd_min.utils.errors import InputError
+from cadd_min.utils.files import check_writable
 
 
 class ImageTask:
@@ -33,6 +34,8 @@ class ImageTask:
             path, ending = getattr(args, name), ".png" if name == "out" else ".gif"
             if path is not None and path.suffix.lower() != ending:
                 raise InputError(f"--{name} must be a file that ends in {ending}, not {path}")
+        if args.gif is not None:
+            check_writable(args.gif, "--gif")
         self.film: Film | None = None
         self._check_classes()
         self.inpainted = self._inpainted()
@@ -72,25 +75,21 @@ class ImageTask:
 
     def callback(self, steps: int) -> Callable[[Step], None] | None:
         """Return a callback that serves --watch and --gif, or None without either."""
-        callbacks: list[Callable[[Step], None]] = []
-        if self.args.watch:
-            callbacks.append(Watch(self.pixels.mask_id, steps, lambda step: frame(step, self.pixels)))
-        if self.args.gif:
-            self.film = Film(self.pixels, steps)
-            callbacks.append(self.film)
+        watch = Watch(self.pixels.mask_id, steps, lambda step: frame(step, self.pixels)) if self.args.watch else None
+        self.film = Film(self.pixels, steps) if self.args.gif else None
+        return together(watch, self.film)
 
-        def call_all(step: Step) -> None:
-            for callback in callbacks:
-                callback(step)
+    def show(self, x: Tensor, zhat: str = "") -> None:
+        """Write the grid of the samples (B, L), and the GIF of their path where --gif is given.
 
-        return call_all if callbacks else None
-
-    def show(self, x: Tensor) -> None:
-        """Write the grid of the samples (B, L), and the GIF of their path where --gif is given."""
+        zhat: the estimate of z_0 where there are several. The grid's name then ends in it.
+        """
         columns = len(self.args.classes) if self.args.classes and len(self.args.classes) > 1 else None
-        print(f"samples in {save(self.args.out or Path('samples.png'), grid(self.pixels.decode(x), columns))}")
+        out = self.args.out or Path("samples.png")
+        out = out.with_stem(f"{out.stem}-{zhat}") if zhat else out
+        print(f"samples in {save(out, grid(self.pixels.decode(x), columns))}")
         if self.film is not None:
-            print(f"their path in {save(self.args.gif, *self.film.frames, option='--gif')}")
+            print(f"their path in {save(self.args.gif, *self.film.frames(), option='--gif')}")
 
     def settings(self) -> str:
         """Return the classes and the guidance, which follow the sampler's settings. Empty without classes."""

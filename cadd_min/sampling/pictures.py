@@ -77,13 +77,23 @@ class Film:
     def __init__(self, pixels: Pixels, steps: int, images: int = 16, most: int = 80):
         self.pixels, self.images = pixels, images
         self.kept = set(np.linspace(0, steps - 1, min(steps, most)).round().astype(int))
-        self.frames: list[np.ndarray] = []
+        self.drawn: list[np.ndarray] = []
+        self.last: Step | None = None
 
     def __call__(self, step: Step) -> None:
-        if step.number not in self.kept:
-            return
+        self.last = step
+        if step.number in self.kept:
+            self.drawn.append(self.frame(step))
+
+    def frame(self, step: Step) -> np.ndarray:
+        """Draw one step, (H, W, 3) uint8."""
         sides = [grid(shown(tokens[: self.images], self.pixels)) for tokens in (step.x, step.belief())]
-        self.frames.append(np.concatenate(sides, 1))
+        return np.concatenate(sides, 1)
+
+    def frames(self) -> list[np.ndarray]:
+        """Return the kept frames, and the last step's. A chain ends early where nothing is masked."""
+        assert self.last is not None
+        return self.drawn if self.last.number in self.kept else [*self.drawn, self.frame(self.last)]
 
 
 def frame(step: Step, pixels: Pixels) -> str:

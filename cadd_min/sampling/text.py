@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from cadd_min.data.hf_tokenizer import prompt_ids
 from cadd_min.data.tokenizer import Tokenizer
 from cadd_min.model import Model
 from cadd_min.orders import Sampling
-from cadd_min.sampling.generate import Watch
+from cadd_min.sampler import Step
+from cadd_min.sampling.generate import Watch, together
+from cadd_min.sampling.text_film import TextFilm, check_gif
 from cadd_min.utils.errors import InputError
 
 GAP = re.compile(r"\[(\d+)\]")
@@ -55,9 +58,12 @@ class TextTask:
 
     def __init__(self, model: Model, tokenizer: Tokenizer, args: argparse.Namespace):
         self.model, self.tokenizer, self.args = model, tokenizer, args
-        for name in ("out", "gif", "classes", "guidance", "inpaint", "mask"):
+        for name in ("out", "classes", "guidance", "inpaint", "mask"):
             if getattr(args, name) is not None:
                 raise InputError(f"--{name} is for models of images, and --ckpt {args.ckpt} is one of text")
+        self.film: TextFilm | None = None
+        if args.gif is not None:
+            check_gif(args.gif)
 
     def denoiser(self, count: int) -> Model:
         """Return the model: text has no guidance."""
@@ -72,18 +78,26 @@ class TextTask:
         ids = parse_prompt(self.args.prompt, self.tokenizer, self.model.config.length, self.args.chat)
         return ids.expand(count, -1)
 
-    def callback(self, steps: int) -> Watch | None:
-        """Return a callback that serves --watch, or None without it."""
-        if not self.args.watch:
-            return None
-        return Watch(self.tokenizer.mask_id, steps, lambda step: frame(step.x[0], step.fresh[0], self.tokenizer))
+    def callback(self, steps: int) -> Callable[[Step], None] | None:
+        """Return a callback that serves --watch and --gif, or None without either."""
+        draw = lambda step: frame(step.x[0], step.fresh[0], self.tokenizer)
+        watch = Watch(self.tokenizer.mask_id, steps, draw) if self.args.watch else None
+        self.film = TextFilm(self.model, self.tokenizer, steps) if self.args.gif else None
+        return together(watch, self.film)
 
-    def show(self, x: Tensor) -> None:
-        """Print the samples (B, L)."""
+    def show(self, x: Tensor, zhat: str = "") -> None:
+        """Print the samples (B, L), and write the GIF of the first where --gif is given.
+
+        zhat: the estimate of z_0 where there are several. It stands above the samples.
+        """
+        if zhat:
+            print(f"--- {zhat}\n")
         for row in x.tolist():
             while row[-2:] == [self.tokenizer.eot_id] * 2:  # an answer is filled up with ends of text
                 row.pop()
             print(self.tokenizer.decode(row), end="\n\n")
+        if self.film is not None:
+            print(f"its path in {self.film.save(self.args.gif)}")
 
     def settings(self) -> str:
         """Return what follows the sampler's settings: nothing for text."""

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import urllib.error
 import urllib.request
 import zlib
@@ -16,7 +17,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from cadd_min.utils.errors import InputError, shown
+from cadd_min.utils.errors import InputError, reason, shown
 
 
 def cache_folder() -> Path:
@@ -54,6 +55,17 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what a killed `atomic_write` into `folder` left there."""
     for part in folder.glob("*.tmp"):
         _remove(part)
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Raise InputError that names `option` unless a file can be written at `path`. Nothing is left there."""
+    if path.is_dir():
+        raise InputError(f"{option} must be a file, and {path} is a folder")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{option} {path} cannot be written: {reason(error)}") from None
 
 
 def new_or_empty(folder: Path | str) -> Path:

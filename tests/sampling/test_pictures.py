@@ -6,11 +6,17 @@ import torch
 from PIL import Image
 
 from cadd_min.data.pixels import Pixels
+from cadd_min.data.tokenizer import gpt2
+from cadd_min.orders import Sampling
 from cadd_min.sampler import sample
+from cadd_min.sampling import text_film
+from cadd_min.sampling.generate import samples
+from cadd_min.sampling.page import pieces
 from cadd_min.sampling.pictures import MASKED, Film, blocks, frame, grid, save, shown, strip
+from cadd_min.sampling.text_film import TextFilm
 from cadd_min.utils.errors import InputError
 from tests.test_unet import NANO
-from tests.toys import images, rng
+from tests.toys import images, nano, rng
 
 GREY, COLOURED = Pixels((8, 8, 1), 17), Pixels((4, 6, 3))
 
@@ -57,9 +63,9 @@ def test_the_film_shows_masks_and_beliefs(model, zhat, tmp_path):
         known = ~masked & ~step.fresh
         assert torch.equal(belief[known], step.x[known])
     width = grid(shown(x[:4], GREY)).shape[1]
-    with Image.open(save(tmp_path / "x.gif", *film.frames, option="--gif")) as gif:
-        assert (gif.format, gif.n_frames) == ("GIF", 6) and gif.size == (2 * width, film.frames[0].shape[0])
-    assert np.array_equal(film.frames[-1][:, :width], grid(GREY.decode(x[:4])))
+    with Image.open(save(tmp_path / "x.gif", *film.frames(), option="--gif")) as gif:
+        assert (gif.format, gif.n_frames) == ("GIF", 6) and gif.size == (2 * width, film.frames()[0].shape[0])
+    assert np.array_equal(film.frames()[-1][:, :width], grid(GREY.decode(x[:4])))
     assert frame(steps[0], GREY).count("▀") == 4 * (8 + 2 + 8)
 
 
@@ -93,3 +99,46 @@ def test_the_strip_goes_from_the_image_to_all_masked(model):
     assert picture.shape == (rows * side + 2, 5 * side + 2, 3)
     first, last = picture[2:50, 2:50], picture[2:50, 4 * side + 2 : 5 * side]
     assert np.array_equal(first[::6, ::6], shown(x_0, GREY)[0]) and (last == np.array(MASKED)).all()
+
+
+def test_a_chain_that_ends_early_is_shown_to_its_end():
+    """Check that the last frame is the sample where the chain ends between two of the steps that are kept."""
+    net, film = images(NANO, latent_dim=2), Film(GREY, 200, images=1, most=3)
+    x = sample(net, (1, 64), net.table(), net.schedule, 17, steps=200, generator=rng(0), callback=film)
+    assert film.last.number not in film.kept
+    width = grid(shown(x, GREY)).shape[1]
+    assert np.array_equal(film.frames()[-1][:, :width], grid(GREY.decode(x)))
+
+
+def test_a_text_is_written_in_a_gif_in_which_nothing_moves(tmp_path):
+    """Draw a chain of 64 tokens and 64 steps: under 1 MB, no bar in the last frame, and every token in its place."""
+    net, codec = nano(vocab_size=512, length=64), gpt2(512)
+    film = TextFilm(net, codec, 64)
+    samples(net, Sampling(64, "soft"), 1, seed=0, dtype="float32", callback=film)
+    assert str(tmp_path / "t.gif") == film.save(tmp_path / "t.gif") and (tmp_path / "t.gif").stat().st_size < 1e6
+    with Image.open(tmp_path / "t.gif") as gif:  # equal frames are one, shown for longer
+        assert gif.format == "GIF" and 40 < gif.n_frames <= 64
+    frames = film.frames()
+    bars = [int((np.abs(frame.astype(int) - text_film.BAR).sum(-1) < 12).sum()) for frame in frames]
+    assert 60 < len(frames) <= 65 and bars[0] > bars[20] > bars[40] > 20 * bars[-1]
+    words = pieces(film.x.tolist(), codec)
+    places, height = text_film.layout(words, text_film.load_font(text_film.SIZE))
+    assert height == len(frames[0]) and all(left + width <= text_film.WIDTH for left, _, width in places)
+    settled = [n for n, (x, _) in enumerate(film.states) if x[5] != net.mask_id][1:]  # drawn before, not fresh
+    left, top, width = (round(value) for value in places[5])
+    for n in settled[1:]:
+        assert np.array_equal(frames[n][top : top + 20, left + 2 : left + width - 2],
+                              frames[-1][top : top + 20, left + 2 : left + width - 2])  # fmt: skip
+
+
+def test_a_long_text_is_cut_and_the_gif_says_so(tmp_path):
+    net = nano(vocab_size=512, length=200)
+    film = TextFilm(net, gpt2(512), 2)
+    samples(net, Sampling(2), 1, seed=0, dtype="float32", callback=film)
+    assert film.save(tmp_path / "t.gif").endswith("t.gif (the first 160 of 200 tokens)")
+
+
+@pytest.mark.parametrize("name, message", [("t.png", "must be a file that ends in .gif"), ("no/t.gif", "No such file")])
+def test_a_gif_that_cannot_be_is_refused_before_sampling(name, message, tmp_path):
+    with pytest.raises(InputError, match=f"--gif .*{message}"):
+        text_film.check_gif(tmp_path / name)

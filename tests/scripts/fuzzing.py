@@ -41,6 +41,7 @@ from cadd_min.data.tokenizer import gpt2
 from cadd_min.dit import Size
 from cadd_min.evaluation import image_judge
 from cadd_min.model import ModelConfig
+from cadd_min.reverse import ZHATS
 from cadd_min.training import log
 from cadd_min.unet import UNET_PRESETS
 from cadd_min.utils.errors import InputError
@@ -318,7 +319,9 @@ def _lost(runs: Path) -> list[str]:
 
 def _outputs(script: str, arguments: tuple[str, ...]) -> set[str]:
     """Return the names of the files that a command line asks to be written, and of the scripts' default outputs."""
-    named = [a.partition("=")[2] for a in arguments if a.startswith(("--out=", "--gif="))]
+    named = [a.partition("=")[2] for a in arguments if a.startswith(("--out=", "--gif=", "--html="))]
+    grids = ["samples.png", *(a.partition("=")[2] for a in arguments if a.startswith("--out=") and Path(a).suffix)]
+    named += [str(Path(grid).with_stem(f"{Path(grid).stem}-{zhat}")) for grid in grids for zhat in ZHATS]
     return {"samples.png", "frontier.png", *(os.path.normpath(name) for name in named if name)} - {"image.png"}
 
 

@@ -132,6 +132,9 @@ def checkpoints(folder: Path) -> dict[str, Path]:
         ("sample.py --ckpt {plain} --prompt x", "--prompt is for models of text"),
         ("sample.py --ckpt {plain} --out x.bmp", "--out must be a file that ends in .png"),
         ("sample.py --ckpt {plain} --gif x.png", "--gif must be a file that ends in .gif"),
+        ("sample.py --ckpt {plain} --gif no/x.gif", "--gif no/x.gif cannot be written: No such file"),
+        ("sample.py --ckpt {plain} --html no/x.html", "--html no/x.html cannot be written: No such file"),
+        ("sample.py --ckpt {plain} --html x.png", "--html must be a file that ends in .html, not x.png"),
         ("sample.py --ckpt {plain} --inpaint grey.png", "--inpaint and --mask go together"),
         ("sample.py --ckpt {plain} --inpaint grey.png --mask small.png", "--mask must be 8 x 8 pixels, not 8 x 7"),
         ("sample.py --ckpt {plain} --inpaint none.png --mask grey.png", "--inpaint none.png cannot be read"),
@@ -156,7 +159,7 @@ def test_bad_input_is_one_sentence(command, message, call, npz, tmp_path):
 
 def test_image_options_are_refused_for_text(call, tmp_path):
     save_untrained(tmp_path / "text.pt", ModelConfig(300, 8, PRESETS["nano"]), gpt2(300).spec())
-    for option in ("--gif x.gif", "--out x.png", "--classes 1", "--guidance 1", "--inpaint x.png"):
+    for option in ("--out x.png", "--classes 1", "--guidance 1", "--inpaint x.png"):
         code, _, err = call(f"sample.py --ckpt text.pt {option}")
         assert code == 2 and f"{option.split()[0]} is for models of images" in err
 
