@@ -43,8 +43,8 @@ FILES = [
     "text.txt", "empty.txt", "lines.jsonl", "table.parquet", "images.npz", "photos", "image.png", "mask.png", "text.pt",
     "ar.pt", "mdlm.pt", "image.pt", "exported", "mdlm.safetensors", "theirs.pt", "tokens", "tokens/index.json",
     "tokens/00000.bin", "runs", "runs/text", "runs/image", "runs/text/checkpoint.pt", "missing", "missing/deeper",
-    "text.txt/below", "new", "new.png", "new.gif", "new.html", "image.png/below.png", "photos/x.png", "hf:", "hf:no/such",
-    "hf:a/b/c", "masked", "causal", "masked/config.json", "pairs.jsonl", "runs/tuned",
+    "text.txt/below", "new", "new.png", "new.gif", "new.html", "image.png/below.png", "photos/x.png", "hf:",
+    "hf:no/such", "hf:a/b/c", "masked", "causal", "masked/config.json", "pairs.jsonl", "runs/tuned",
 ]  # fmt: skip
 PATHS = st.one_of(st.sampled_from(FILES), st.sampled_from(FILES), JUNK)
 
