@@ -33,14 +33,19 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
 
 
 def best_dtype(device: torch.device) -> str:
-    """Measure which dtype is faster: "bfloat16" where a matrix product takes under 0.8 of its time, else "float32"."""
+    """Return the faster dtype: on a GPU by its generation, on a CPU by measuring a matrix product in both.
+
+    A GPU has fast "bfloat16" from compute capability 8.0 on. A CPU has it where the product takes under 0.8 of the time.
+    """
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
 
     def seconds(dtype: torch.dtype) -> float:
         a = torch.ones(512, 512, device=device, dtype=dtype)
         times = []
         for _ in range(5):
             start = time.perf_counter()
-            float((a @ a)[0, 0])  # reading a value waits for the device
+            torch.mm(a, a)
             times.append(time.perf_counter() - start)
         return min(times)
 

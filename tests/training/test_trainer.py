@@ -171,6 +171,13 @@ def test_elbo_weights_alone_cannot_train_a_cdm():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_the_dtype_of_a_gpu_is_no_matter_of_chance():
+    """Ask again and again: a measured product that takes as long as its launch would give either answer."""
+    fast = torch.cuda.get_device_capability() >= (8, 0)
+    assert {best_dtype(torch.device("cuda")) for _ in range(50)} == {"bfloat16" if fast else "float32"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("where", ["cpu", "cuda"])
 def test_a_step_waits_for_the_gpu_only_to_count_its_masks(where):
     """Check by PyTorch's own warnings that a step waits once, for the number of masks, wherever the data lies."""
