@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         added.add_argument("--num", type=integer, help=num)
         added.add_argument("--batch-size", type=integer, help="sequences at a time (default: text 32, images 128)")
         added.add_argument("--cache", type=Path, default=cache_folder(), help="folder of prepared data")
+        added.add_argument("--anyway", action="store_true", help="measure on the run's data set though it has changed")
         generate.add_run_options(added)
         return added
 

@@ -31,6 +31,7 @@ from cadd_min.upgrade import folder as upgraded
 from cadd_min.upgrade.wrapper import UpgradeConfig, Upgraded, kept, source_of, upgrade, upgrade_own
 from cadd_min.utils.cli import integer, options_of, run, set_defaults
 from cadd_min.utils.errors import InputError
+from cadd_min.utils.files import digest
 from cadd_min.utils.huggingface import hub_folder
 
 Opened = tuple[Denoiser | Upgraded, Any]  # a model and its tokenizer
@@ -57,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def open_data(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, list[Batch], str]:
+def open_data(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, list[Batch], start.Source]:
     """Open the data: micro-batches to train on, eight held-out batches, and a description of the data in words.
 
     Raises InputError for --chat with text.
@@ -67,17 +68,23 @@ def open_data(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, list[Batch
     if pairs.holds_pairs(path):
         train_pairs, held_out = pairs.split(pairs.read_pairs(path))
         to_ids = prompt_ids(tokenizer, args.chat)
-        data = PairBatches(*pairs.encode(train_pairs, tokenizer, args.length, to_ids), args.batch_size, args.seed)
-        batches = PairBatches(*pairs.encode(held_out, tokenizer, args.length, to_ids), eval_size)
-        return data, [batches(i) for i in range(8)], f"{len(train_pairs):,} pairs to train on"
+        ids, starts, endless = pairs.encode(train_pairs, tokenizer, args.length, to_ids)
+        data = PairBatches(ids, starts, args.batch_size, args.seed)
+        batches = PairBatches(*pairs.encode(held_out, tokenizer, args.length, to_ids)[:2], eval_size)
+        words = f"{len(train_pairs):,} pairs to train on"
+        if endless:
+            words += f" ({endless:,} responses reach --length {args.length}: they are cut, or have no end token)"
+        return data, [batches(i) for i in range(8)], start.Source(words, digest(path))
     if args.chat:
         raise InputError(f"--chat is for prompts and responses, and --dataset {args.dataset} is text")
-    tokens = prepare(corpus.open_corpus(args.dataset, args.cache), tokenizer, args.cache)
+    source = corpus.open_corpus(args.dataset, args.cache)
+    tokens = prepare(source, tokenizer, args.cache)
+    print(", ".join(filter(None, (source.note, tokens.documents()))))
     train_tokens, name = tokens.split("train"), f"the held-out part of --dataset {args.dataset}"
     text = TextBatches(train_tokens, args.length, args.batch_size, args.seed, f"--dataset {args.dataset}")
     held_out_text = TextBatches(tokens.split("val"), args.length, eval_size, name=name)
     what = f"{len(train_tokens):,} training tokens of {tokenizer.vocab_size:,}"
-    return text, [held_out_text(i) for i in range(8)], what
+    return text, [held_out_text(i) for i in range(8)], start.Source(what, tokens.digest())
 
 
 def open_own(name: str) -> Opened | None:
@@ -154,12 +161,12 @@ def main() -> None:
         if not isinstance(model, Upgraded):
             raise InputError("--checkpointing is for models of the Hugging Face library, not for this project's")
         model.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    data, held_out, what = open_data(args, tokenizer)
+    data, held_out, source = open_data(args, tokenizer)
 
     def show_sample(trainer: Trainer, folder: Path | None) -> str:
         return trainer.averaged(preview, tokenizer)
 
-    start.train(args, resumed, lambda: model, data, held_out, tokenizer, show_sample, what)
+    start.train(args, resumed, lambda: model, data, held_out, tokenizer, show_sample, source)
 
 
 if __name__ == "__main__":

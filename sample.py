@@ -55,7 +55,10 @@ def main() -> None:
     args = build_parser().parse_args()
     device = torch_device(args.device)
     model, codec, content, where = open_model(args.ckpt, device, args.source, args.length, args.mask_token)
-    task = ImageTask(model, codec, args) if isinstance(codec, Pixels) else TextTask(model, codec, args)
+    if isinstance(codec, Pixels):
+        task: ImageTask | TextTask = ImageTask(model, codec, args, content.get("class_names") or ())
+    else:
+        task = TextTask(model, codec, args)
     zhats, args.num = args.zhat or [task.zhat], task.num if args.num is None else args.num
     args.dtype = generate.dtype_of(args.dtype, content)
     if args.num < 1:

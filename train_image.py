@@ -78,7 +78,9 @@ def main() -> None:
     flip = data.flip if args.flip is None else args.flip
     batches = ImageBatches(data.train, labels, pixels, args.batch_size, args.seed, flip)
     eval_batch_size = min(64, len(data.held_out), max(1, HELD_OUT // (pixels.length * pixels.levels)))
-    held_out = ImageBatches(data.held_out, held_out_labels, pixels, eval_batch_size)
+    order = images.chosen(len(data.held_out), len(data.held_out))  # a folder's images are in the order of its classes
+    held_out_labels = None if held_out_labels is None else held_out_labels[order]
+    held_out = ImageBatches(data.held_out[order], held_out_labels, pixels, eval_batch_size)
     first = pixels.encode(data.train[:1])
     start.train(
         args,
@@ -88,7 +90,11 @@ def main() -> None:
         [held_out(i) for i in range(4)],
         pixels,
         lambda trainer, out: trainer.averaged(preview, pixels, first.to(trainer.device), out, trainer.step),
-        f"{len(data.train):,} images of {'x'.join(map(str, pixels.shape))} in {pixels.levels} levels",
+        start.Source(
+            f"{len(data.train):,} images of {'x'.join(map(str, pixels.shape))} in {pixels.levels} levels",
+            data.digest(),
+            data.class_names,
+        ),
     )
 
 

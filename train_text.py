@@ -44,7 +44,9 @@ def open_tokens(args: argparse.Namespace) -> TokenFolder:
     source = corpus.open_corpus(args.dataset, args.cache)
     name = choose("--tokenizer", args.tokenizer or source.tokenizer, tokenizer.TOKENIZERS)
     codec = tokenizer.chars(corpus.alphabet(source)) if name == "chars" else tokenizer.gpt2(args.vocab_size)
-    return prepare(source, codec, args.cache)
+    tokens = prepare(source, codec, args.cache)
+    print(", ".join(filter(None, (source.note, tokens.documents()))))
+    return tokens
 
 
 def main() -> None:
@@ -66,7 +68,7 @@ def main() -> None:
         [held_out(i) for i in range(4)],
         codec,
         lambda trainer, _: trainer.averaged(preview, codec),
-        f"{len(training_tokens):,} training tokens of {codec.vocab_size:,}",
+        start.Source(f"{len(training_tokens):,} training tokens of {codec.vocab_size:,}", tokens.digest()),
     )
 
 

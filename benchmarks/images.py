@@ -31,7 +31,7 @@ import torch
 
 from benchmarks.specs import parse, pop_fields, read_rows, run_all, spread
 from cadd_min.data.batches import ImageBatches
-from cadd_min.data.images import Images, open_images
+from cadd_min.data.images import Images, chosen, open_images
 from cadd_min.data.pixels import Pixels
 from cadd_min.evaluation.image_judge import judged, measures, open_judge
 from cadd_min.model import Denoiser, ModelConfig
@@ -82,7 +82,7 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
     for _ in range(train.steps):
         trainer.train_step()
     row["train_seconds"] = time.time() - start
-    held_out = pixels.encode(data.held_out[: job["samples"]])
+    held_out = pixels.encode(data.held_out[chosen(len(data.held_out), job["samples"])])
     row["bits"] = trainer.evaluate([*map(Batch, held_out.repeat(4, 1).split(256))])["val_bound"] / math.log(2)
     row["scores"] = {}
     for zhat in job["zhat"] if trainer.ema.latent.dim else ["hard"]:

@@ -15,6 +15,14 @@ from cadd_min.training.trainer import TrainConfig
 from cadd_min.utils.errors import InputError, choose
 
 
+def boolean(text: str) -> bool:
+    """Parse true or false, in any case. Raises ValueError for another text."""
+    try:
+        return {"true": True, "false": False}[text.lower()]
+    except KeyError:
+        raise ValueError(text) from None
+
+
 def parse(spec: str, **extra: str) -> tuple[str, dict[str, Any]]:
     """Parse "cadd:hint=linear,steps=100" into ("cadd", {"hint": "linear", "steps": 100}).
 
@@ -23,7 +31,7 @@ def parse(spec: str, **extra: str) -> tuple[str, dict[str, Any]]:
     """
     model, _, rest = spec.partition(":")
     fields = {f.name: f.type for c in (ModelConfig, TrainConfig) for f in dataclasses.fields(c)} | extra
-    kinds: dict[str, Any] = {"int": int, "float": float, "bool": lambda v: v == "True"}
+    kinds: dict[str, Any] = {"int": int, "float": float, "bool": boolean}
     options: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
         name, _, value = item.partition("=")

@@ -149,7 +149,8 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     folder = trained(job)
     model, tokenizer, content = load_denoiser(folder, job["device"])
-    tokens = held_out_tokens(content, tokenizer, None, Path(job["cache"]))
+    own = argparse.Namespace(dataset=None, cache=Path(job["cache"]), anyway=False)
+    tokens = held_out_tokens(content, tokenizer, own)
     judge = open_judge(job["judge"], job["device"], job["judge_dtype"])
     reader = Reader(tokenizer, judge, windows(tokens, 2 * job["num"], model.config.length))
     dtype = content["settings"]["dtype"]

@@ -138,6 +138,19 @@ def find(path: Path) -> Path:
     return path
 
 
+def check_data(content: dict[str, Any], digest: str, name: str, anyway: bool) -> None:
+    """Raise InputError unless the data with this digest is what the checkpoint was trained on.
+
+    name: of the data, for the message; anyway: accept other data. A checkpoint without a digest accepts all data.
+    """
+    trained_on = content.get("data")
+    if trained_on not in (None, digest) and not anyway:
+        raise InputError(
+            f"{name} has changed since the run was trained on it: what is held out now may have been trained on then "
+            "(--anyway: go on with it)"
+        )
+
+
 def holds_run(folder: Path) -> bool:
     """Tell whether a folder has a checkpoint, or at least the previous one."""
     return (folder / FILE).exists() or (folder / PREVIOUS).exists()

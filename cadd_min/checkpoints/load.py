@@ -6,6 +6,7 @@ No other file knows all kinds. Each returns a `Model` and the codec of its token
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,15 @@ def find(path: Path) -> Path:
     if str(path).startswith(HUB) or ((path / WEIGHTS).exists() and not (path / file.FILE).exists()):
         return path / WEIGHTS
     return file.find(path)
+
+
+def weights_digest(model: Model) -> str:
+    """Return a hash of a model's weights, by name, type and content."""
+    content = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        content.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        content.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return content.hexdigest()
 
 
 def is_ours(path: Path) -> bool:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cadd_min.checkpoints.load import open_model
+from cadd_min.checkpoints.load import open_model, weights_digest
 from cadd_min.codebench import evalplus as plus
 from cadd_min.codebench import problems, sandbox
 from cadd_min.codebench.journal import Journal, Key, settle
@@ -261,7 +261,8 @@ def main(args: argparse.Namespace) -> None:
     args.dtype = generate.dtype_of(args.dtype, content)
     check_lengths(asked, encode, model.config.length)
     chat = ", chat" if args.chat else ""
-    described = f"model {model.config.model} at step {content['trainer']['step']} ({path}), "
+    weights = weights_digest(model)[:12]  # a file of this name may hold other weights tomorrow
+    described = f"model {model.config.model} at step {content['trainer']['step']} ({path}, weights {weights}), "
     described += f"{generate.describe(args, [model.config.model])}{chat}"
     complete = text_model(model, codec, encode, generate.sampling(args), args.dtype)
     parent = Path(path.name) if args.source else path.parent

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from cadd_min.data import documents
-from cadd_min.data.documents import ENDINGS, Piece, Span
+from cadd_min.data.documents import KINDS, Piece, Span, kind
 from cadd_min.utils.errors import InputError, described
 from cadd_min.utils.files import atomic_write, download
 
@@ -27,7 +29,8 @@ class Corpus:
     """A source of documents.
 
     identity: a string that changes whenever the text may have changed; parts: a function that lists the parts, and may
-    need the network; shares: of train, val and test, where custom fixes them; tokenizer: the default, gpt2 or chars.
+    need the network; shares: of train, val and test, where custom fixes them; tokenizer: the default, gpt2 or chars;
+    note: which files of a folder are read and which are left out, in words.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Corpus:
     parts: Callable[[], list[Part]]
     shares: tuple[float, ...] | None = None
     tokenizer: str = "gpt2"
+    note: str = ""
 
 
 def open_corpus(dataset: str, cache: Path) -> Corpus:
@@ -55,10 +59,34 @@ def open_corpus(dataset: str, cache: Path) -> Corpus:
     path = Path(dataset).expanduser()
     if not path.exists():
         raise InputError(f"--dataset must be one of {', '.join(NAMES)} or a path that exists, not {dataset!r}")
-    files = sorted(f for f in path.rglob("*") if f.suffix in ENDINGS) if path.is_dir() else [path]
-    if not files:
-        raise InputError(f"--dataset {path} is a folder without {', '.join(ENDINGS)} files")
-    return _files(path.stem, files)
+    if path.is_dir():
+        return _folder(path)
+    if kind(str(path)) is None:
+        raise InputError(f"--dataset {path} must end in {', '.join(KINDS)}: name it .txt to train on it as plain text")
+    return _files(path.stem, [path])
+
+
+def _folder(path: Path) -> Corpus:
+    """Make a corpus of the files in a folder and below it that are of a known kind. Hidden files are left out."""
+    visible = sorted(f for f in path.rglob("*") if not any(p.startswith(".") for p in f.relative_to(path).parts))
+    linked = [f for f in visible if f.is_dir() and f.is_symlink()]  # what they hold is not read
+    files = [f for f in visible if f.is_file()]
+    wanted = [f for f in files if f.suffix and kind(str(f))]
+    if not wanted:
+        raise InputError(f"--dataset {path} is a folder without {', '.join(KINDS)} files")
+    left = [f for f in files if f not in set(wanted)]
+    note = f"{path} has {_counted(wanted)}"
+    if left or linked:
+        links = [f"{len(linked)} linked folders"] if linked else []
+        note += f"; left out: {', '.join([_counted(left)] * bool(left) + links)}"
+    corpus = _files(path.stem, wanted)
+    return dataclasses.replace(corpus, note=note)
+
+
+def _counted(files: list[Path]) -> str:
+    """Count files by their endings: "3 .txt, 1 .md"."""
+    endings = Counter(f.suffix.lower() or "without an ending" for f in files)
+    return ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common())
 
 
 def read(part: Part) -> Iterator[Piece]:

@@ -1,4 +1,4 @@
-"""Documents in .txt, .jsonl and .parquet files, read a piece at a time: memory does not grow with the file's size.
+"""Documents in text, .jsonl and .parquet files, read a piece at a time: memory does not grow with the file's size.
 
 A file is cut into spans of about 64 MB. A span is read without the rest of the file. So spans can be read on different
 cores, and a run that was killed continues with the spans that are left.
@@ -7,6 +7,7 @@ cores, and a run that was killed continues with the spans that are left.
 from __future__ import annotations
 
 import codecs
+import io
 import itertools
 import json
 import time
@@ -15,16 +16,18 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from cadd_min.data.tokenizer import EOT
-from cadd_min.utils.errors import InputError, described, first_line
+from cadd_min.utils.errors import InputError, described, first_line, shown
 
 PIECE = 1 << 20  # characters: a longer document is read in pieces
 PART = 1 << 26  # about this many bytes are in a span, and in a part of a corpus
 TRIES = 5  # attempts to read a file on the network
-ENDINGS = (".txt", ".jsonl", ".parquet")
+KINDS = {".txt": "text", ".text": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+BOM = "\ufeff"  # what some editors write before a text
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 class Piece(NamedTuple):
-    """A piece of a document. `last` tells whether the document ends with it."""
+    """A piece of a document. `last` tells whether the document ends with it. An empty document is one empty piece."""
 
     text: str
     last: bool
@@ -47,15 +50,20 @@ class Span(NamedTuple):
         return "://" in self.path
 
 
+def kind(path: str) -> str | None:
+    """Return "text", "jsonl" or "parquet" by a file's ending, in any case, or None. Without an ending it is text."""
+    return KINDS.get(Path(path).suffix.lower(), None if Path(path).suffix else "text")
+
+
 def spans(path: str) -> list[Span]:
     """Cut a file into spans of about PART bytes, each of which ends where a document ends.
 
     Raises InputError where the file cannot be read.
     """
-    if path.endswith(".parquet"):
+    if kind(path) == "parquet":
         return _parquet_spans(path)
     size = Path(path).stat().st_size
-    mark = b"\n" if path.endswith(".jsonl") else EOT.encode()
+    mark = b"\n" if kind(path) == "jsonl" else EOT.encode()
     cuts = [0]
     while cuts[-1] + PART < size:
         cuts.append(_after(path, mark, cuts[-1] + PART, size))
@@ -64,11 +72,9 @@ def spans(path: str) -> list[Span]:
 
 def pieces(span: Span) -> Iterator[Piece]:
     """Yield the documents of a span, in pieces. The file's ending tells its format."""
-    if span.path.endswith(".parquet"):
-        return _in_pieces(_parquet_texts(span))
-    if span.path.endswith(".jsonl"):
-        return _in_pieces(_jsonl_texts(span))
-    return _text_pieces(span)
+    readers = {"parquet": _parquet_texts, "jsonl": _jsonl_texts}
+    reader = readers.get(kind(span.path) or "text")
+    return _text_pieces(span) if reader is None else _in_pieces(text if text.strip() else "" for text in reader(span))
 
 
 def _open(path: str) -> BinaryIO:
@@ -130,7 +136,7 @@ def _text_pieces(span: Span) -> Iterator[Piece]:
             rest = rest.lstrip("\n")
         *complete, rest = rest.split(EOT)
         for text in complete:
-            yield from _in_pieces(iter([text.strip("\n")] if text.strip() or not between else []))
+            yield from _in_pieces(iter([text.strip("\n") if text.strip() or not between else ""]))
             between = True
         if complete:
             rest = rest.lstrip("\n")
@@ -144,16 +150,22 @@ def _text_pieces(span: Span) -> Iterator[Piece]:
 
 
 def _text_blocks(span: Span) -> Iterator[str]:
-    """Yield the text of a span of a text file, PIECE bytes at a time. Raises InputError for bytes that are no text."""
-    decoder, at = codecs.getincrementaldecoder("utf-8")(), span.start
+    """Yield the text of a span of a text file, PIECE bytes at a time, with line ends as newlines and without a BOM.
+
+    Raises InputError for bytes that are no UTF-8 text.
+    """
+    decoder, at = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True), span.start
     with _open(span.path) as file:
         file.seek(at)
         while block := file.read(min(PIECE, span.end - at)):
             at += len(block)
+            if at == len(block) and block.startswith(UTF_16):
+                raise InputError(f"--dataset {span.path} is UTF-16 text: save it as UTF-8")
             if b"\0" in block:
                 raise InputError(f"--dataset {span.path} is binary, not text (it has zero bytes)")
             try:
-                yield decoder.decode(block, final=at == span.end)
+                text = decoder.decode(block, final=at == span.end)
+                yield text.removeprefix(BOM) if at == len(block) else text
             except UnicodeDecodeError as error:
                 wrong = at - len(error.object) + error.start
                 byte = error.object[error.start]
@@ -207,16 +219,18 @@ def _open_parquet(path: str) -> Any:
     schema = file.schema_arrow
     if "text" not in schema.names:
         raise InputError(f"--dataset {path} has no column 'text', only {', '.join(schema.names)}")
-    if "string" not in str(schema.field("text").type):
-        raise InputError(f"--dataset {path}: its column 'text' must hold strings, not {schema.field('text').type}")
+    found = schema.field("text").type
+    if not (pyarrow.types.is_string(found) or pyarrow.types.is_large_string(found)):
+        raise InputError(f"--dataset {path}: its column 'text' must hold strings, not {shown(found)}")
     return file
 
 
 def _parquet_spans(path: str) -> list[Span]:
     """Cut a parquet file into spans of about PART bytes of text, each of whole row groups."""
     with _open_parquet(path) as file:
-        column = file.schema_arrow.names.index("text")
         groups = [file.metadata.row_group(n) for n in range(file.metadata.num_row_groups)]
+        leaves = [file.schema.column(n).path for n in range(len(file.schema))]  # a nested column has several
+        column = leaves.index("text")
         sizes = [group.column(column).total_uncompressed_size for group in groups]
     cut, start, total = [], 0, 0
     for end, size in enumerate(sizes, 1):
@@ -252,4 +266,4 @@ def _parquet_rows(span: Span) -> Iterator[str]:
     with _open_parquet(span.path) as file:
         batches = file.iter_batches(256, range(span.start, span.end), ["text"], use_threads=False)
         for batch in batches:
-            yield from (text for text in batch.column(0).to_pylist() if text)
+            yield from (text or "" for text in batch.column(0).to_pylist())

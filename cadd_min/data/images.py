@@ -6,7 +6,9 @@ No pickle is read. CIFAR-10 is read in its binary version, ImageNet-32 in its .n
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
+import re
 import struct
 import tarfile
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from cadd_min.data.pixels import Pixels
-from cadd_min.utils.errors import InputError, described
+from cadd_min.utils.errors import InputError, described, first_line
 from cadd_min.utils.files import checked, download
 
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -30,6 +32,7 @@ FASHION_MD5 = {  # stated in the data set's README
 }
 NAMES = ("digits", "fashion-mnist", "cifar10", "imagenet32")
 ENDINGS = (".png", ".jpg", ".jpeg")
+MAY_BE_GREY = ("1", "L", "LA", "La", "P", "PA")  # kinds of image files without colours, or with colours by a palette
 HELD_OUT = 5  # one image of this many is held out, where the data set has no test images
 
 
@@ -38,7 +41,7 @@ class Images:
     """A data set of images (N, H, W, C) uint8, from 0 (black) to 255 (white), split into training and held-out images.
 
     labels: (N,) int64 from 0 on for each of the two, or None; levels: how many different values there are; flip:
-    whether a mirrored image is as good as the image.
+    whether a mirrored image is as good as the image; class_names: the names of the labels, where these have names.
     """
 
     name: str
@@ -47,15 +50,31 @@ class Images:
     labels: tuple[np.ndarray, np.ndarray] | None = None
     levels: int = 256
     flip: bool = False
+    class_names: tuple[str, ...] = ()
 
     def pixels(self) -> Pixels:
         """Return the codec of the images."""
         height, width, colours = self.train.shape[1:]
         return Pixels((height, width, colours), self.levels)
 
+    def digest(self) -> str:
+        """Return a hash of all images and labels, and of which are held out."""
+        content = hashlib.sha256()
+        for array in (self.train, self.held_out, *(self.labels or ())):
+            content.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        return content.hexdigest()
+
     def classes(self) -> int:
         """Return the number of classes: the largest label plus 1, or 0 without labels."""
         return 0 if self.labels is None else int(max(part.max() for part in self.labels)) + 1
+
+
+def chosen(count: int, most: int) -> np.ndarray:
+    """Return `most` indices of `count` images, or all, in random order. The same numbers give the same indices.
+
+    Images are often in the order of their classes, so the first ones would stand for the first classes only.
+    """
+    return np.random.default_rng(0).permutation(count)[:most]
 
 
 def open_images(dataset: str, cache: Path, archive: Path | None = None) -> Images:
@@ -256,23 +275,38 @@ def _decode_packed(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.nd
 
 def _folder(path: Path) -> Images:
     """Read every PNG and JPEG in a folder. Its subfolders are classes, unless an image lies in the folder itself."""
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in ENDINGS)
+    everything = [f for f in path.rglob("*") if f.is_file()]
+    files = sorted((f for f in everything if f.suffix.lower() in ENDINGS), key=_by_number)
     if not files:
         raise InputError(f"--dataset {path} is a folder without {', '.join(ENDINGS)} files")
+    if left := len(everything) - len(files):
+        print(f"{path} has {len(files):,} images; left out: {left:,} other files")
     images = _stack([(str(file), file.read_bytes()) for file in files], path)
-    names = sorted({file.parent for file in files})
-    labels = np.array([names.index(file.parent) for file in files]) if path not in names else None
-    return _split(path.name, images, labels)
+    folders = sorted({file.parent for file in files}, key=_by_number)
+    if path in folders:
+        return _split(path.name, images, None)
+    names = tuple(str(folder.relative_to(path)) for folder in folders)
+    print("classes: " + ", ".join(f"{number} {name}" for number, name in enumerate(names)))
+    return _split(path.name, images, np.array([folders.index(file.parent) for file in files]), class_names=names)
+
+
+def _by_number(path: Path) -> list[tuple[str, int]]:
+    """Return a key that sorts paths with their numbers as numbers: 2 before 10."""
+    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", str(path))]
 
 
 def _stack(files: list[tuple[str, bytes]], path: Path) -> np.ndarray:
-    """Decode image files, given as (name, bytes), into (N, H, W, C). Raises InputError where their shapes differ."""
+    """Decode image files, given as (name, bytes), into (N, H, W, C). Grey among coloured images get three colours.
+
+    Raises InputError where their sizes differ.
+    """
     images = [read_image(data, name) for name, data in files]
+    colours = max(image.shape[2] for image in images)
     for image, (name, _) in zip(images, files):
-        if image.shape != images[0].shape:
-            sizes = " and ".join("x".join(map(str, shape)) for shape in (images[0].shape, image.shape))
+        if image.shape[:2] != images[0].shape[:2]:
+            sizes = " and ".join("x".join(map(str, shape[:2])) for shape in (images[0].shape, image.shape))
             raise InputError(f"--dataset {path} has images of mixed sizes, {sizes} ({name}): make them all one size")
-    return np.stack(images)
+    return np.stack([np.broadcast_to(image, (*image.shape[:2], colours)) for image in images])
 
 
 def pillow() -> Any:
@@ -285,18 +319,28 @@ def pillow() -> Any:
 
 
 def read_image(data: bytes, name: str) -> np.ndarray:
-    """Decode an image file to (H, W, 3) uint8, or to (H, W, 1) where the image is grey.
+    """Decode an image file as a viewer shows it: (H, W, 3) uint8, or (H, W, 1) where the image is grey.
 
-    name: of the image, for errors. Raises InputError where `data` is no image, or has more than 8 bits a colour.
+    Its EXIF orientation is applied, and what is transparent is white. name: of the image, for errors. Raises InputError
+    where `data` is no image, or has more than 8 bits a colour.
     """
     Image = pillow()
+    from PIL import ImageOps
+
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data)) as file:
+            image = ImageOps.exif_transpose(file)
             if image.mode.startswith(("I", "F")):  # a conversion would clip the values at 255
                 raise InputError(f"{name} has more than 8 bits a colour: convert it first")
-            grey = image.mode in ("1", "L", "LA")
-            return np.atleast_3d(np.asarray(image.convert("L" if grey else "RGB")))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            rgb = np.asarray(image.convert("RGB"))
+            grey = file.mode in MAY_BE_GREY and (rgb == rgb[..., :1]).all()
+            return rgb[..., :1] if grey else rgb
     except InputError:
         raise
-    except Exception:  # a damaged image may raise anything
-        raise InputError(f"{name} is not an image that can be read") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name} is too large: {first_line(error)}") from None
+    except Exception as error:  # a damaged image may raise anything
+        raise InputError(f"{name} is not an image that can be read: {described(error)}") from None

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from cadd_min.data import documents
 from cadd_min.data.tokenizer import Tokenizer
 from cadd_min.utils.errors import InputError
 from cadd_min.utils.files import json_rows
@@ -32,10 +33,10 @@ class Pair(NamedTuple):
 
 def holds_pairs(path: Path) -> bool:
     """Tell whether `path` is a .jsonl file whose first object has a prompt or a response."""
-    if path.suffix != ".jsonl" or not path.is_file():
+    if documents.kind(str(path)) != "jsonl" or not path.is_file():
         return False
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             first = json.loads(next((line for line in file if line.strip()), "{}"))
     except (OSError, ValueError, RecursionError):
         return False
@@ -57,14 +58,16 @@ def read_pairs(path: Path) -> list[Pair]:
 
 def encode(
     pairs: list[Pair], tokenizer: Tokenizer, length: int, prompt_ids: Callable[[str], list[int]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Make sequences (N, L) int64 of N pairs, and the places (N,) int64 at which their responses begin.
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Make sequences (N, L) int64 of N pairs, the places (N,) int64 at which their responses begin, and a count.
+
+    The count is of the responses that are cut, or that fill the sequence: no end token follows them.
 
     length: L; prompt_ids: the function from a prompt to its ids, see `hf_tokenizer.prompt_ids`. Raises InputError for a
     prompt that leaves no room for a response.
     """
     ids = np.full((len(pairs), length), tokenizer.eot_id, np.int64)
-    starts = np.empty(len(pairs), np.int64)
+    starts, endless = np.empty(len(pairs), np.int64), 0
     responses = tokenizer.encode_batch([pair.response for pair in pairs])
     for n, (pair, response) in enumerate(zip(tqdm(pairs, desc="tokenising", unit="pair", leave=False), responses)):
         prompt = prompt_ids(pair.prompt)
@@ -74,8 +77,9 @@ def encode(
                 f"--length is {length}"
             )
         sequence = (prompt + response)[:length]
+        endless += len(prompt) + len(response) >= length
         ids[n, : len(sequence)], starts[n] = sequence, len(prompt)
-    return ids, starts
+    return ids, starts, endless
 
 
 def split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:

@@ -117,7 +117,7 @@ def write_part(job: Job, tokenizer: Tokenizer, threads: int, tick: Callable[[int
     dtype = token_type(tokenizer)
     with atomic_write(job.path) as unfinished:
         with unfinished.open("wb") as train, tempfile.TemporaryFile(dir=unfinished.parent) as held_out:
-            documents = _tokenise(job.part, tokenizer, dtype, (train, held_out), threads, tick)
+            documents, empty = _tokenise(job.part, tokenizer, dtype, (train, held_out), threads, tick)
             counts = [file.tell() // dtype.itemsize for file in (train, held_out)]
             held_out.seek(0)
             shutil.copyfileobj(held_out, train, 1 << 20)
@@ -125,6 +125,7 @@ def write_part(job: Job, tokenizer: Tokenizer, threads: int, tick: Callable[[int
             "file": job.path.name,
             "source": job.source,
             "documents": documents,
+            "empty": empty,
             "train": counts[0],
             "val": counts[1],
             "bytes": unfinished.stat().st_size,
@@ -134,8 +135,11 @@ def write_part(job: Job, tokenizer: Tokenizer, threads: int, tick: Callable[[int
 
 
 def token_type(tokenizer: Tokenizer) -> np.dtype:
-    """Return uint16 where it holds all ids and the mask, else uint32. Both are little endian."""
-    return np.dtype("<u2" if tokenizer.mask_id < 2**16 else "<u4")
+    """Return uint16 where it holds all ids and the mask, else uint32. Both are little endian.
+
+    The mask is the last id of this project's tokenizers, and any id of a pretrained model's.
+    """
+    return np.dtype("<u2" if max(tokenizer.mask_id, tokenizer.vocab_size - 1) < 2**16 else "<u4")
 
 
 def _tokenise(
@@ -145,17 +149,24 @@ def _tokenise(
     files: tuple[BinaryIO, BinaryIO],
     threads: int,
     tick: Callable[[int], object],
-) -> int:
-    """Write the tokens of a part to its two files, training and held out. Returns the number of its documents."""
-    document = 0  # the number of the document that the next piece belongs to
+) -> tuple[int, int]:
+    """Write the tokens of a part to its two files, training and held out. Empty documents are left out.
+
+    Returns the number of documents that were written, and of those that are empty.
+    """
+    document, empty = 0, 0  # the number of the document that the next piece belongs to
+    begun = False
     for pieces in _batched(read(part), threads << 20):
         for piece, ids in zip(pieces, tokenizer.encode_batch([p.text for p in pieces], threads)):
+            if piece.last and not begun and not piece.text:
+                empty += 1
+                continue
             ids = [*ids, tokenizer.eot_id] if piece.last else ids
             held_out = document % HELD_OUT == HELD_OUT - 1
             files[held_out].write(np.asarray(ids, dtype).tobytes())
-            document += piece.last
+            document, begun = document + piece.last, not piece.last
         tick(sum(len(piece.text.encode()) for piece in pieces))
-    return document
+    return document, empty
 
 
 def _batched(pieces: Iterator[Piece], size: int) -> Iterator[list[Piece]]:

@@ -89,6 +89,16 @@ class TokenFolder:
                     yield Stretch(path, part["train"] if split == "val" else 0, start, start + part[split])
                     start += part[split]
 
+    def digest(self) -> str:
+        """Return a hash of all tokens and of where each split begins and ends, from the hashes of the files."""
+        content = [part["sha256"] for part in self.header["parts"]], sorted(self.header["splits"].items())
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def documents(self) -> str:
+        """Say how many documents the folder has, and how many of the corpus were empty."""
+        counts = [sum(part.get(name, 0) for part in self.header["parts"]) for name in ("documents", "empty")]
+        return f"{counts[0]:,} documents" + (f" ({counts[1]:,} empty ones left out)" if counts[1] else "")
+
     def tokenizer(self) -> Tokenizer:
         """Rebuild the tokenizer that made the folder."""
         return tokenizer_from_spec(self.header["tokenizer"])

@@ -117,8 +117,17 @@ class BPETokenizer(Tokenizer):
         return cls(tokens)
 
     def encode_batch(self, texts: list[str], threads: int = 0) -> list[list[int]]:
-        """Return the ids of each text. A special token that is written in a text is encoded as ordinary characters."""
-        return self._encoding.encode_ordinary_batch(texts, num_threads=threads or os.cpu_count() or 1)
+        """Return the ids of each text. A special token that is written in a text is encoded as ordinary characters.
+
+        Raises InputError for a run of about a million spaces, at which tiktoken's stack overflows.
+        """
+        try:
+            return self._encoding.encode_ordinary_batch(texts, num_threads=threads or os.cpu_count() or 1)
+        except BaseException as error:  # a panic in tiktoken's Rust is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+        begin = max(texts, key=len)[:40]
+        raise InputError(f"a run of spaces or newlines is too long for tiktoken, in the text that begins {begin!r}")
 
     def _decode(self, ids: list[int]) -> str:
         return self._encoding.decode(ids)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadd_min.checkpoints import file as checkpoint
-from cadd_min.data.images import Images
+from cadd_min.data.images import Images, chosen
 from cadd_min.utils.errors import InputError
 
 FEATURES = 64
@@ -114,7 +114,8 @@ def measures(net: Classifier, real: Tensor, images: np.ndarray) -> dict[str, flo
     features, logits = judged(net, images)
     variety, doubt = class_entropies(logits)
     most = min(len(real), len(features), 10_000)  # all pairs of distances are in memory at once
-    precision, recall = precision_recall(real[:most], features[:most])
+    some = (real[chosen(len(real), most)], features[chosen(len(features), most)])
+    precision, recall = precision_recall(*some)
     distance = frechet_distance(real, features)
     return {"FD": distance, "variety": variety, "doubt": doubt, "precision": precision, "recall": recall}
 

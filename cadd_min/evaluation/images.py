@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cadd_min.checkpoints.file import check_data
 from cadd_min.data import images
 from cadd_min.data.images import Images
 from cadd_min.data.pixels import Pixels
@@ -50,7 +51,8 @@ def fid(models: Models, args: argparse.Namespace) -> str:
 
 def bound_rows(model: Model, pixels: Pixels, data: Images, args: argparse.Namespace) -> Rows:
     """Measure the bound in bits per dimension."""
-    held_out = data.held_out[: args.num]
+    rows_of = images.chosen(len(data.held_out), args.num)
+    held_out = data.held_out[rows_of]
 
     def batches() -> Iterator[Batch]:
         """Yield the held-out images, with their labels where the model has classes."""
@@ -58,7 +60,7 @@ def bound_rows(model: Model, pixels: Pixels, data: Images, args: argparse.Namesp
             rows = slice(first, first + args.batch_size)
             label = None
             if model.config.classes and data.labels is not None:
-                label = torch.from_numpy(data.labels[1][: args.num][rows])
+                label = torch.from_numpy(data.labels[1][rows_of][rows])
             yield Batch(pixels.encode(held_out[rows]), label)
 
     nats = held_out_bound(model, batches(), steps=args.T, repeat=args.repeat, seed=args.seed, dtype=args.dtype)
@@ -73,7 +75,8 @@ def frechet_rows(model: Model, pixels: Pixels, data: Images, args: argparse.Name
     net, accuracy = image_judge.open_judge(data, args.cache)
     real, _ = image_judge.judged(net, data.train)
     rows: Rows = {"classifier's held-out accuracy": accuracy}
-    for whose, some in (("", samples), ("held-out images' ", data.held_out[: args.num])):
+    held_out = data.held_out[images.chosen(len(data.held_out), args.num)]
+    for whose, some in (("", samples), ("held-out images' ", held_out)):
         rows |= {whose + NAMES[key]: value for key, value in image_judge.measures(net, real, some).items()}
     return rows
 
@@ -113,18 +116,20 @@ def _reports(
     for path, (model, pixels, content) in models.items():
         if getattr(args, "guidance", None) is not None and not model.config.classes:
             raise InputError(f"--guidance needs a model of classes, and --ckpt {path} was trained without labels")
-        rows = measure(model, pixels, open_data(path, model, pixels, content["settings"], args), args)
+        rows = measure(model, pixels, open_data(path, model, pixels, content, args), args)
         name = f"model {model.config.model} at step {content['trainer']['step']} ({path})"
         reports.append(report(rows, f"{name}, {caption(model)}"))
     return "\n\n".join(reports)
 
 
-def open_data(path: Path, model: Model, pixels: Pixels, settings: dict[str, Any], args: argparse.Namespace) -> Images:
+def open_data(path: Path, model: Model, pixels: Pixels, content: dict[str, Any], args: argparse.Namespace) -> Images:
     """Open the data set that a checkpoint was trained on. Raises InputError where it has changed."""
+    settings = content["settings"]
     if not settings.get("dataset"):
         raise InputError(f"--ckpt {path} does not say which images it was trained on")
     archive = args.archive or (Path(settings["archive"]) if settings.get("archive") else None)
     data = images.open_images(settings["dataset"], args.cache, archive)
     if data.pixels() != pixels or 0 < model.config.classes < data.classes():
         raise InputError(f"--ckpt {path} was trained on other images than {settings['dataset']} now has")
+    check_data(content, data.digest(), f"the data set {settings['dataset']}", args.anyway)
     return data

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cadd_min.checkpoints.file import check_data
 from cadd_min.data import corpus
 from cadd_min.data.batches import TextBatches
 from cadd_min.data.pairs import holds_pairs
@@ -51,18 +52,25 @@ COLUMNS = {  # of score(): heading and digits
 # ------------------------------------------------------------------------------------------------ held-out text
 
 
-def held_out_tokens(content: dict[str, Any], tokenizer: Tokenizer, dataset: str | None, cache: Path) -> TokenView:
-    """Open the held-out tokens of a checkpoint's data set, or of another data set under the checkpoint's tokenizer."""
-    name = dataset or content["settings"].get("dataset")
+def held_out_tokens(content: dict[str, Any], tokenizer: Tokenizer, args: argparse.Namespace) -> TokenView:
+    """Open the held-out tokens of a checkpoint's data set, or of --dataset under the checkpoint's tokenizer.
+
+    Raises InputError where the checkpoint's data set has changed since, unless --anyway accepts that.
+    """
+    own = content["settings"].get("dataset")
+    name = args.dataset or own
     if not name:
         raise InputError("--dataset must be given: the checkpoint does not say what it was trained on")
     if holds_pairs(Path(name)):
         raise InputError(f"--dataset must be given, a text: {name} holds prompts and responses")
-    if not is_folder(name):
-        return prepare(corpus.open_corpus(name, cache), tokenizer, cache).split("val")
-    tokens = TokenFolder(Path(name))
-    if tokens.header["tokenizer"] != tokenizer.spec():
-        raise InputError(f"--dataset {name} was made by another tokenizer than the checkpoint's")
+    if is_folder(name):
+        tokens = TokenFolder(Path(name))
+        if tokens.header["tokenizer"] != tokenizer.spec():
+            raise InputError(f"--dataset {name} was made by another tokenizer than the checkpoint's")
+    else:
+        tokens = prepare(corpus.open_corpus(name, args.cache), tokenizer, args.cache)
+    if name == own:
+        check_data(content, tokens.digest(), f"the data set {name}", args.anyway)
     return tokens.split("val")
 
 
@@ -84,7 +92,7 @@ def bound(models: Models, args: argparse.Namespace) -> str:
     """Report the bound of held-out text under each model."""
     reports = []
     for path, (model, tokenizer, content) in models.items():
-        tokens = held_out_tokens(content, tokenizer, args.dataset, args.cache)
+        tokens = held_out_tokens(content, tokenizer, args)
         settings = f"T {args.T or 'continuous'}, {args.dtype}, seed {args.seed}"
         name = f"model {model.config.model} at step {content['trainer']['step']} ({path})"
         reports.append(report(bound_rows(model, tokenizer, tokens, args), f"{name}, {settings}"))
@@ -133,7 +141,7 @@ def frontier(models: Models, args: argparse.Namespace) -> str:
 def infill(models: Models, args: argparse.Namespace) -> str:
     """Count how many tokens, masked in held-out text, each model puts back. Returns a Markdown table."""
     tokenizer, content, length = common(models)
-    x_0 = windows(held_out_tokens(content, tokenizer, args.dataset, args.cache), args.num, length)
+    x_0 = windows(held_out_tokens(content, tokenizer, args), args.num, length)
     lines = ["| model | " + " | ".join(f"{share:.0%} masked" for share in args.masked) + " |"]
     lines.append("|---" * (1 + len(args.masked)) + "|")
     names = short_names(models)
@@ -186,7 +194,7 @@ def scored(
     because that takes a while: whatever is wrong with the data is said before.
     """
     tokenizer, content, length = common(models)
-    real = windows(held_out_tokens(content, tokenizer, args.dataset, args.cache), 2 * args.num, length)
+    real = windows(held_out_tokens(content, tokenizer, args), 2 * args.num, length)
     text_scores.check(real[::2])
     judge = open_judge(args.judge or SMOLLM2, args.device, args.judge_dtype)
     reader = Reader(tokenizer, judge, real)

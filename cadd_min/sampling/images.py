@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,15 @@ from cadd_min.utils.files import check_writable
 
 
 class ImageTask:
-    """What sample.py does with a model of images. Raises InputError for options that do not fit the model."""
+    """What sample.py does with a model of images. Raises InputError for options that do not fit the model.
+
+    class_names: the names of the model's classes by their numbers, where they are known.
+    """
 
     zhat, num = "soft", 64  # "hard" loses variety in images: docs/images.md
 
-    def __init__(self, model: Model, pixels: Pixels, args: argparse.Namespace):
-        self.model, self.pixels, self.args = model, pixels, args
+    def __init__(self, model: Model, pixels: Pixels, args: argparse.Namespace, class_names: Sequence[str] = ()):
+        self.model, self.pixels, self.args, self.class_names = model, pixels, args, class_names
         if args.prompt is not None:
             raise InputError(f"--prompt is for models of text, and --ckpt {args.ckpt} is one of images: use --inpaint")
         for name in ("out", "gif"):
@@ -96,7 +99,9 @@ class ImageTask:
         if not self.model.config.classes:
             return ""
         guidance = 1.0 if self.args.guidance is None else self.args.guidance
-        return f", classes {self.args.classes or 'all'}, guidance {guidance}"
+        drawn = self.args.classes or (range(len(self.class_names)) if self.class_names else ())
+        which = ", ".join(f"{n} {self.class_names[n]}" if self.class_names else str(n) for n in drawn)
+        return f", classes {which or 'all'}, guidance {guidance}"
 
 
 def _open(option: str, path: Path, pixels: Pixels) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +27,14 @@ from cadd_min.utils.files import cache_folder, remove_leftovers
 RUNS = Path("runs")
 
 
+class Source(NamedTuple):
+    """What a run is trained on: in words, as a hash of its content, and the names of its classes by their numbers."""
+
+    words: str
+    digest: str
+    class_names: tuple[str, ...] = ()
+
+
 def build_parser(description: str | None, model: type = ModelConfig) -> argparse.ArgumentParser:
     """Make a parser with the options that all training scripts share.
 
@@ -35,6 +43,7 @@ def build_parser(description: str | None, model: type = ModelConfig) -> argparse
     parser = Parser(description)
     parser.add_argument("--out", type=Path, help="folder of the run (default: a new one in runs/)")
     parser.add_argument("--resume", action="store_true", help="go on with --out, or with the newest run")
+    parser.add_argument("--anyway", action="store_true", help="with --resume: on data that is not the run's, too")
     parser.add_argument("--cache", type=Path, default=cache_folder(), help="folder of prepared data")
     parser.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, ...")
     for config, title in ((model, "model"), (TrainConfig, "training"), (FitConfig, "logging")):
@@ -108,18 +117,22 @@ def train(
     held_out: Sequence[Batch],
     codec: Codec,
     show_sample: Callable[[Trainer, Path | None], str],
-    what: str,
+    source: Source,
 ) -> None:
     """Train a model with these settings, from the start or from the checkpoint `resumed`.
 
     Args: make() -> the model; data(index) -> micro-batch `index`; codec: the tokenizer or the pixels, whose spec() goes
     into the checkpoint; show_sample(trainer, folder) -> a line about a sample, which is written where a folder is
-    given; what: the data, in words. Raises InputError where the data has other tokens than the checkpoint's.
+    given; source: what the data is. Raises InputError where the data is not what the checkpoint was trained on.
     """
+    if args.anyway and not resumed:
+        raise InputError("--anyway goes with --resume: a new run has no data yet")
     if resumed and codec.spec() != resumed["tokenizer"]:
         raise InputError(
             f"--dataset {args.dataset} has other tokens than the run had: resume on the same data, or anew"
         )
+    if resumed:
+        checkpoint.check_data(resumed, source.digest, f"--dataset {args.dataset}", args.anyway)
     train_config, fit_config = from_args(TrainConfig, args), from_args(FitConfig, args)
     with world(args.device) as processes:
         torch.manual_seed(args.seed)
@@ -129,9 +142,9 @@ def train(
             out = new_folder(args)
         if resumed:
             restore(trainer, resumed, out)
-        contents = _contents(args, trainer, codec)
+        contents = _contents(args, trainer, codec) | {"data": source.digest, "class_names": source.class_names}
         if processes.first:
-            _announce(args, trainer, processes, out, what, contents)
+            _announce(args, trainer, processes, out, source.words, contents)
         fit(trainer, Run(out, list(held_out), show_sample, contents), fit_config)
         if processes.first:
             print(f"trained: {out / checkpoint.FILE}; now: python sample.py --ckpt {out}")
@@ -139,7 +152,8 @@ def train(
 
 def _contents(args: argparse.Namespace, trainer: Trainer, codec: Codec) -> dict[str, Any]:
     """Return what the run's checkpoints hold beside the trainer's state, as plain values."""
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "resume")}
+    kept = vars(args).keys() - {"out", "resume", "anyway"}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k in kept}
     # the values that "auto" and 0 stand for: a resumed run keeps its dtype, and its steps stay as large
     settings |= {"dtype": trainer.dtype, "accumulate": trainer.accumulate}
     shape = checkpoint.model_dict(trainer.model.config)

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from benchmarks import training
+from benchmarks.specs import parse
+from cadd_min.utils.errors import InputError
 
 MODELS = ["ar", "gpt2", "mdlm", "cadd:mse=1"]
 PARTS = ["forward noising", "network", "head and loss", "clip, AdamW", "EMA", "not in a part", "step"]
@@ -56,3 +58,9 @@ def test_parts_do_what_the_step_does(spec, models, monkeypatch):
     assert any(not torch.equal(a, b) for a, b in zip(before, model.net.parameters(), strict=True))
     if spec != "gpt2":
         assert rows == [256] if spec == "ar" else 100 < rows[0] < 156
+
+
+def test_the_values_of_a_spec_are_heeded_or_refused():
+    assert parse("cadd:bayes_head=true,compile=False") == ("cadd", {"bayes_head": True, "compile": False})
+    with pytest.raises(InputError, match="bayes_head must be of type bool, not 'yes'"):
+        parse("cadd:bayes_head=yes")

@@ -306,7 +306,7 @@ def test_the_whole_chain_with_a_model_of_this_project(call, human, tmp_path):
         assert step in err or step == "extraction"
     code, out, err = call(f"{base} --k 1 2 --execute")
     assert code == 0 and "| pass@2 | 0.0000 | 0.0000 |" in out and "execution" in err, err
-    assert "model cadd at step 1 (run/checkpoint.pt)" in out and "T 3" in out and "batches of 2" in out
+    assert "model cadd at step 1 (run/checkpoint.pt, weights " in out and "T 3" in out and "batches of 2" in out
     texts = [json.loads(line)["text"] for line in Path("run/humaneval/generations.jsonl").read_text().splitlines()]
     assert len(set(texts)) == 6 and all("[mask]" not in text for text in texts)
     code, _, err = call(f"{base} --seed 1")

@@ -25,8 +25,9 @@ LETTERS = chars("abcdefgh ")
 
 
 def test_a_sequence_is_prompt_response_and_ends() -> None:
-    ids, starts = pairs.encode([Pair("ab", "cde"), Pair("abcd", "efgh abc")], LETTERS, 8, LETTERS.encode)
+    ids, starts, endless = pairs.encode([Pair("ab", "cde"), Pair("abcd", "efgh abc")], LETTERS, 8, LETTERS.encode)
     assert LETTERS.decode(ids[0][:5].tolist()) == "abcde" and set(ids[0][5:]) == {LETTERS.eot_id}
+    assert endless == 1  # the second: nothing says where its answer ends
     assert LETTERS.decode(ids[1].tolist()) == "abcdefgh"  # the response is cut, so no end token follows
     assert starts.tolist() == [2, 4]
     x_0, label, free = PairBatches(ids, starts, 2)(0)

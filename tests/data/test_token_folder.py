@@ -50,7 +50,7 @@ def write(kind: str, folder: Path) -> Path:
     else:
         path = folder / "many"
         path.mkdir()
-        (path / "notes.md").write_text("not a document")
+        (path / "notes.csv").write_text("not a document")
         for i, doc in enumerate(DOCS[:-1]):
             (path / f"{i:03}.txt").write_text(doc, encoding="utf-8")
         (path / "last.jsonl").write_text(json.dumps({"text": DOCS[-1]}), encoding="utf-8")
@@ -178,7 +178,7 @@ def test_bad_files_are_named(name, content, message, tmp_path):
 def test_missing_things_are_named(tmp_path):
     with pytest.raises(InputError, match=r"sotu, shakespeare, text8, owt or a path"):
         open_corpus("stou", tmp_path)
-    with pytest.raises(InputError, match=r"folder without \.txt, \.jsonl, \.parquet"):
+    with pytest.raises(InputError, match=r"folder without \.txt, \.text, \.md, \.jsonl, \.ndjson, \.parquet"):
         open_corpus(str(tmp_path), tmp_path)
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "x.parquet")
     with pytest.raises(InputError, match="no column 'text'"):

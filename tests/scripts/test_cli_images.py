@@ -54,7 +54,7 @@ def test_classes_resume_and_the_other_backbone(call, npz):
     """Train with classes, sample with guidance, resume, and train the other backbone. train_text.py refuses the run."""
     assert call(f"train_image.py --dataset {npz} --classes --flip {NANO} --out a")[0] == 0
     code, out, _ = call("sample.py --ckpt a --steps 3 --classes 2 0 --guidance 2.5 --num 4 --out b/x.png")
-    assert code == 0 and "classes [2, 0], guidance 2.5" in out
+    assert code == 0 and "classes 2, 0, guidance 2.5" in out
     with Image.open("b/x.png") as picture:
         assert picture.size == (2 * (5 * 8 + 2) + 2, 2 * (6 * 8 + 2) + 2)
     code, _, err = call("train_image.py --resume --out a --steps 6")
