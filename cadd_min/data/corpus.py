@@ -79,7 +79,7 @@ def _folder(path: Path) -> Corpus:
     if left or linked:
         links = [f"{len(linked)} linked folders"] if linked else []
         note += f"; left out: {', '.join([_counted(left)] * bool(left) + links)}"
-    corpus = _files(path.stem, wanted)
+    corpus = _files(path.resolve().stem, wanted)
     return dataclasses.replace(corpus, note=note)
 
 

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tqdm import tqdm
+
 from cadd_min.utils.errors import InputError, Interrupted, sentence, shown
 
 T = TypeVar("T")
@@ -173,6 +175,8 @@ def run(main: Callable[[], None]) -> None:
             raise
         line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
         which = f" in process {rank}" if rank != "0" else ""
+        for bar in list(getattr(tqdm, "_instances", ())):  # a bar that a loop left open has no end of line
+            bar.close()
         print(f"error{which}: {line}", file=sys.stderr)
         code = 2
     if "RANK" in os.environ:

@@ -3,6 +3,8 @@
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -260,3 +262,13 @@ def test_bad_input_is_one_sentence(command, message, call, text, tmp_path):
 def test_unparsable_arguments_exit_with_2(arguments, call):
     code, _, err = call(f"sample.py {arguments}")
     assert code == 2 and "error:" in err
+
+
+def test_an_error_within_a_loop_stands_on_a_line_of_its_own():
+    """Check that the bar of a loop that an error leaves is ended before the sentence is printed."""
+    code = (
+        "from tqdm import tqdm\nfrom cadd_min.utils.cli import run\nfrom cadd_min.utils.errors import InputError\n"
+        "def main():\n    for _ in tqdm(range(2)):\n        raise InputError('a sentence')\nrun(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.endswith("\nerror: a sentence\n")
