@@ -26,7 +26,7 @@ from cadd_min.data.pixels import Pixels
 from cadd_min.evaluation import images, text
 from cadd_min.evaluation.text_judge import SMOLLM2
 from cadd_min.sampling import generate
-from cadd_min.utils.cli import Parser, integer, run
+from cadd_min.utils.cli import Parser, as_path, expanded, integer, run
 from cadd_min.utils.device import DTYPES, torch_device
 from cadd_min.utils.errors import InputError
 from cadd_min.utils.files import cache_folder
@@ -41,10 +41,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     def command(name: str, what: str, num: str) -> Any:
         added = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
-        added.add_argument("--ckpt", type=Path, nargs="+", default=[Path("runs")], help=f"{generate.CKPT}; or several")
+        added.add_argument(
+            "--ckpt", type=as_path, nargs="+", default=[Path("runs")], help=f"{generate.CKPT}; or several"
+        )
         added.add_argument("--num", type=integer, help=num)
         added.add_argument("--batch-size", type=integer, help="sequences at a time (default: text 32, images 128)")
-        added.add_argument("--cache", type=Path, default=cache_folder(), help="folder of prepared data")
+        added.add_argument("--cache", type=as_path, default=cache_folder(), help="folder of prepared data")
         added.add_argument("--anyway", action="store_true", help="measure on the run's data set though it has changed")
         generate.add_run_options(added)
         return added
@@ -60,13 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_judge(frontier)
     frontier.add_argument("--temperatures", type=float, nargs="+", help="what varies (default: 0.6 to 1 by 0.1)")
     frontier.add_argument("--top-ps", type=float, nargs="+", help="what varies, instead of temperatures")
-    frontier.add_argument("--out", type=Path, default=Path("frontier.png"), help="the picture")
+    frontier.add_argument("--out", type=as_path, default=Path("frontier.png"), help="the picture")
     infill = command("infill", "tokens put back in held-out text", "sequences (default: 128)")
     infill.add_argument("--masked", type=float, nargs="+", default=[0.15, 0.5], help="shares of tokens to mask")
     _add_dataset(infill)
     frechet = command("frechet", "samples of images in a classifier's features", "samples (default: 2048)")
     fid = command("fid", "samples of images by torch-fidelity", "samples (default: 2048)")
-    fid.add_argument("--inception-weights", help="file, if torch-fidelity cannot download them")
+    fid.add_argument("--inception-weights", type=expanded, help="file, if torch-fidelity cannot download them")
     for images_only in (frechet, fid):
         _add_archive(images_only)
         images_only.add_argument("--guidance", type=float, help="of a model of classes (default: 1, its own)")
@@ -77,15 +79,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_dataset(parser: Any) -> None:
-    parser.add_argument("--dataset", help="held-out text, if not the run's own: sotu, a path, ...")
+    parser.add_argument("--dataset", type=expanded, help="held-out text, if not the run's own: sotu, a path, ...")
 
 
 def _add_archive(parser: Any) -> None:
-    parser.add_argument("--archive", type=Path, help="where the images lie, if not where the run found them")
+    parser.add_argument("--archive", type=as_path, help="where the images lie, if not where the run found them")
 
 
 def _add_judge(parser: Any) -> None:
-    parser.add_argument("--judge", help=f"{SMOLLM2} (default), a causal model of the Hugging Face hub, or its folder")
+    parser.add_argument(
+        "--judge", type=expanded, help=f"{SMOLLM2} (default), a causal model of the Hugging Face hub, or its folder"
+    )
     parser.add_argument("--judge-dtype", choices=DTYPES, default="float32", help="bfloat16 is faster on some CPUs")
     _add_dataset(parser)
 

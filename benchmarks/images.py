@@ -40,7 +40,7 @@ from cadd_min.orders import Sampling, cosine_temperature
 from cadd_min.sampler import reverse_chain
 from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.unet import UNET_PRESETS
-from cadd_min.utils.cli import run
+from cadd_min.utils.cli import as_path, expanded, run
 from cadd_min.utils.device import seeded
 from cadd_min.utils.errors import InputError, choose
 from cadd_min.utils.files import cache_folder
@@ -133,9 +133,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", nargs="*", default=["mdlm", "cadd", "cdm"], help="models to train")
-    parser.add_argument("--dataset", default="digits", help="as for train_image.py")
-    parser.add_argument("--archive", type=Path, help="where the data set lies, if not to be downloaded")
-    parser.add_argument("--cache", default=str(cache_folder()), help="folder of prepared data")
+    parser.add_argument("--dataset", type=expanded, default="digits", help="as for train_image.py")
+    parser.add_argument("--archive", type=as_path, help="where the data set lies, if not to be downloaded")
+    parser.add_argument("--cache", type=expanded, default=cache_folder(), help="folder of prepared data")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each model")
     parser.add_argument("--steps", type=int, default=DEFAULTS["steps"], help="training steps")
     parser.add_argument("--samples", type=int, default=1024, help="samples for each T and zhat")
@@ -146,8 +146,8 @@ def main() -> None:
     parser.add_argument("--time-grid", default="uniform", help="uniform or cosine")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run")
-    parser.add_argument("--out", type=Path, help="append each run as a line of JSON")
-    parser.add_argument("--table", type=Path, help="only print the table of the runs in this file")
+    parser.add_argument("--out", type=as_path, help="append each run as a line of JSON")
+    parser.add_argument("--table", type=as_path, help="only print the table of the runs in this file")
     args = parser.parse_args()
     if args.table:
         return print(table(read_rows(args.table)))

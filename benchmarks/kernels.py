@@ -23,7 +23,6 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ import torch
 from cadd_min import ops
 from cadd_min.reverse import Decoding, step_coefficients
 from cadd_min.schedule import NoiseSchedule
-from cadd_min.utils.cli import run
+from cadd_min.utils.cli import as_path, run
 from cadd_min.utils.device import default_device
 from cadd_min.utils.errors import InputError
 
@@ -151,7 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--repeats", type=int, default=9, help="calls of which the median is taken")
-    parser.add_argument("--json", type=Path, help="file for the results as JSON")
+    parser.add_argument("--json", type=as_path, help="file for the results as JSON")
     args = parser.parse_args()
     if args.repeats < 1:
         raise InputError(f"--repeats must be at least 1, not {args.repeats}")

@@ -15,7 +15,6 @@ Cells are the mean and the standard deviation over the seeds.
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 
 import torch
 
@@ -25,7 +24,7 @@ from benchmarks.specs import spread
 from cadd_min.objective import Batch
 from cadd_min.sampler import sample
 from cadd_min.training.trainer import TrainConfig, Trainer
-from cadd_min.utils.cli import Parser, run
+from cadd_min.utils.cli import Parser, as_path, run
 from cadd_min.utils.device import seeded
 from cadd_min.utils.files import atomic_write
 
@@ -70,7 +69,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="a file for the table, below the command that made it")
+    parser.add_argument("--out", type=as_path, help="a file for the table, below the command that made it")
     args = parser.parse_args()
     runs = {name: [train(name, args.steps, seed) for seed in range(args.seeds)] for name in TABLES}
     command = f"    python -m benchmarks.leak --steps {args.steps} --seeds {args.seeds}\n"

@@ -22,7 +22,6 @@ import argparse
 import dataclasses
 import time
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ from cadd_min.objective import Batch
 from cadd_min.orders import Sampling
 from cadd_min.sampler import reverse_chain
 from cadd_min.training.trainer import TrainConfig, Trainer
-from cadd_min.utils.cli import run
+from cadd_min.utils.cli import as_path, run
 from cadd_min.utils.device import seeded
 from cadd_min.utils.errors import InputError, choose
 
@@ -164,8 +163,8 @@ def main() -> None:
     parser.add_argument("--T", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="sampling steps")
     parser.add_argument("--zhat", nargs="+", default=["sample", "soft", "hard"], help="estimates of z_0")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
-    parser.add_argument("--out", type=Path, help="append each run as a line of JSON")
-    parser.add_argument("--table", type=Path, help="only print the table of the runs in this file")
+    parser.add_argument("--out", type=as_path, help="append each run as a line of JSON")
+    parser.add_argument("--table", type=as_path, help="only print the table of the runs in this file")
     args = parser.parse_args()
     if args.table:
         return print(tables(read_rows(args.table)))

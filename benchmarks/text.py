@@ -40,7 +40,7 @@ from cadd_min.objective import Batch
 from cadd_min.orders import Sampling
 from cadd_min.sampling import generate
 from cadd_min.training.log import read_metrics
-from cadd_min.utils.cli import TYPES, run
+from cadd_min.utils.cli import TYPES, as_path, expanded, run
 from cadd_min.utils.device import DTYPES, default_device
 from cadd_min.utils.errors import InputError, choose
 from cadd_min.utils.files import cache_folder
@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--ckpt", nargs="+", help="trained runs to score; nothing is trained")
     parser.add_argument("--vary", nargs="+", default=["steps=8,32,128", "zhat=hard,soft"], help="fields of the sampler")
     parser.add_argument("--ablation", choices=ABLATIONS, help="sets --train and --vary")
-    parser.add_argument("--dataset", default="sotu", help="a name or a path, as for train_text.py")
+    parser.add_argument("--dataset", type=expanded, default="sotu", help="a name or a path, as for train_text.py")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2 or chars")
     parser.add_argument("--preset", default="tiny", help="size of the networks")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
@@ -239,15 +239,15 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the models, in training and sampling")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each model")
     parser.add_argument("--num", type=int, default=64, help="samples of each setting, and pieces of held-out text")
-    parser.add_argument("--judge", default=SMOLLM2, help="language model that scores the texts")
+    parser.add_argument("--judge", type=expanded, default=SMOLLM2, help="language model that scores the texts")
     parser.add_argument("--judge-dtype", choices=DTYPES, default="float32", help="bfloat16: faster, 0.002 bits higher")
-    parser.add_argument("--cache", default=str(cache_folder()), help="folder of prepared data")
+    parser.add_argument("--cache", type=expanded, default=cache_folder(), help="folder of prepared data")
     parser.add_argument("--runs", default="runs/text", help="folder in which each model and seed has its run")
     parser.add_argument("--device", default=default_device(), help="on a GPU use --jobs 1")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
-    parser.add_argument("--out", type=Path, help="append each run as a line of JSON")
-    parser.add_argument("--table", type=Path, help="only print the table of the runs in this file")
-    parser.add_argument("--picture", type=Path, help="draw the frontiers of bits and entropy here")
+    parser.add_argument("--out", type=as_path, help="append each run as a line of JSON")
+    parser.add_argument("--table", type=as_path, help="only print the table of the runs in this file")
+    parser.add_argument("--picture", type=as_path, help="draw the frontiers of bits and entropy here")
     args = parser.parse_args()
     rows = read_rows(args.table) if args.table else experiment(args)
     print(table(rows))

@@ -117,7 +117,7 @@ class Latent(nn.Module):
             directions = torch.randn(vocab_size + 1, dim, generator=random)
             self.register_buffer("directions", F.normalize(directions, dim=-1))
         if table == "ordered":
-            self.register_buffer("directions", F.pad(ordered_rows(vocab_size, dim), (0, 0, 0, 1)))
+            self.register_buffer("directions", torch.cat([ordered_rows(vocab_size, dim), torch.zeros(1, dim)]))
         self.maps_width = table == "tied" and 0 < dim != width
         if self.maps_width:
             self.register_buffer("mixing", torch.randn(width, dim, generator=random) / math.sqrt(width))

@@ -26,6 +26,7 @@ def call(monkeypatch, capsys, tmp_path):
     """Run a script in this process: call("sample.py --zhat soft") -> (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
 
     def run(command: str) -> tuple[int, str, str]:
         script, *arguments = shlex.split(command)

@@ -7,10 +7,9 @@ python -m benchmarks.figures clocks dial  some of them
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from benchmarks.figures import curves, process, style
-from cadd_min.utils.cli import run
+from cadd_min.utils.cli import as_path, run
 from cadd_min.utils.errors import choose
 
 FIGURES = {
@@ -29,7 +28,7 @@ FIGURES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"figures: {', '.join(FIGURES)} (default: all)")
-    parser.add_argument("--out", type=Path, default=style.DOCS / "figures", help="folder of the figures")
+    parser.add_argument("--out", type=as_path, default=style.DOCS / "figures", help="folder of the figures")
     args = parser.parse_args()
     for name in args.names:
         choose("names", name, FIGURES)

@@ -30,7 +30,7 @@ from cadd_min.model import Model
 from cadd_min.orders import Sampling
 from cadd_min.sampler import Step, reverse_chain
 from cadd_min.sampling.text import parse_prompt
-from cadd_min.utils.cli import Parser, run
+from cadd_min.utils.cli import Parser, as_path, run
 from cadd_min.utils.files import atomic_write, cache_folder
 
 TIMES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
@@ -107,7 +107,7 @@ def digits(model: Model, pixels: Pixels) -> dict[str, list[Frame]]:
         values = [None if token == model.mask_id else token for token in x.tolist()]
         return [values, torch.where(x == model.mask_id, told, x).tolist()]
 
-    x_0 = torch.as_tensor(pixels.encode(open_images("digits", cache_folder()).held_out[3:4])).long().view(1, -1)
+    x_0 = torch.as_tensor(pixels.encode(open_images("digits", Path(cache_folder())).held_out[3:4])).long().view(1, -1)
     there = [frame(model, t, x, z, say) for t, x, z in forward(model, x_0, seed=1)]
     masks = torch.full_like(x_0, model.mask_id)
     back = [frame(model, s, x, z, say) for s, x, z, _ in reverse(model, masks, Sampling(STEPS, "soft"), seed=0)]
@@ -117,9 +117,9 @@ def digits(model: Model, pixels: Pixels) -> dict[str, list[Frame]]:
 @torch.no_grad()
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--text", type=Path, required=True, help="a run of train_text.py")
-    parser.add_argument("--digits", type=Path, required=True, help="a run of train_image.py")
-    parser.add_argument("--out", type=Path, default=DOCS / "tables" / "process.json")
+    parser.add_argument("--text", type=as_path, required=True, help="a run of train_text.py")
+    parser.add_argument("--digits", type=as_path, required=True, help="a run of train_image.py")
+    parser.add_argument("--out", type=as_path, default=DOCS / "tables" / "process.json")
     args = parser.parse_args()
     stored = {}
     for name, record in (("text", text), ("digits", digits)):

@@ -28,6 +28,7 @@ from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.utils.errors import InputError
 
 PREFIX = "backbone."
+EMBEDDING = "vocab_embed.embedding"
 WAVES = 256  # cosines, then sines, of the time: the input of its embedding; at time 0 the cosines are 1, the sines 0
 BLOCK = {  # ours: theirs
     "qkv.weight": "attn_qkv.weight",
@@ -41,7 +42,7 @@ BLOCK = {  # ours: theirs
 def names(layers: int) -> dict[str, str]:
     """Map this project's names to MDLM's, for all tensors that are the same up to a fold or a row."""
     return {
-        "embedding.weight": "vocab_embed.embedding",
+        "embedding.weight": EMBEDDING,
         **{f"backbone.time.mlp.{n}.{part}": f"sigma_map.mlp.{n}.{part}" for n in (0, 2) for part in ("weight", "bias")},
         **{f"backbone.blocks.{n}.{own}": f"blocks.{n}.{name}" for n in range(layers) for own, name in BLOCK.items()},
         **{f"backbone.ada.{part}": f"output_layer.adaLN_modulation.{part}" for part in ("weight", "bias")},
@@ -65,7 +66,7 @@ def shapes(size: Size, vocab_size: int) -> dict[str, tuple[int, ...]]:
         "adaLN_modulation.bias": (6 * width,),
     }
     return {
-        "vocab_embed.embedding": (rows, width),
+        EMBEDDING: (rows, width),
         "sigma_map.mlp.0.weight": (cond, WAVES),
         "sigma_map.mlp.0.bias": (cond,),
         "sigma_map.mlp.2.weight": (cond, cond),
@@ -91,25 +92,35 @@ def size_of(state: dict[str, Any]) -> tuple[Size, int]:
 
     Raises InputError where a tensor that tells the size is missing or has another number of dimensions.
     """
-    for key, dims in (("vocab_embed.embedding", 2), ("sigma_map.mlp.0.bias", 1), ("rotary_emb.inv_freq", 1)):
+    for key, dims in ((EMBEDDING, 2), ("sigma_map.mlp.0.bias", 1), ("rotary_emb.inv_freq", 1)):
         value = state.get(key)
         if not isinstance(value, Tensor) or value.dim() != dims or 0 in value.shape:
             raise InputError(f"{key} is missing, or not of {dims} dimensions")
-    rows, width = state["vocab_embed.embedding"].shape
+    rows, width = state[EMBEDDING].shape
     cond, half = len(state["sigma_map.mlp.0.bias"]), len(state["rotary_emb.inv_freq"])
     layers = {int(match[1]) for match in (re.match(r"blocks\.(\d+)\.", key) for key in state) if match}
     return Size(len(layers), width, max(1, width // (2 * half)), cond), rows - 1
+
+
+def without_prefix(state: dict[str, Any]) -> dict[str, Any]:
+    """Remove what all names begin with: "backbone." of MDLM, "module." of DistributedDataParallel, and so on.
+
+    The name of the embedding tells the prefix. Raises InputError where several embeddings have different prefixes.
+    """
+    found = [key.removesuffix(EMBEDDING) for key in state if f".{key}".endswith(f".{EMBEDDING}")]
+    if len(found) > 1:
+        raise InputError(f"there are {len(found)} networks, below {' and '.join(map(repr, found))}: one is expected")
+    return {key.removeprefix(found[0]): value for key, value in state.items()} if found else state
 
 
 @torch.no_grad()
 def from_mdlm(state: dict[str, Any], length: int = 1024) -> Denoiser:
     """Make this project's masked model, of `length` tokens, that computes what MDLM computes with the weights `state`.
 
-    The names in `state` have the prefix "backbone." or not. Raises InputError that names the first tensor that is
-    missing, misshapen or left over.
+    All names in `state` may have a prefix, such as "backbone.", "module." or "_orig_mod.". Raises InputError that names
+    the first tensor that is missing, misshapen or left over.
     """
-    prefixed = any(key.startswith(PREFIX) for key in state)
-    state = {key.removeprefix(PREFIX): value for key, value in state.items()} if prefixed else state
+    state = without_prefix(state)
     size, vocab_size = size_of(state)
     check_shapes(state, shapes(size, vocab_size))
     if not torch.allclose(state["rotary_emb.inv_freq"].float(), frequencies(size), rtol=1e-2):

@@ -13,6 +13,7 @@ from typing import Any
 from cadd_min.codebench import problems
 from cadd_min.codebench.problems import Problem
 from cadd_min.utils.errors import InputError
+from cadd_min.utils.files import cache_folder
 
 FILES = {"humaneval": "HumanEvalPlus-v*.jsonl", "mbpp": "MbppPlus-v*.jsonl"}
 GETTERS = {"humaneval": "get_human_eval_plus", "mbpp": "get_mbpp_plus"}
@@ -44,7 +45,7 @@ FIND_ZERO = "abs(reference['poly'](*given, found)) <= {atol!r}"  # a polynomial 
 
 def data_file(benchmark: str) -> Path:
     """Find the newest file of this benchmark in evalplus's cache. Raises InputError that says how to get it."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evalplus"
+    cache = Path(os.path.expanduser(cache_folder("evalplus")))
     files = sorted(cache.glob(FILES[benchmark]))
     if not files:
         raise InputError(

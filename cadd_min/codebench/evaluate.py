@@ -34,9 +34,10 @@ from cadd_min.data.tokenizer import Tokenizer
 from cadd_min.model import Model
 from cadd_min.orders import Sampling
 from cadd_min.sampling import generate
-from cadd_min.utils.cli import add_options, from_args, integer
+from cadd_min.utils.cli import add_options, as_path, from_args, integer
 from cadd_min.utils.device import torch_device
 from cadd_min.utils.errors import InputError
+from cadd_min.utils.files import locked
 
 Encode = Callable[[str], list[int]]  # a prompt -> its ids
 Complete = Callable[[list[str], int], list[str]]  # complete(prompts, seed) -> a model's answers
@@ -50,7 +51,7 @@ EXECUTES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `evaluate.py code`."""
     parser.add_argument("--benchmark", choices=["humaneval", "mbpp"], required=True)
-    parser.add_argument("--problems", type=Path, help="the file of problems (HumanEval's default: its package's)")
+    parser.add_argument("--problems", type=as_path, help="the file of problems (HumanEval's default: its package's)")
     parser.add_argument("--plus", action="store_true", help="add EvalPlus's tests, from --problems or from its cache")
     parser.add_argument("--split", choices=problems.SPLITS, default="test", help="of MBPP: test is task ids 11 to 510")
     parser.add_argument(
@@ -60,14 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-samples", type=integer, default=1, help="programs for each problem; a later run may ask for more"
     )
     parser.add_argument("--k", type=integer, nargs="+", default=[1], help="the k of pass@k")
-    parser.add_argument("--out", type=Path, help="folder (default: beside the checkpoint, named after the benchmark)")
+    parser.add_argument("--out", type=as_path, help="folder (default: beside the checkpoint, of the benchmark's name)")
     parser.add_argument("--reference", action="store_true", help="test the reference solutions, no model")
     parser.add_argument("--execute", action="store_true", help=EXECUTES)
     parser.add_argument(
         "--workers", type=integer, default=os.cpu_count() or 1, help="programs that run at the same time"
     )
     add_options(parser, sandbox.Limits, "limits of a program")
-    parser.add_argument("--ckpt", type=Path, default=Path("runs"), help=generate.CKPT)
+    parser.add_argument("--ckpt", type=as_path, default=Path("runs"), help=generate.CKPT)
     generate.add_source_options(parser)
     parser.add_argument("--batch-size", type=integer, default=32, help="prompts at a time")
     generate.add_sampling_options(parser)
@@ -104,12 +105,12 @@ def load(args: argparse.Namespace) -> list[Problem]:
 def text_model(model: Model, tokenizer: Tokenizer, encode: Encode, settings: Sampling, dtype: str) -> Complete:
     """Make complete(prompts, seed) of a model of text. settings: the sampler's settings.
 
-    The model fills its whole length after the prompt. The answer ends before the first end-of-text token.
+    The model fills its whole length after the prompt. An answer ends before the first of `end_ids`.
     """
 
     def answer(row: list[int], start: int) -> str:
-        """Return the text of a row's tokens from `start` to its first end of text."""
-        end = [*row, tokenizer.eot_id].index(tokenizer.eot_id, start)
+        """Return the text of a row's tokens from `start` to the first token that ends an answer."""
+        end = next((n for n in range(start, len(row)) if row[n] in tokenizer.end_ids), len(row))
         # decoded from the beginning, because some tokenizers drop the first space of a text
         return tokenizer.decode(row[:end])[len(tokenizer.decode(row[:start])) :]
 
@@ -220,8 +221,18 @@ def assess(asked: list[Problem], complete: Complete | None, model: str, folder: 
 
     complete: writes the answers; None takes the reference solutions instead. model: a line with the model and its
     settings. A folder holds the answers under one such line only. Without --execute the programs are not run, and the
-    text says where they are.
+    text says where they are. Raises InputError where another process works in the folder.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def refuse() -> None:
+        raise InputError(f"another process works in {folder}: wait for its end, or give another --out")
+
+    with locked(folder, refuse):
+        return _assess(asked, complete, model, folder, args)
+
+
+def _assess(asked: list[Problem], complete: Complete | None, model: str, folder: Path, args: argparse.Namespace) -> str:
     if complete is None:
         references(asked, folder)
     else:

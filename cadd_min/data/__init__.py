@@ -6,6 +6,7 @@ pixels         images to tokens and back
 codec          the protocol of tokenizers and pixels, and the door that rebuilds each kind
 documents      the documents in .txt, .jsonl and .parquet files
 corpus         text corpora by name or path
+split          which documents and pairs are held out, by their content
 shards         how a corpus becomes a folder of token files
 token_folder   a folder of token files, read one slice at a time
 pairs          prompts with responses

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import json
+import re
 from collections.abc import Callable
 from typing import Any
 
-from cadd_min.data.tokenizer import MASK_TEXT, Tokenizer
+from cadd_min.data.tokenizer import MASK_TEXT, Tokenizer, begun, byte_of
 from cadd_min.utils.errors import InputError, first_line
 
+ANCHORS = ("\n", "a", ".", "0")  # texts of which one shares no token with the text after it
+BYTE = re.compile("<0x([0-9A-F]{2})>")  # a token of one byte
 MESSAGE = "\ue000message\ue001"  # stands for the message in a template: no text has these characters
 INSTALL = "pip install 'transformers>=5' tokenizers jinja2"
 
@@ -42,7 +46,7 @@ class HFTokenizer(Tokenizer):
         except Exception as error:  # the library raises plain Exceptions
             raise InputError(f"a tokenizer of kind hf is damaged: {first_line(error)}") from None
         self.json, self.vocab_size, self.chat_template, self.special = json, rows, chat_template, special or {}
-        self._mask_id, self._end_id = mask_id, end_id
+        self._mask_id, self._end_id, self._counts = mask_id, end_id, dict[int, int]()
         highest = max(self.tokens.get_vocab(with_added_tokens=True).values(), default=-1)
         if not 0 <= max(highest, mask_id, end_id) < rows or min(mask_id, end_id) < 0:
             raise InputError(
@@ -59,6 +63,12 @@ class HFTokenizer(Tokenizer):
     def mask_id(self) -> int:
         """Return the id of the mask, which may be inside the vocabulary."""
         return self._mask_id
+
+    @functools.cached_property
+    def end_ids(self) -> frozenset[int]:  # type: ignore[override]
+        """Return the ids of all special tokens but the mask: a turn may end with a token of its own."""
+        special = {n for n, token in self.tokens.get_added_tokens_decoder().items() if token.special}
+        return frozenset(special - {self._mask_id} | {self._end_id})
 
     def spec(self) -> dict[str, Any]:
         """Return the plain values from which `from_spec` rebuilds this tokenizer, tokenizer.json among them."""
@@ -85,17 +95,37 @@ class HFTokenizer(Tokenizer):
         """Return the ids of each text. The package chooses how many threads to use."""
         return self._encode(texts, special=False)
 
+    def decode_inside(self, ids: list[int]) -> str:
+        """Return the text of ids that other tokens precede: some tokenizers drop the first space of a text."""
+        before = self.encode(ANCHORS[0])
+        return self.decode([*before, *ids])[len(self.decode(before)) :]
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Return the ids of a text that another text precedes: some tokenizers put a space before a text.
+
+        The text is encoded behind a text that shares no token with it.
+        """
+        for anchor in ANCHORS:
+            before, both = self.encode(anchor), self.encode(anchor + text)
+            ids = both[len(before) :]
+            if both == [*before, *ids] and self.decode(both) == self.decode(before) + text:
+                return ids
+        return self.encode(text)
+
     def encode_chat(self, message: str) -> list[int]:
         """Return the ids of a conversation that opens with the user's message, up to where the answer begins.
 
-        Special tokens of the template become special tokens. The message is ordinary text, even where it spells a
-        special token. Raises InputError where the tokenizer has no chat template, or the template fails.
+        These are the ids that the library's own `apply_chat_template` gives. A message that spells a special token is
+        ordinary text, though, and is encoded apart from the template. Raises InputError where the tokenizer has no chat
+        template, or the template fails.
         """
+        if not any(token.content in message for token in self.tokens.get_added_tokens_decoder().values()):
+            return self._encode([self._chat(message)], special=True)[0]
         around = self._chat(MESSAGE).split(MESSAGE)
         if len(around) != 2:  # the template repeats, changes or drops the message
             return self._encode([self._chat(message)], special=True)[0]
         before, after = self._encode(around, special=True)
-        return [*before, *self.encode(message), *after]
+        return [*before, *self.encode_inside(message), *after]
 
     def _encode(self, texts: list[str], special: bool) -> list[list[int]]:
         """Return the ids of each text. Raises InputError where the tokenizer cannot encode a text.
@@ -132,6 +162,26 @@ class HFTokenizer(Tokenizer):
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids. A mask is shown as [mask], and other special tokens as they are written."""
         return self._decode(ids).replace(self.tokens.id_to_token(self._mask_id) or MASK_TEXT, MASK_TEXT)
+
+    def _characters(self, token: int) -> int:
+        if token not in self._counts:
+            self._counts[token] = self._count(token)
+        return self._counts[token]
+
+    def _count(self, token: int) -> int:
+        """Count the characters that begin in a token. A special token has none."""
+        text = self.tokens.id_to_token(token)
+        if text is None or token in self.end_ids or token == self._mask_id:
+            return 0
+        if '"ByteLevel"' in self._decoder and all(c in byte_of() for c in text):
+            return begun(bytes(byte_of()[c] for c in text))
+        if (byte := BYTE.fullmatch(text)) and '"ByteFallback"' in self._decoder:
+            return begun(bytes.fromhex(byte[1]))
+        return len(self.decode_inside([token]))
+
+    @functools.cached_property
+    def _decoder(self) -> str:
+        return json.dumps(json.loads(self.json).get("decoder"))
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokens.decode(ids, skip_special_tokens=False)

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cadd_min.data import documents
+from cadd_min.data.split import ONE_IN, held_out, unlike
 from cadd_min.data.tokenizer import Tokenizer
 from cadd_min.utils.errors import InputError
 from cadd_min.utils.files import json_rows
@@ -83,12 +84,17 @@ def encode(
 
 
 def split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """Split pairs into the pairs to train on and the held-out pairs: every 20th, or the last of fewer than 20.
+    """Split pairs into the pairs to train on and the held-out pairs, which their prompts decide: see split.py.
 
-    Raises InputError for fewer than two pairs.
+    So all answers to one prompt are on the same side. Where the shares are unlike, the last 5% are held out instead,
+    and at least one pair. Raises InputError for fewer than two pairs.
     """
     if len(pairs) < 2:
         raise InputError("there must be two pairs of prompt and response at least: one is held out")
-    held_out = pairs[19::20] or pairs[-1:]
-    kept = [pair for n, pair in enumerate(pairs) if n % 20 != 19] if len(pairs) >= 20 else pairs[:-1]
-    return kept, held_out
+    sides: tuple[list[Pair], list[Pair]] = ([], [])
+    for pair in pairs:
+        sides[held_out(pair.prompt)].append(pair)
+    if unlike(len(sides[True]), len(pairs)):
+        last = max(1, len(pairs) // ONE_IN)
+        return pairs[:-last], pairs[-last:]
+    return sides

@@ -5,8 +5,8 @@
     index.json     written last: the tokenizer's spec, all parts, and where each split begins and ends
 
 A part is finished when its .json is there and matches its .bin. A finished part is never made again. Every document
-ends with EOT. Every 20th document of a part is held out. Where no part has 20 documents, the last 5% of the corpus's
-tokens are held out.
+ends with EOT. A document's own content decides whether it is held out, see split.py: one document of 20. Where these
+are under 2% or over 20% of the tokens, the last 5% of the tokens are held out instead.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from tqdm import tqdm
 from cadd_min.data.codec import tokenizer_from_spec
 from cadd_min.data.corpus import Corpus, Part, read
 from cadd_min.data.documents import Piece
+from cadd_min.data.split import ONE_IN, held_out, unlike
 from cadd_min.data.tokenizer import Tokenizer
 from cadd_min.utils.errors import InputError, Interrupted
 from cadd_min.utils.files import atomic_write, digest, remove_leftovers, write_json
 
 INDEX = "index.json"
-HELD_OUT = 20  # one document of this many is held out
+LAYOUT = "split by content"  # of the files: older files in a cache are made again
 
 
 class Job(NamedTuple):
@@ -88,7 +89,7 @@ def write_folder(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
     fingerprint = tokenizer.fingerprint()
     jobs = []
     for number, part in enumerate(corpus.parts()):
-        source = hashlib.sha256(f"{corpus.identity}|{fingerprint}|{[*part]}".encode()).hexdigest()
+        source = hashlib.sha256(f"{LAYOUT}|{corpus.identity}|{fingerprint}|{[*part]}".encode()).hexdigest()
         jobs.append(Job(folder / f"{number:05}.bin", part, source))
     todo = [job for job in jobs if job.entry() is None]
     total = sum(job.size for job in jobs)
@@ -116,11 +117,11 @@ def write_part(job: Job, tokenizer: Tokenizer, threads: int, tick: Callable[[int
     """
     dtype = token_type(tokenizer)
     with atomic_write(job.path) as unfinished:
-        with unfinished.open("wb") as train, tempfile.TemporaryFile(dir=unfinished.parent) as held_out:
-            documents, empty = _tokenise(job.part, tokenizer, dtype, (train, held_out), threads, tick)
-            counts = [file.tell() // dtype.itemsize for file in (train, held_out)]
-            held_out.seek(0)
-            shutil.copyfileobj(held_out, train, 1 << 20)
+        with unfinished.open("wb") as train, tempfile.TemporaryFile(dir=unfinished.parent) as val:
+            documents, empty = _tokenise(job.part, tokenizer, dtype, (train, val), threads, tick)
+            counts = [file.tell() // dtype.itemsize for file in (train, val)]
+            val.seek(0)
+            shutil.copyfileobj(val, train, 1 << 20)
         entry = {
             "file": job.path.name,
             "source": job.source,
@@ -154,16 +155,16 @@ def _tokenise(
 
     Returns the number of documents that were written, and of those that are empty.
     """
-    document, empty = 0, 0  # the number of the document that the next piece belongs to
-    begun = False
+    document, empty = 0, 0
+    begun = side = False  # whether a document has begun and not ended, and whether it is held out
     for pieces in _batched(read(part), threads << 20):
         for piece, ids in zip(pieces, tokenizer.encode_batch([p.text for p in pieces], threads)):
             if piece.last and not begun and not piece.text:
                 empty += 1
                 continue
             ids = [*ids, tokenizer.eot_id] if piece.last else ids
-            held_out = document % HELD_OUT == HELD_OUT - 1
-            files[held_out].write(np.asarray(ids, dtype).tobytes())
+            side = side if begun else held_out(piece.text)  # the first megabyte of a document decides
+            files[side].write(np.asarray(ids, dtype).tobytes())
             document, begun = document + piece.last, not piece.last
         tick(sum(len(piece.text.encode()) for piece in pieces))
     return document, empty
@@ -203,8 +204,8 @@ def _splits(corpus: Corpus, train: int, val: int) -> dict[str, tuple[int, int]]:
     if corpus.shares is not None:
         ends = [round(share * count) for share in np.cumsum(corpus.shares)]
         return dict(zip(("train", "val", "test"), zip([0, *ends], ends)))
-    if val == 0:
-        train = count - count // HELD_OUT
+    if unlike(val, count):
+        train = count - count // ONE_IN
     return {"train": (0, train), "val": (train, count)}
 
 

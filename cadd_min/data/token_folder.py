@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
-import fcntl
 import functools
 import hashlib
 import io
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +17,11 @@ import numpy as np
 
 from cadd_min.data.codec import tokenizer_from_spec
 from cadd_min.data.corpus import Corpus
-from cadd_min.data.shards import INDEX, check_part, write_folder
+from cadd_min.data.shards import INDEX, LAYOUT, check_part, write_folder
 from cadd_min.data.tokenizer import Tokenizer
-from cadd_min.utils.cli import Parser, run
+from cadd_min.utils.cli import Parser, as_path, run
 from cadd_min.utils.errors import InputError
-from cadd_min.utils.files import digest
+from cadd_min.utils.files import digest, locked
 
 OPEN = 256  # files kept open: a process may often have no more than 1024
 
@@ -97,7 +96,9 @@ class TokenFolder:
     def documents(self) -> str:
         """Say how many documents the folder has, and how many of the corpus were empty."""
         counts = [sum(part.get(name, 0) for part in self.header["parts"]) for name in ("documents", "empty")]
-        return f"{counts[0]:,} documents" + (f" ({counts[1]:,} empty ones left out)" if counts[1] else "")
+        total = f"{counts[0]:,} documents" + (f" ({counts[1]:,} empty ones left out)" if counts[1] else "")
+        tokens = sum(part["train"] + part["val"] for part in self.header["parts"])
+        return f"{total}, {len(self.split('val')) / max(1, tokens):.1%} of the tokens held out"
 
     def tokenizer(self) -> Tokenizer:
         """Rebuild the tokenizer that made the folder."""
@@ -131,7 +132,7 @@ class TokenFolder:
         content, size, start = b"", count * self.dtype.itemsize, offset * self.dtype.itemsize  # in bytes
         try:
             while len(content) < size:  # one call reads at most 2 GB
-                block = os.pread(self._file(path).fileno(), size - len(content), start + len(content))
+                block = _read_at(self._file(path), size - len(content), start + len(content))
                 if not block:
                     raise InputError(f"{path} has shrunk since it was opened: delete it and run again")
                 content += block
@@ -173,6 +174,18 @@ class TokenView:
         return self.folder.read(self.start + start, self.start + end)
 
 
+def _read_at(file: io.FileIO, size: int, start: int) -> bytes:
+    """Read up to `size` bytes from byte `start` on. Two threads may read the same file at the same time."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), size, start)
+    with _seeking:  # Windows
+        file.seek(start)
+        return file.read(size)
+
+
+_seeking = threading.Lock()
+
+
 def _check_size(path: Path, size: int) -> None:
     """Raise InputError where a token file is missing or does not have `size` bytes."""
     try:
@@ -186,8 +199,18 @@ def _check_size(path: Path, size: int) -> None:
 
 
 def is_folder(dataset: str) -> bool:
-    """Tell whether the path `dataset` is a folder of tokens."""
-    return (Path(dataset) / INDEX).is_file()
+    """Tell whether the path `dataset` is a folder of tokens: it has token files, or the index of a token folder.
+
+    A folder of texts may have an index.json of another kind.
+    """
+    folder = Path(dataset)
+    if not (folder / INDEX).is_file():
+        return False
+    try:
+        index = json.loads((folder / INDEX).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        index = None
+    return (isinstance(index, dict) and "parts" in index) or (folder / "00000.bin").exists()
 
 
 def prepare(corpus: Corpus, tokenizer: Tokenizer, cache: Path) -> TokenFolder:
@@ -196,13 +219,13 @@ def prepare(corpus: Corpus, tokenizer: Tokenizer, cache: Path) -> TokenFolder:
     A folder in the cache that is incomplete is completed. One process at a time writes to it: others wait. Raises
     InputError where the corpus cannot be read or the cache cannot be written to.
     """
-    key = hashlib.sha256(f"{corpus.identity}|{tokenizer.fingerprint()}".encode()).hexdigest()[:12]
+    key = hashlib.sha256(f"{LAYOUT}|{corpus.identity}|{tokenizer.fingerprint()}".encode()).hexdigest()[:12]
     path = cache / f"{corpus.name}-{tokenizer.kind}{tokenizer.vocab_size}-{key}"
     if isinstance(folder_or_reason := _open_cached(path, tokenizer), TokenFolder):
         return folder_or_reason
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
+        with locked(path, lambda: print(f"waiting for another process that fills {path}")):
             # another process may have made it while this one waited for the lock
             if isinstance(folder_or_reason := _open_cached(path, tokenizer), TokenFolder):
                 return folder_or_reason
@@ -224,22 +247,10 @@ def _open_cached(path: Path, tokenizer: Tokenizer) -> TokenFolder | str:
     return folder if folder.header["tokenizer"] == tokenizer.spec() else f"{path} was made by another tokenizer"
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which one process has at a time. The system frees it when the process ends."""
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that fills {folder}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def main() -> None:
     """Read a token folder and compare its checksums: python -m cadd_min.data.token_folder FOLDER."""
     parser = Parser(main.__doc__)
-    parser.add_argument("folder", type=Path, help="a folder with an index.json, such as those in --cache")
+    parser.add_argument("folder", type=as_path, help="a folder with an index.json, such as those in --cache")
     tokens = TokenFolder(parser.parse_args().folder)
     tokens.verify()
     counts = ", ".join(f"{name} {end - start:,}" for name, (start, end) in tokens.header["splits"].items())

@@ -22,6 +22,7 @@ from cadd_min.utils.errors import InputError
 
 EOT = "<|endoftext|>"
 MASK_TEXT = "[mask]"
+CUT = "\ufffd"  # how the bytes of an incomplete character are shown
 # GPT-2's rule for cutting text into words before merging (Radford et al. 2019), as tiktoken writes it.
 WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 GPT2_SIZE = 50257
@@ -47,6 +48,11 @@ class Tokenizer:
         """Return the id of the mask, which follows the vocabulary."""
         return self.vocab_size
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Return the ids of which each ends an answer."""
+        return frozenset([self.eot_id])
+
     def spec(self) -> dict[str, Any]:
         """Return the plain JSON values from which `from_spec` rebuilds this tokenizer."""
         raise TypeError("a tokenizer is a BPETokenizer or a CharTokenizer")
@@ -68,6 +74,31 @@ class Tokenizer:
 
     def _decode(self, ids: list[int]) -> str:
         raise TypeError("a tokenizer is a BPETokenizer or a CharTokenizer")
+
+    def documents(self, ids: list[int]) -> list[str]:
+        """Return the text of each document in a piece of text. A character that is cut at an end is left out."""
+        texts, end = [], [n for n, i in enumerate(ids) if i == self.eot_id]
+        for first, last in zip([0, *(n + 1 for n in end)], [*end, len(ids)]):
+            texts.append(self.decode_inside(ids[first:last]) if first == 0 else self.decode(ids[first:last]))
+        return [text.strip(CUT) for text in texts]
+
+    def characters(self, ids: list[int]) -> int:
+        """Count the characters that tokens stand for. The end of a document counts as one.
+
+        A character of several tokens counts where it begins. So the counts of the pieces of a text add up to its own.
+        """
+        return sum(1 if i == self.eot_id else self._characters(i) for i in ids)
+
+    def _characters(self, token: int) -> int:
+        raise TypeError("a tokenizer is a BPETokenizer or a CharTokenizer")
+
+    def decode_inside(self, ids: list[int]) -> str:
+        """Return the text of ids that other tokens precede: some tokenizers drop the first space of a text."""
+        return self.decode(ids)
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Return the ids of a text that another text precedes: some tokenizers put a space before a text."""
+        return self.encode(text)
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids. A mask is shown as [mask], and the end of a document as <|endoftext|>."""
@@ -129,6 +160,9 @@ class BPETokenizer(Tokenizer):
         begin = max(texts, key=len)[:40]
         raise InputError(f"a run of spaces or newlines is too long for tiktoken, in the text that begins {begin!r}")
 
+    def _characters(self, token: int) -> int:
+        return begun(self.tokens[token]) if token < self.eot_id else 0
+
     def _decode(self, ids: list[int]) -> str:
         return self._encoding.decode(ids)
 
@@ -163,8 +197,16 @@ class CharTokenizer(Tokenizer):
                 f"the text has {missing.args[0]!r}, which is not in the alphabet {self.alphabet!r}"
             ) from None
 
+    def _characters(self, token: int) -> int:
+        return int(token < self.eot_id)
+
     def _decode(self, ids: list[int]) -> str:
         return "".join(self.alphabet[i] for i in ids)
+
+
+def begun(text: bytes) -> int:
+    """Count the characters that begin in a piece of UTF-8 text."""
+    return sum(byte & 0xC0 != 0x80 for byte in text)
 
 
 def gpt2(vocab_size: int = GPT2_SIZE) -> BPETokenizer:
@@ -205,14 +247,22 @@ def _gpt2_tokens() -> list[bytes]:
 def _merge_tokens(merges: str) -> list[bytes]:
     """Return the tokens of a vocab.bpe in rank order: 256 bytes, then one token for each merge.
 
-    The file writes each byte as a visible character. A printable Latin-1 byte is written as itself, and the other bytes
-    as the characters from 256 on. The bytes in this order have the ranks 0 to 255.
+    The bytes in the order of `byte_of` have the ranks 0 to 255.
+    """
+    bytes_of = byte_of()
+    tokens = [bytes([b]) for b in bytes_of.values()]
+    for line in merges.splitlines()[1:]:
+        if line:
+            tokens.append(bytes(bytes_of[c] for c in line.replace(" ", "")))
+    return tokens
+
+
+@functools.cache
+def byte_of() -> dict[str, int]:
+    """Return the byte for each of the visible characters with which GPT-2 writes the bytes of a token.
+
+    A printable Latin-1 byte is written as itself, and the other bytes as the characters from 256 on.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [b for b in range(256) if b not in set(printable)]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(hidden)}
-    tokens = [bytes([b]) for b in [*printable, *hidden]]
-    for line in merges.splitlines()[1:]:
-        if line:
-            tokens.append(bytes(byte_of[c] for c in line.replace(" ", "")))
-    return tokens
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(hidden)}

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from cadd_min.utils.errors import InputError, first_line
 
+EXTRACTOR = "inception-v3-compat"  # for precision and recall too, as in Dhariwal & Nichol 2021
+
 
 class _Coloured(torch.utils.data.Dataset):
     """Images (N, H, W, 1 or 3) uint8 as torch-fidelity's data set: (3, H, W) uint8 each."""
@@ -33,8 +35,40 @@ def inception_metrics(
     Returns FID, IS and its deviation over splits, precision and recall. weights: a file of Inception's weights, or None
     to download them. Raises InputError without the package, and where the weights cannot be loaded.
     """
+    check_inception(weights)
+    import torch_fidelity
+
+    metrics = torch_fidelity.calculate_metrics(
+        input1=_Coloured(samples),
+        input2=_Coloured(real),
+        cuda=device.type == "cuda",
+        fid=True,
+        isc=True,
+        prc=True,
+        isc_splits=min(10, len(samples)),
+        prc_neighborhood=3,
+        feature_extractor=EXTRACTOR,
+        feature_extractor_weights_path=weights,
+        verbose=False,
+        save_cpu_ram=True,
+    )
+    return {
+        "FID": metrics["frechet_inception_distance"],
+        "IS": metrics["inception_score_mean"],
+        "IS ±": metrics["inception_score_std"],
+        "precision": metrics["precision"],
+        "recall": metrics["recall"],
+    }
+
+
+def check_inception(weights: str | None = None) -> None:
+    """Open Inception with its weights, as `inception_metrics` will, before anything is sampled.
+
+    weights: a file, or None to download them. Raises InputError where the package is missing or the weights cannot be
+    loaded.
+    """
     try:
-        import torch_fidelity
+        from torch_fidelity.utils import create_feature_extractor
     except (ImportError, RuntimeError) as error:
         raise InputError(
             f"fid needs torch-fidelity ({error}): pip install torch-fidelity; without it, `evaluate.py frechet` "
@@ -43,20 +77,7 @@ def inception_metrics(
     try:
         if weights is not None:  # the library unpickles any object, so a file with more than tensors is refused here
             torch.load(weights, map_location="cpu", weights_only=True)
-        metrics = torch_fidelity.calculate_metrics(
-            input1=_Coloured(samples),
-            input2=_Coloured(real),
-            cuda=device.type == "cuda",
-            fid=True,
-            isc=True,
-            prc=True,
-            isc_splits=min(10, len(samples)),
-            prc_neighborhood=3,
-            feature_extractor="inception-v3-compat",  # for precision and recall too, as in Dhariwal & Nichol 2021
-            feature_extractor_weights_path=weights,
-            verbose=False,
-            save_cpu_ram=True,
-        )
+        create_feature_extractor(EXTRACTOR, ["2048"], False, feature_extractor_weights_path=weights, verbose=False)
     except pickle.UnpicklingError:
         raise InputError(f"--inception-weights {weights} holds other things than tensors: it is not read") from None
     except (OSError, RuntimeError, ValueError, EOFError) as error:  # no network, no such file, other weights
@@ -65,10 +86,3 @@ def inception_metrics(
             f"fid needs Inception's weights, which torch-fidelity could not load ({reason}): give their file with "
             "--inception-weights, or use `evaluate.py frechet`, which needs none and is not FID"
         ) from None
-    return {
-        "FID": metrics["frechet_inception_distance"],
-        "IS": metrics["inception_score_mean"],
-        "IS ±": metrics["inception_score_std"],
-        "precision": metrics["precision"],
-        "recall": metrics["recall"],
-    }

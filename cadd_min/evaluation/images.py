@@ -17,7 +17,7 @@ from cadd_min.data.images import Images
 from cadd_min.data.pixels import Pixels
 from cadd_min.evaluation import image_judge
 from cadd_min.evaluation.bound import Models, held_out_bound, report, summary
-from cadd_min.evaluation.fid import inception_metrics
+from cadd_min.evaluation.fid import check_inception, inception_metrics
 from cadd_min.model import Guided, Model
 from cadd_min.objective import Batch
 from cadd_min.sampling import generate
@@ -71,18 +71,23 @@ def bound_rows(model: Model, pixels: Pixels, data: Images, args: argparse.Namesp
 
 def frechet_rows(model: Model, pixels: Pixels, data: Images, args: argparse.Namespace) -> Rows:
     """Measure samples as image_judge.py says, and as many held-out images by the same code."""
-    samples = draw(model, pixels, args)
     net, accuracy = image_judge.open_judge(data, args.cache)
     real, _ = image_judge.judged(net, data.train)
+    samples = draw(model, pixels, args)
     rows: Rows = {"classifier's held-out accuracy": accuracy}
-    held_out = data.held_out[images.chosen(len(data.held_out), args.num)]
-    for whose, some in (("", samples), ("held-out images' ", held_out)):
+    compared = {"": samples}
+    if len(data.held_out) >= args.num:  # measures of unlike numbers of images cannot be compared
+        compared["held-out images' "] = data.held_out[images.chosen(len(data.held_out), args.num)]
+    else:
+        rows["held-out images"] = f"left out: there are {len(data.held_out)}, give --num {len(data.held_out)}"
+    for whose, some in compared.items():
         rows |= {whose + NAMES[key]: value for key, value in image_judge.measures(net, real, some).items()}
     return rows
 
 
 def fid_rows(model: Model, pixels: Pixels, data: Images, args: argparse.Namespace) -> Rows:
     """Measure samples by torch-fidelity."""
+    check_inception(args.inception_weights)
     return inception_metrics(draw(model, pixels, args), data.train, model.device, args.inception_weights)
 
 

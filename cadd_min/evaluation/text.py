@@ -24,13 +24,14 @@ from cadd_min.data.token_folder import TokenFolder, TokenView, is_folder, prepar
 from cadd_min.data.tokenizer import Tokenizer
 from cadd_min.evaluation import text_scores
 from cadd_min.evaluation.bound import Models, held_out_bound, report, summary
-from cadd_min.evaluation.text_judge import SMOLLM2, LanguageJudge, characters, open_judge
+from cadd_min.evaluation.text_judge import SEPARATOR, SMOLLM2, LanguageJudge, open_judge
 from cadd_min.evaluation.text_scores import MAUVE_LEAST, score
 from cadd_min.model import Model
 from cadd_min.objective import Batch
 from cadd_min.orders import Sampling
 from cadd_min.sampling import generate
-from cadd_min.utils.errors import InputError
+from cadd_min.utils.errors import InputError, described
+from cadd_min.utils.plots import pyplot
 
 REAL = "held-out text"
 TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0)  # of a frontier without --temperatures and --top-ps
@@ -74,13 +75,12 @@ def held_out_tokens(content: dict[str, Any], tokenizer: Tokenizer, args: argpars
     return tokens.split("val")
 
 
-def windows(tokens: np.ndarray | TokenView, count: int, length: int) -> Tensor:
+def windows(tokens: np.ndarray | TokenView, count: int, length: int, why: str = "") -> Tensor:
     """Cut (count, length) pieces out of held-out text. No two overlap, and they are the same at every call."""
     batches = TextBatches(tokens, length, count, name="the held-out text")
     if batches.per_epoch < count:
         raise InputError(
-            f"--num: the held-out text has {batches.per_epoch} pieces of {length} tokens, and {count} are needed: real "
-            "text is scored beside the samples"
+            f"--num: the held-out text has {batches.per_epoch} pieces of {length} tokens, and {count} are needed{why}"
         )
     return batches(0).x_0
 
@@ -106,7 +106,7 @@ def bound_rows(model: Model, tokenizer: Tokenizer, tokens: TokenView, args: argp
     batches = map(Batch, held_out.split(args.batch_size))
     nats = held_out_bound(model, batches, steps=args.T, repeat=args.repeat, seed=args.seed, dtype=args.dtype)
     found = summary(nats, length)
-    letters = sum(characters(tokenizer.decode(row)) for row in held_out.tolist()) / len(held_out)
+    letters = sum(map(tokenizer.characters, held_out.tolist())) / len(held_out)
     with np.errstate(over="ignore"):  # an untrained cdm's perplexity is beyond floats
         perplexity = float(np.exp(found["bound"]))
     return {
@@ -134,7 +134,11 @@ def frontier(models: Models, args: argparse.Namespace) -> str:
     """
     rows, curves, caption = scored(models, sweep(args), args)
     print(f"{table(rows)}\n\n{caption}")
-    plot(rows, curves, args.out)
+    try:
+        plot(rows, curves, args.out)
+    except Exception as error:  # matplotlib may raise anything
+        why = described(error)
+        raise InputError(f"--out {args.out} could not be drawn ({why}): the table above has all scores") from None
     return f"frontier in {args.out}"
 
 
@@ -173,8 +177,8 @@ class Reader:
         self.reference = self.judge.read(self.texts(self.real[::2])).features
 
     def texts(self, ids: Tensor) -> list[str]:
-        """Decode tokens (N, L)."""
-        return [self.tokenizer.decode(row) for row in ids.tolist()]
+        """Decode tokens (N, L) for the judge."""
+        return [SEPARATOR.join(self.tokenizer.documents(row)) for row in ids.tolist()]
 
     def score(self, ids: Tensor) -> dict[str, float]:
         """Compute a row of the table."""
@@ -194,7 +198,8 @@ def scored(
     because that takes a while: whatever is wrong with the data is said before.
     """
     tokenizer, content, length = common(models)
-    real = windows(held_out_tokens(content, tokenizer, args), 2 * args.num, length)
+    why = ": real text is scored beside the samples, and is MAUVE's reference"
+    real = windows(held_out_tokens(content, tokenizer, args), 2 * args.num, length, why)
     text_scores.check(real[::2])
     judge = open_judge(args.judge or SMOLLM2, args.device, args.judge_dtype)
     reader = Reader(tokenizer, judge, real)
@@ -304,11 +309,7 @@ def plot(rows: dict[str, dict[str, float]], curves: dict[str, list[str]], path: 
     A curve that lies lower at the same entropy is better. Moving along a curve trades the two for each other.
     """
     find_matplotlib()
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
     for label, names in curves.items():
         points = [(rows[n]["entropy"], rows[n]["judge_bpc"], rows[n].get("judge_bpc_se", 0.0)) for n in names]

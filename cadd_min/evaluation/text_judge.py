@@ -27,6 +27,7 @@ from cadd_min.utils.errors import InputError, first_line
 from cadd_min.utils.huggingface import quiet
 
 POSITIONS = 2048  # of one batch, padding included: their logits take 400 MB with 49,152 tokens
+SEPARATOR = EOT  # between the documents of a text that is judged, whatever the name of the end of a text is
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Reading:
 
     nats: np.ndarray  # (N,) -log p of each text
     tokens: np.ndarray  # (N,) of the judge's tokenizer, without the start token before every text
-    characters: np.ndarray  # (N,) see `characters`
+    characters: np.ndarray  # (N,)
     features: np.ndarray  # (N, F) float32
 
 
@@ -55,9 +56,9 @@ class LanguageJudge:
     def read(self, texts: list[str]) -> Reading:
         """Compute -log p of each text given `bos`, and its features: the last layer's state at the last token (MAUVE).
 
-        A text is cut where the judge's context ends: tokens and characters count what was read. <|endoftext|> is the
-        judge's own special token where it has one. Raises InputError without texts, and for a text without tokens,
-        which is named by its number from 1.
+        A text is cut where the judge's context ends: tokens and characters count what was read. The judge reads `bos`
+        in the place of each SEPARATOR, which counts as one character. Raises InputError without texts, and for a text
+        without tokens, which is named by its number from 1.
         """
         encoded = [self._encode(text, number) for number, text in enumerate(texts, 1)]
         if not encoded:
@@ -69,12 +70,14 @@ class LanguageJudge:
 
     def _encode(self, text: str, number: int) -> tuple[list[int], int]:
         """Encode a text, cut to the context. Returns its ids after `bos`, and the number of characters they spell."""
+        start = str(self.tokenizer.convert_ids_to_tokens(self.bos))
+        text = text.replace(SEPARATOR, start)
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = encoding["input_ids"][: self.context - 1]
         if not ids:
             raise InputError(f"samples shorter than the judge needs: sample {number} has no token")
         end = encoding["offset_mapping"][len(ids) - 1][1]
-        return [self.bos, *ids], characters(text[:end])
+        return [self.bos, *ids], len(text[:end].replace(start, "\n"))
 
     @torch.inference_mode()
     def _forward(self, batch: list[list[int]]) -> list[tuple[float, np.ndarray]]:
@@ -92,11 +95,6 @@ class LanguageJudge:
             state = out.hidden_states[-1][row, length - 1]
             rows.append((float(nats.double().sum()), state.float().cpu().numpy()))
         return rows
-
-
-def characters(text: str) -> int:
-    """Count the characters of a text. The end of a document, <|endoftext|>, counts as one character."""
-    return len(text.replace(EOT, "\n"))
 
 
 def padded(batch: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -174,4 +172,11 @@ def _pretrained(name: str, device: str | torch.device, **options: str) -> Langua
     bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if bos is None:
         raise InputError(f"the judge {name} has no token for the start or end of a text, which must come first")
-    return LanguageJudge(name, tokenizer, model.eval().to(device), bos, model.config.max_position_embeddings)
+    if not tokenizer.is_fast:  # only a fast tokenizer says which characters a token stands for
+        raise InputError(f"the judge {name} has a tokenizer that is written in Python: it needs a tokenizer.json")
+    return LanguageJudge(name, tokenizer, model.eval().to(device), bos, context_of(model.config))
+
+
+def context_of(config: Any) -> int:
+    """Return the most tokens that a model reads: POSITIONS where its configuration names no limit, as of BLOOM."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or POSITIONS

@@ -18,7 +18,7 @@ from cadd_min.baselines import dispatch
 from cadd_min.model import Model
 from cadd_min.orders import HITTING, Sampling, cosine_temperature
 from cadd_min.sampler import Step
-from cadd_min.utils.cli import add_options, from_args, integer
+from cadd_min.utils.cli import add_options, expanded, from_args, integer
 from cadd_min.utils.device import DTYPES, autocast, default_device, seeded
 from cadd_min.utils.errors import InputError, choose
 
@@ -55,7 +55,7 @@ def add_run_options(parser: Any) -> None:
 def add_source_options(parser: Any) -> None:
     """Add the options of a model that is not a checkpoint, and of its prompts."""
     parser.add_argument(
-        "--from", dest="source", help="instead of --ckpt: a model of the Hugging Face hub, or its folder"
+        "--from", dest="source", type=expanded, help="instead of --ckpt: a model of the Hugging Face hub, or its folder"
     )
     parser.add_argument(
         "--length", type=integer, help="with --from: tokens in a sample (default: as the model was tuned, or 256)"

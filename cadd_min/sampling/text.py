@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Callable
 
 import torch
@@ -19,16 +20,17 @@ from cadd_min.sampling.generate import Watch, together
 from cadd_min.sampling.text_film import TextFilm, check_gif
 from cadd_min.utils.errors import InputError
 
-GAP = re.compile(r"\[(\d+)\]")
+GAP = re.compile(r"(?<!\\)\[([0-9]+)\]")
+ESCAPED = re.compile(r"\\(\[[0-9]+\])")
 DIM, BRIGHT, RESET = "\x1b[2m", "\x1b[1;92m", "\x1b[0m"
 
 
 def parse_prompt(prompt: str, tokenizer: Tokenizer, length: int, chat: bool = False) -> Tensor:
-    """Encode a prompt with gaps as ids (length,), like "The [8] of the union".
+    """Encode a prompt with gaps as ids (length,), like "The[8] of the union".
 
     The sampler keeps the prompt's text and fills the rest: [n] is a gap of n masks, and masks fill up the length.
-    chat: the whole prompt is a message under the tokenizer's chat template, and has no gaps. Raises InputError for a
-    prompt longer than `length` tokens.
+    Written \\[n] it is text. chat: the whole prompt is a message under the tokenizer's chat template, and has no gaps.
+    Raises InputError for a prompt longer than `length` tokens.
     """
     ids = prompt_ids(tokenizer, True)(prompt) if chat else []
     prompt = "" if chat else prompt
@@ -36,10 +38,22 @@ def parse_prompt(prompt: str, tokenizer: Tokenizer, length: int, chat: bool = Fa
         gap = int(part[:9]) if i % 2 else 0
         if gap > length:
             raise InputError(f"--prompt has a gap of {part} tokens: the model's length is {length}")
-        ids += [tokenizer.mask_id] * gap if i % 2 else tokenizer.encode(part)
+        encode = tokenizer.encode_inside if i else tokenizer.encode
+        ids += [tokenizer.mask_id] * gap if i % 2 else encode(ESCAPED.sub(r"\1", part))
     if len(ids) > length:
         raise InputError(f"--prompt has {len(ids)} tokens, gaps included: the model's length is {length}")
     return torch.tensor(ids + [tokenizer.mask_id] * (length - len(ids)))
+
+
+def lone_spaces(prompt: str, tokenizer: Tokenizer) -> list[str]:
+    """List the gaps that follow a space which is a token of its own, where a word's token begins with its space.
+
+    No word follows such a space in the text that the model has learned.
+    """
+    if len(tokenizer.encode_inside(" a")) > 1:
+        return []
+    parts = GAP.split(prompt)
+    return [f"[{gap}]" for text, gap in zip(parts[::2], parts[1::2]) if text.endswith(" ")]
 
 
 def frame(x: Tensor, fresh: Tensor, tokenizer: Tokenizer) -> str:
@@ -76,6 +90,9 @@ class TextTask:
                 raise InputError("--chat needs a --prompt")
             return None
         ids = parse_prompt(self.args.prompt, self.tokenizer, self.model.config.length, self.args.chat)
+        if not self.args.chat and (gaps := lone_spaces(self.args.prompt, self.tokenizer)):
+            where = ", ".join(gaps)
+            print(f"note: leave out the space before {where}: a word's token begins with its space", file=sys.stderr)
         return ids.expand(count, -1)
 
     def callback(self, steps: int) -> Callable[[Step], None] | None:

@@ -98,6 +98,8 @@ def shared(model: nn.Module, processes: World, shard: bool = False) -> nn.Module
     if shard:
         if not launched():
             raise InputError("shard needs processes to share with: torchrun --nproc-per-node=N train_text.py ...")
+        if processes.device.type == "cpu" and not hasattr(torch.cpu.current_stream(), "record_event"):
+            raise InputError("shard on a CPU needs torch 2.7 or newer: leave it out, or install a newer torch")
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import platform
@@ -19,7 +20,9 @@ from typing import Any
 
 import torch
 
+from cadd_min.utils.errors import ornament
 from cadd_min.utils.files import atomic_write, write_json
+from cadd_min.utils.plots import pyplot
 
 ROOT = Path(__file__).parents[2]  # of a source checkout
 RUN = "run.json"
@@ -42,16 +45,21 @@ class MetricsLog:
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        board, self._board = self._board, None
+        if board is not None:
+            with ornament("TensorBoard"):
+                for name, value in values.items():
+                    board.add_scalar(name, value, step)
+                self._board = board  # it did not fail
 
     def close(self) -> None:
         """Close the files and draw the loss curve, as far as the disk has room for them."""
         with contextlib.suppress(OSError):
             self._file.close()
-            if self._board is not None:
+        if self._board is not None:
+            with ornament("TensorBoard"):
                 self._board.close()
+        with ornament("loss.png"):
             loss_curve(self.path)
 
 
@@ -71,13 +79,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def loss_curve(path: Path) -> Path | None:
     """Draw loss.png beside a metrics.jsonl. Returns None where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
+    if importlib.util.find_spec("matplotlib") is None:
         return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     rows = read_metrics(path)
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
     panels = (
@@ -143,10 +147,17 @@ def commit() -> str | None:
 
 
 def _tensorboard(out: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
+    """Return TensorBoard's writer, or None where TensorBoard is not installed or fails."""
+    if importlib.util.find_spec("tensorboard") is None:
         return None
+    with ornament("TensorBoard"):
+        return _writer(out)
+    return None
+
+
+def _writer(out: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
     usual = threading.excepthook
     # The writer's thread meets a full disk as well. The loop reports the full disk, so the thread stays silent.
     threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else usual(args)

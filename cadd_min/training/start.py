@@ -19,7 +19,7 @@ from cadd_min.training import log
 from cadd_min.training.distributed import World, world
 from cadd_min.training.loop import FitConfig, Run, fit
 from cadd_min.training.trainer import TrainConfig, Trainer
-from cadd_min.utils.cli import Parser, add_options, from_args, set_defaults
+from cadd_min.utils.cli import Parser, add_options, as_path, from_args, set_defaults
 from cadd_min.utils.device import default_device
 from cadd_min.utils.errors import InputError, choose
 from cadd_min.utils.files import cache_folder, remove_leftovers
@@ -41,10 +41,10 @@ def build_parser(description: str | None, model: type = ModelConfig) -> argparse
     model: the dataclass whose options describe the model.
     """
     parser = Parser(description)
-    parser.add_argument("--out", type=Path, help="folder of the run (default: a new one in runs/)")
+    parser.add_argument("--out", type=as_path, help="folder of the run (default: a new one in runs/)")
     parser.add_argument("--resume", action="store_true", help="go on with --out, or with the newest run")
     parser.add_argument("--anyway", action="store_true", help="with --resume: on data that is not the run's, too")
-    parser.add_argument("--cache", type=Path, default=cache_folder(), help="folder of prepared data")
+    parser.add_argument("--cache", type=as_path, default=cache_folder(), help="folder of prepared data")
     parser.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, ...")
     for config, title in ((model, "model"), (TrainConfig, "training"), (FitConfig, "logging")):
         add_options(parser, config, title)

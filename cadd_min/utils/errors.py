@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
+
 import torch
 
 
@@ -54,6 +58,15 @@ def is_out_of_memory(error: Exception) -> bool:
         return True
     words = ("allocate memory", "calculation overflowed", "integer multiplication overflow", "cannot be represented")
     return isinstance(error, RuntimeError) and any(part in str(error) for part in words)
+
+
+@contextlib.contextmanager
+def ornament(name: str) -> Iterator[None]:
+    """Go on where an ornament of a run fails, such as a picture, whatever is raised. One line says what is left out."""
+    try:
+        yield
+    except Exception as error:
+        print(f"warning: {name} is left out ({described(error)})", file=sys.stderr)
 
 
 def choose(name: str, value: str, allowed: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import json
@@ -12,17 +13,24 @@ import tempfile
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from cadd_min.utils.errors import InputError, reason, shown
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
-def cache_folder() -> Path:
-    """Return the folder where prepared data is kept, unless --cache names another."""
-    return Path.home() / ".cache" / "cadd_min"
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # what file systems without locks answer
+
+
+def cache_folder(project: str = "cadd_min") -> str:
+    """Return the folder where a project keeps prepared data, as --cache writes it: below ~ or $XDG_CACHE_HOME."""
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), project)
 
 
 @contextlib.contextmanager
@@ -49,6 +57,28 @@ def _remove(part: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
     else:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, busy: Callable[[], object]) -> Iterator[None]:
+    """Hold the lock of a folder, which one process has at a time. The system frees it when the process ends.
+
+    busy(): called where another process holds the lock, before this process waits for it; it may raise instead. Where
+    the file system has no locks, the work goes on without the lock, and a line says so.
+    """
+    with (folder / "lock").open("w") as lock:
+        try:
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(f"files in {folder} cannot be locked ({error.strerror}): no other run may write to it meanwhile")
+        yield
 
 
 def remove_leftovers(folder: Path) -> None:

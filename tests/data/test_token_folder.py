@@ -15,6 +15,7 @@ from cadd_min.data import corpus, documents, shards, tokenizer
 from cadd_min.data import token_folder as data
 from cadd_min.data.batches import TextBatches
 from cadd_min.data.corpus import open_corpus
+from cadd_min.data.split import ONE_IN, held_out
 from cadd_min.data.token_folder import TokenFolder, TokenView, prepare
 from cadd_min.utils.errors import InputError
 
@@ -60,9 +61,8 @@ def write(kind: str, folder: Path) -> Path:
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "folder"])
 def test_every_kind_of_file_gives_the_same_documents(kind, tmp_path):
     tokens = read(write(kind, tmp_path), tmp_path / "cache")
-    held_out = [doc for i, doc in enumerate(DOCS) if i % shards.HELD_OUT == shards.HELD_OUT - 1]
-    assert texts(tokens.split("val")) == held_out
-    assert texts(tokens.split("train")) == [doc for doc in DOCS if doc not in held_out]
+    assert texts(tokens.split("val")) == [doc for doc in DOCS if held_out(doc)]
+    assert texts(tokens.split("train")) == [doc for doc in DOCS if not held_out(doc)]
     assert all(tokens.split(split)[:][-1] == CODEC.eot_id for split in ("train", "val"))
 
 
@@ -119,7 +119,7 @@ def test_long_documents_are_cut_where_tokens_do_not_change(tmp_path, monkeypatch
     tokens = read(path, tmp_path)
     joined = [*tokens.split("train")[:], *tokens.split("val")[:]]
     assert joined == [*CODEC.encode(text), CODEC.eot_id]
-    assert len(tokens.split("val")) == len(joined) // shards.HELD_OUT  # one document: the last 5% of its tokens
+    assert len(tokens.split("val")) == len(joined) // ONE_IN  # one document: the last 5% of its tokens
 
 
 def test_characters(tmp_path):
@@ -218,6 +218,10 @@ def test_a_text_goes_on_where_the_network_failed(tmp_path, monkeypatch):
         """A file system whose connection breaks `failures` times in the middle of a file."""
 
         protocol, failures = "unreliable", 0
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(path.removeprefix("unreliable://"))
 
         def _open(self, path, mode="rb", **options):
             file = super()._open(path, mode, **options)

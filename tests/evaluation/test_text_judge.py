@@ -11,7 +11,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from cadd_min.evaluation import text_judge
-from cadd_min.evaluation.text_judge import EOT, LanguageJudge, characters, open_judge, padded
+from cadd_min.evaluation.text_judge import EOT, SEPARATOR, LanguageJudge, context_of, open_judge, padded
 from cadd_min.utils.errors import InputError
 from tests.toys import rng
 
@@ -96,11 +96,46 @@ def test_a_documents_end_is_the_judges_own_token_and_one_character(smollm2):
     assert reading.tokens[1] == reading.tokens[0] + 1 and reading.characters.tolist() == [9, 10]
 
 
-@pytest.mark.parametrize("text, count", [("", 0), (EOT, 1), (f"a{EOT}bc{EOT}{EOT}é\n", 8), ("<|endoftext", 11)])
-def test_characters_are_counted_as_the_judge_counts_them(text, count, folder):
-    assert characters(text) == count
-    if text:
-        assert open_judge(str(folder)).read([text]).characters.tolist() == [count]
+@pytest.mark.parametrize("text, count", [(EOT, 1), (f"a{EOT}bc{EOT}{EOT}é\n", 8), ("<|endoftext", 11)])
+def test_a_separator_is_one_character_and_one_token(text, count, folder):
+    reading = open_judge(str(folder)).read([text])
+    assert reading.characters.tolist() == [count] and reading.tokens[0] == count + text.count("é")
+
+
+FAMILIES = {
+    "bloom": lambda size: transformers.BloomConfig(vocab_size=size, hidden_size=16, n_layer=1, n_head=2),
+    "mamba": lambda size: transformers.MambaConfig(vocab_size=size, hidden_size=16, num_hidden_layers=1, state_size=4),
+    "opt": lambda size: transformers.OPTConfig(
+        vocab_size=size, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16, word_embed_proj_dim=16
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_judges_of_other_families_read_their_own_separator(name, folder, tmp_path):
+    """Check a judge without a longest text, and without <|endoftext|>: </s> begins its texts and parts documents."""
+    special, old = {"bos_token": "</s>", "eos_token": "</s>"}, transformers.AutoTokenizer.from_pretrained(folder)
+    content = old.backend_tokenizer.to_str().replace(EOT, "</s>")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(content), **special).save_pretrained(
+        tmp_path
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(FAMILIES[name](257)).save_pretrained(tmp_path)
+    judge = open_judge(str(tmp_path))
+    reading = judge.read([f"ab{SEPARATOR}c"])
+    assert (reading.tokens.tolist(), reading.characters.tolist()) == ([4], [4])
+    assert reading.nats[0] == pytest.approx(slow_nats(judge, "ab</s>c"), abs=1e-4)
+    assert judge.context == (2048 if name != "opt" else judge.model.config.max_position_embeddings)
+
+
+def test_a_limit_in_a_nested_configuration_is_found():
+    assert context_of(transformers.Gemma3Config(text_config={"max_position_embeddings": 77})) == 77
+
+
+def test_a_judge_whose_tokenizer_is_slow_is_named(folder, monkeypatch):
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "is_fast", False)
+    with pytest.raises(InputError, match=r"has a tokenizer that is written in Python"):
+        open_judge.__wrapped__(str(folder))
 
 
 def test_any_folder_of_a_model_is_a_judge_and_texts_are_cut_at_its_context(folder):
