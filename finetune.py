@@ -113,6 +113,8 @@ def open_model(args: argparse.Namespace, own: Opened | None) -> Opened:
     if own and not isinstance(own[0], Upgraded):
         if args.shift:
             raise InputError(f"--shift is for models of the Hugging Face library, and --from {args.source} is not one")
+        if args.length != own[0].config.length:
+            raise InputError(f"--length must be {own[0].config.length}, the length of --from {args.source}")
         return upgrade_own(own[0], options), own[1]
     source = source_of(*own, args.source) if own else families.open_source(args.source, args.mask_token)
     return upgrade(source, args.length, shift=args.shift, unit=args.unit, **options), source.tokenizer

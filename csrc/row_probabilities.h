@@ -23,6 +23,8 @@ class Row {
         blocks_((vocab + kBlock - 1) / kBlock),
         largest_(latents * blocks_),
         factor_(latents * blocks_),
+        row_largest_(latents),
+        row_factor_(latents),
         mass_(blocks_),
         nucleus_(top_p < 1 ? blocks_ * kBlock : 0) {}
 
@@ -81,8 +83,8 @@ class Row {
     const Logit* logits = logits_ + latent * stride_ + begin;
     const float largest = load_block(logits, count, inv_temperature_, out);
     if (mask_id_ < begin || mask_id_ >= begin + count) return largest;
-    out[mask_id_ - begin] = -kInfinity;
-    return std::isnan(largest) ? largest : *std::max_element(out, out + kBlock);
+    out[mask_id_ - begin] = -kInfinity;  // whatever it is, NaN too
+    return block_max(out);
   }
 
   // Load the probabilities of one block, up to the common factor of the row.
@@ -126,6 +128,9 @@ class Row {
     double norm = 0;
     for (int64_t block = 0; block < blocks_; ++block)
       norm += double{sums[block]} * exp_nonpositive(largest[block] - row_largest);
+    const int64_t latent = (largest - largest_.data()) / blocks_;
+    row_largest_[latent] = row_largest;
+    row_factor_[latent] = static_cast<float>(1 / (norm * latents_));
     for (int64_t block = 0; block < blocks_; ++block) {
       const double factor = exp_nonpositive(largest[block] - row_largest) / (norm * latents_);
       mass_[block] += sums[block] * factor;
@@ -185,8 +190,7 @@ class Row {
   // Zero all probabilities outside the nucleus: the most probable tokens that hold top_p of the
   // mass, and the tokens that equal the last of these tokens.
   void cut_to_nucleus() {
-    for (int64_t block = 0; block < blocks_; ++block)
-      load_probabilities(block, nucleus_.data() + block * kBlock);
+    fill_nucleus();
     is_cut_ = true;
     double total = 0;
     for (const float probability : nucleus_) total += probability;
@@ -196,6 +200,21 @@ class Row {
       for (int64_t i = block * kBlock; i < (block + 1) * kBlock; ++i) {
         if (nucleus_[i] < threshold) nucleus_[i] = 0;
         mass_[block] += nucleus_[i];
+      }
+    }
+  }
+
+  // Write all probabilities, relative to the largest logit of the row. So equal logits of different
+  // blocks have equal probabilities, and ties at the end of the nucleus are found.
+  void fill_nucleus() {
+    std::fill(nucleus_.begin(), nucleus_.end(), 0.0f);
+    alignas(64) float logits[kBlock];
+    for (int64_t latent = 0; latent < latents_; ++latent) {
+      for (int64_t block = 0; block < blocks_; ++block) {
+        if (factor_[latent * blocks_ + block] == 0) continue;
+        load_logits(block, latent, logits);
+        float* out = nucleus_.data() + block * kBlock;
+        add_exp(logits, row_largest_[latent], row_factor_[latent], out);
       }
     }
   }
@@ -234,20 +253,22 @@ class Row {
     }
   }
 
-  const int64_t latents_;          // K
-  const int64_t vocab_;            // V
-  const int64_t mask_id_;          // has probability 0, also among the V tokens
-  const float inv_temperature_;    // 1 / temperature
-  const double top_p_;             // in (0, 1]
-  const int64_t blocks_;           // ceil(V / kBlock)
-  std::vector<float> largest_;     // (K, blocks) largest logit
-  std::vector<float> factor_;      // (K, blocks) factor of exp(logit - largest)
-  std::vector<double> mass_;       // (blocks,) sum of the probabilities
-  std::vector<float> nucleus_;     // (blocks * kBlock,) probabilities after top-p
-  std::vector<double> histogram_;  // (2^bits,) masses
-  const Logit* logits_ = nullptr;  // (V,) of the first latent
-  int64_t stride_ = 0;             // elements between the logits of two latents
-  bool is_cut_ = false;            // nucleus_ holds the probabilities
+  const int64_t latents_;           // K
+  const int64_t vocab_;             // V
+  const int64_t mask_id_;           // has probability 0, also among the V tokens
+  const float inv_temperature_;     // 1 / temperature
+  const double top_p_;              // in (0, 1]
+  const int64_t blocks_;            // ceil(V / kBlock)
+  std::vector<float> largest_;      // (K, blocks) largest logit
+  std::vector<float> factor_;       // (K, blocks) factor of exp(logit - largest)
+  std::vector<float> row_largest_;  // (K,) largest logit of the row
+  std::vector<float> row_factor_;   // (K,) factor of exp(logit - row_largest)
+  std::vector<double> mass_;        // (blocks,) sum of the probabilities
+  std::vector<float> nucleus_;      // (blocks * kBlock,) probabilities after top-p
+  std::vector<double> histogram_;   // (2^bits,) masses
+  const Logit* logits_ = nullptr;   // (V,) of the first latent
+  int64_t stride_ = 0;              // elements between the logits of two latents
+  bool is_cut_ = false;             // nucleus_ holds the probabilities
 };
 
 }  // namespace cadd

@@ -227,6 +227,39 @@ def test_extreme_logits(logits, expected):
     assert set(drawn(torch.tensor(logits), 20_000, 1).nonzero()[:, 0].tolist()) == expected
 
 
+@pytest.mark.parametrize("latents", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_nucleus_keeps_every_token_as_probable_as_its_last(dtype, latents):
+    """Half-precision logits have many ties, over the whole row. z_s is p itself: the table is the identity.
+
+    The nucleus is found by its definition in float64, where equal logits have equal probabilities.
+    """
+    vocab, count, top_p = 700, 40, 0.8
+    one = (3 * torch.randn(1, count, vocab, generator=rng(3))).to(torch.bfloat16).to(dtype)
+    logits = one.expand(latents, -1, -1).contiguous()
+    p = one[0].double().softmax(-1)
+    falling = p.sort(-1, descending=True).values
+    last = falling.gather(1, (falling.cumsum(-1) < top_p).sum(-1, keepdim=True))
+    table, z_t = torch.eye(vocab), torch.zeros(latents, count, vocab)
+    coefficients = torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=torch.float64)  # no flip, z_s = z0_hat
+    arguments = (logits, torch.arange(count), z_t, table, coefficients)
+    _, z_s = ops.reverse_step(*(a.to(DEVICE) for a in arguments), vocab, SEED, Decoding("soft", 1.0, top_p))
+    assert torch.equal(z_s[0].cpu() > 0, p >= last)
+    assert int((p == last).sum()) > count + 10  # there are ties
+
+
+@pytest.mark.parametrize("zhat", ZHATS)
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_the_logit_of_the_mask_is_not_read_whatever_it_is(zhat, top_p):
+    logits, *rest = reverse_case(2, 5, 300, 4)
+    results = []
+    for value in (0.0, torch.nan, torch.inf, -torch.inf):
+        logits[..., 255] = value  # the mask is one of the V tokens, the last of a block
+        results.append(ops.reverse_step(logits, *rest, 255, SEED, Decoding(zhat, 0.9, top_p)))
+    for x_s, z_s in results[1:]:
+        assert torch.equal(x_s, results[0][0]) and torch.equal(z_s, results[0][1])
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("zhat", ZHATS)
 def test_rows_without_a_law_are_refused(bad, zhat):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 from cadd_min.data.tokenizer import MASK_TEXT, Tokenizer, begun, byte_of
@@ -14,7 +18,8 @@ from cadd_min.utils.errors import InputError, first_line
 ANCHORS = ("\n", "a", ".", "0")  # texts of which one shares no token with the text after it
 BYTE = re.compile("<0x([0-9A-F]{2})>")  # a token of one byte
 MESSAGE = "\ue000message\ue001"  # stands for the message in a template: no text has these characters
-INSTALL = "pip install 'transformers>=5' tokenizers jinja2"
+TEMPLATE_SECONDS = 10.0  # a chat template is a program, and may loop
+INSTALL = "pip install 'transformers>=5.5' tokenizers jinja2"
 
 
 class HFTokenizer(Tokenizer):
@@ -53,6 +58,12 @@ class HFTokenizer(Tokenizer):
                 f"the tokenizer has token {max(highest, mask_id, end_id)}, and the model's embedding {rows} rows: they "
                 "do not belong together"
             )
+
+    @property
+    def unused(self) -> int:
+        """Return how many rows at the end of the model's embedding belong to no token."""
+        highest = max(self.tokens.get_vocab(with_added_tokens=True).values())
+        return self.vocab_size - 1 - max(highest, self._mask_id, self._end_id)
 
     @property
     def eot_id(self) -> int:
@@ -146,7 +157,8 @@ class HFTokenizer(Tokenizer):
             raise InputError("--chat needs a tokenizer with a chat template, and this model's has none")
         turns = [{"role": "user", "content": message}]
         try:
-            return self.library.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            with seconds(TEMPLATE_SECONDS):
+                return self.library.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # Jinja and the template may raise anything
             why = first_line(error)
             raise InputError(f"--chat: the tokenizer's chat template fails: {why}") from None
@@ -185,6 +197,25 @@ class HFTokenizer(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokens.decode(ids, skip_special_tokens=False)
+
+
+@contextlib.contextmanager
+def seconds(most: float) -> Iterator[None]:
+    """Raise TimeoutError where the work inside takes longer. Only the first thread has a limit, and not on Windows."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"it takes longer than {most:g} seconds")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, most)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def prompt_ids(tokenizer: Tokenizer, chat: bool) -> Callable[[str], list[int]]:

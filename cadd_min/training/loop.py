@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -60,6 +61,7 @@ class Fit:
         self.trainer, self.run, self.config = trainer, run, config
         self.first = trainer.world.first
         self.log = MetricsLog(run.out, trainer.step) if self.first else None
+        self.count = len(torch.cat([batch.x_0 for batch in run.held_out]).unique(dim=0)) if run.held_out else 0
         self.saved_step = -1  # of this process's last save
         self.last_look, self.next_look = (trainer.step, time.monotonic()), trainer.step  # see `_stopping`
         self.step_tokens = trainer.config.batch_size * trainer.accumulate * trainer.model.config.length
@@ -148,7 +150,8 @@ class Fit:
         """Measure the averaged weights on held-out data, print and log the result."""
         measures = self.trainer.evaluate(self.run.held_out)
         ce, bound = measures["val_ce"], measures["val_bound"]
-        self._say(f"held-out CE {ce:.3f}, bound {bound:.3f} nats/token ({bound / math.log(2):.3f} bits)")
+        bits = bound / math.log(2)
+        self._say(f"held-out CE {ce:.3f}, bound {bound:.3f} nats/token ({bits:.3f} bits), {self.count} sequences")
         if self.log is not None:
             self.log.write(self.trainer.step, **measures)
 

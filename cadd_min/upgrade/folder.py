@@ -20,7 +20,8 @@ from cadd_min.utils.huggingface import hub_folder
 
 FORMAT, VERSION = "cadd_min upgrade", 1
 UPGRADED = "cadd.json"
-FOUND = ("base", "vocab_size", "mask_id", "masked_lm")  # fields of UpgradeConfig that the library's files already hold
+# Fields of UpgradeConfig that the library's files already hold, and the one that is no more after LoRA is merged.
+FOUND = ("base", "vocab_size", "mask_id", "masked_lm", "unused", "mask_shift")
 
 
 def save(model: Upgraded, tokenizer: HFTokenizer, folder: Path | str) -> None:

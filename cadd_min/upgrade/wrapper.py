@@ -46,6 +46,8 @@ class UpgradeConfig:
     shift: bool  # the logits at position i are of token i + 1
     masked_lm: bool  # whether the library opens it as a masked language model; else as a causal one
     unit: float  # length of a token's embedding in the pretrained model
+    unused: int = 0  # rows at the end of the embedding that belong to no token: none of them is ever drawn
+    mask_shift: bool = False  # whether the mask's embedding is trained under LoRA, by a vector that is added to it
     model: str = option("cadd", "cadd, or mdlm: the same without the latent")
     discrete: str = option("linear", "schedule of the masks, alpha_t: linear or cosine")
     continuous: str = option("capped", "schedule of the latent: linear, cosine, capped, or flow (matching)")
@@ -107,6 +109,7 @@ class Upgraded(Model):
             hint=config.hint,
             unit=config.unit / norm if norm else 1.0,
         )
+        self.mask_shift = nn.Parameter(torch.zeros(width)) if config.mask_shift else None
         self.ahead: int | None = None  # tokens to the right that attention may look at; None: all
         look_both_ways(network)
 
@@ -119,7 +122,10 @@ class Upgraded(Model):
         return self.latent.table(self.embedding.weight)
 
     def features(self, x_t: Tensor, z_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        z_tilde = self.latent.fuse(self.embedding(x_t), z_t, x_t == self.mask_id, t, self.embedding.weight)
+        embedded, masked = self.embedding(x_t), x_t == self.mask_id
+        if self.mask_shift is not None:
+            embedded = embedded + masked[..., None] * self.mask_shift
+        z_tilde = self.latent.fuse(embedded, z_t, masked, t, self.embedding.weight)
         h = self.backbone(inputs_embeds=z_tilde, attention_mask=self._window(x_t)).logits  # (B, L, width)
         if self.config.shift:  # no position predicts the first token, which gets the second token's features
             h = torch.cat([h[:, :1], h[:, :-1]], 1)
@@ -130,7 +136,9 @@ class Upgraded(Model):
         return weight if bias is None else torch.cat([weight, bias[:, None]], -1)
 
     def logits(self, features: Tensor) -> Tensor:
-        return F.linear(features[..., : self.head.weight.shape[1]], self.head.weight, self.head.bias)
+        logits = F.linear(features[..., : self.head.weight.shape[1]], self.head.weight, self.head.bias)
+        unused = self.config.unused
+        return F.pad(logits[..., :-unused], (0, unused), value=-torch.inf) if unused else logits
 
     def at_step(self, step: int) -> None:
         """Open the attention to the right, from no token to all tokens in config.anneal steps.
@@ -181,6 +189,9 @@ def upgrade(
         raise InputError(f"length must be at most {most}, what {name} was made for, not {length}")
     if options.get("anneal") and source.family != AUTOREGRESSIVE:
         raise InputError(f"anneal opens the attention of an autoregressive model, and {name} looks both ways already")
+    window = getattr(network.config, "sliding_window", None)
+    if options.get("anneal") and isinstance(window, int) and window < length:
+        raise InputError(f"anneal would open the windows of {window} tokens of {name}: leave it out")
     config = UpgradeConfig(
         base=network.config.to_json_string(use_diff=False),
         vocab_size=len(network.get_input_embeddings().weight),
@@ -189,6 +200,8 @@ def upgrade(
         shift=source.family.shift if shift is None else shift,
         masked_lm=source.family == MASKED,
         unit=unit or _median_norm(network.get_input_embeddings()),
+        unused=source.tokenizer.unused,
+        mask_shift=source.new_mask and bool(options.get("lora")),
         **options,
     )
     look_both_ways(network)
@@ -210,10 +223,12 @@ def _tried(config: UpgradeConfig, network: Any, name: str) -> Upgraded:
     probe = network.get_input_embeddings()(torch.arange(min(4, config.length))[None])
     expected = network(inputs_embeds=probe).logits
     model = Upgraded(config, network)
-    if not torch.equal(model.logits(network(inputs_embeds=probe).logits), expected):
+    tokens = config.vocab_size - config.unused
+    if not torch.equal(model.logits(network(inputs_embeds=probe).logits)[..., :tokens], expected[..., :tokens]):
         raise InputError(f"--from {name}: its logits are more than a linear map of its last layer")
     probe = torch.cat([probe[:, :-1], -probe[:, -1:]], 1)
-    if config.length > 1 and torch.equal(model.logits(network(inputs_embeds=probe).logits)[:, 0], expected[:, 0]):
+    changed = model.logits(network(inputs_embeds=probe).logits)
+    if config.length > 1 and torch.equal(changed[:, 0, :tokens], expected[:, 0, :tokens]):
         raise InputError(f"--from {name}: a {type(network).__name__} cannot be made to look to the right")
     if config.anneal:
         model.ahead = 0
@@ -278,8 +293,19 @@ def merged(model: Upgraded) -> Any:
                 module.merge()
                 _put(network, name, module.get_base_layer())
         del network.peft_config  # or peft warns when the network gets new matrices
+    if model.mask_shift is not None:
+        _move_mask(model)
     _put(network, model.head_place, model.head)
     return network
+
+
+@torch.no_grad()
+def _move_mask(model: Upgraded) -> None:
+    """Add the trained shift to the mask's row. Gemma's embedding multiplies its rows, so the shift is divided."""
+    row, mask = model.embedding.weight[model.mask_id], torch.tensor([model.mask_id], device=model.device)
+    scale = model.embedding(mask)[0].norm() / row.norm()
+    row += (model.mask_shift / scale).to(row.dtype)
+    model.mask_shift = None
 
 
 def source_of(model: Upgraded, tokenizer: HFTokenizer, name: str) -> Source:

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from cadd_min.baselines.dispatch import draw
 from cadd_min.checkpoints import file as checkpoint
 from cadd_min.checkpoints.load import load_denoiser
 from cadd_min.data.hf_tokenizer import HFTokenizer
+from cadd_min.orders import Sampling
 from cadd_min.upgrade import families
 from cadd_min.upgrade.families import open_source
 from cadd_min.upgrade.folder import open_upgraded, save
@@ -190,13 +192,67 @@ def test_with_its_latent_off_it_is_the_original_bit_for_bit(name: str, tmp_path:
         model = upgrade(open_source(str(tmp_path / "m")), L, model=kind).eval()
         assert model.mask_id == MASK and model.config.shift is FAMILIES[name][1]
         x, z, t = noisy(model)
-        expected = original(name, library, x)
-        assert torch.equal(model(x, 0 * z, t), expected)
+        expected, tokens = original(name, library, x), V - model.config.unused
+        assert torch.equal(model(x, 0 * z, t)[..., :tokens], expected[..., :tokens])
+        assert (model(x, z, t)[..., tokens:] == -torch.inf).all() and tokens >= len(WORDS)
         rows = torch.tensor([0, 5, 13])
-        torch.testing.assert_close(model.logits_at(x, 0 * z, t, rows), expected.flatten(0, 1)[rows])
+        at = model.logits_at(x, 0 * z, t, rows)
+        torch.testing.assert_close(at[:, :tokens], expected.flatten(0, 1)[rows, :tokens])
         torch.testing.assert_close(model.features(x, 0 * z, t) @ model.head_matrix().T, expected)
         if model.latent.dim:
-            assert not torch.equal(model(x, z, t), expected)
+            assert not torch.equal(model(x, z, t)[..., :tokens], expected[..., :tokens])
+
+
+def test_a_row_that_is_no_token_is_never_drawn(tmp_path: Path) -> None:
+    """Make the rows without a token the likeliest of all. Power: with `unused` 0 they are drawn."""
+    write("bert", tmp_path / "m")
+    model = upgrade(open_source(str(tmp_path / "m")), L).eval()
+    model.head.bias.data[len(WORDS) :] += 50
+    assert int(draw(model, 4, Sampling(8), generator=rng(0)).max()) < len(WORDS)
+    model.config = dataclasses.replace(model.config, unused=0)
+    assert int(draw(model, 4, Sampling(8), generator=rng(0)).min()) >= len(WORDS)
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_a_new_mask_is_trained_with_lora_too(lora: int, tmp_path: Path, call: Any) -> None:
+    """Compare the mask's embedding before and after tuning, in the run and in its folder. Only LoRA's matrices move."""
+    write("llama", tmp_path / "m", mask=False)
+    (tmp_path / "a.txt").write_text("the dog and the cat of the hill " * 400)
+    run = f"finetune.py --from {tmp_path / 'm'} --mask-token <mask> --dataset {tmp_path / 'a.txt'} {TUNE}"
+    code, _, err = call(f"{run} --lora {lora} --lr 1e-2 --cache {tmp_path} --out {tmp_path / 'run'}")
+    assert code == 0, err
+    before = open_source(str(tmp_path / "m"), "<mask>")
+    rows, mask = before.network.get_input_embeddings().weight, before.tokenizer.mask_id
+    tuned, _, _ = load_denoiser(tmp_path / "run")
+    assert (tuned.mask_shift is not None) == bool(lora) == tuned.config.mask_shift
+    call(f"export.py folder {tmp_path / 'run'} {tmp_path / 'folder'}")
+    opened, _ = open_upgraded(str(tmp_path / "folder"))
+    moved = (opened.embedding.weight - rows).norm(dim=-1)
+    assert moved[mask] > 0.01 and (moved[:mask].max() == 0) == bool(lora)
+    x, z, t = noisy(opened)
+    one, two = (model.eval()(x, z, t)[..., :mask] for model in (opened, tuned))  # the mask's own logit is never read
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
+
+
+def test_windows_and_anneal_do_not_go_together(tmp_path: Path) -> None:
+    config = transformers.MistralConfig(**SMALL, num_key_value_heads=1, sliding_window=4)
+    (tmp_path / "m").mkdir()
+    transformers.MistralForCausalLM(config).save_pretrained(tmp_path / "m")
+    words().save_pretrained(tmp_path / "m")
+    source = open_source(str(tmp_path / "m"))
+    with pytest.raises(InputError, match=r"anneal would open the windows of 4 tokens"):
+        upgrade(source, L, anneal=3)
+    assert upgrade(source, 4, anneal=3).config.anneal == 3
+
+
+def test_a_chat_template_that_loops_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """jinja2 limits a range, and not a range in a range."""
+    monkeypatch.setattr("cadd_min.data.hf_tokenizer.TEMPLATE_SECONDS", 0.5)
+    write("bert", tmp_path / "m")
+    tokenizer = open_source(str(tmp_path / "m")).tokenizer
+    tokenizer.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(InputError, match=r"chat template fails: it takes longer than 0.5 seconds"):
+        tokenizer.encode_chat("a")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -299,7 +355,8 @@ def test_the_library_opens_an_upgraded_folder_too(tmp_path: Path) -> None:
     expected = model(x, 0 * z, t)
     save(model, source.tokenizer, tmp_path / "folder")
     library = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "folder").eval()
-    torch.testing.assert_close(library(x).logits, expected)
+    tokens = len(WORDS)
+    torch.testing.assert_close(library(x).logits[..., :tokens], expected[..., :tokens])
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "folder").mask_token_id == MASK
 
 
@@ -583,7 +640,7 @@ def test_without_the_library_it_says_how_to_get_it(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(
         families.importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name)
     )
-    with pytest.raises(InputError, match="pip install 'transformers>=5' safetensors"):
+    with pytest.raises(InputError, match=r"pip install 'transformers>=5.5' safetensors"):
         open_source(str(tmp_path))
 
 
@@ -653,6 +710,8 @@ def test_a_model_of_this_project_is_upgraded_as_well(tmp_path: Path, call: Any) 
     code, _, err = call(f"finetune.py --resume --out {tmp_path / 'cadd'} --steps 31")
     assert code == 0, err
     assert torch.equal(load_denoiser(tmp_path / "cadd")[0].embedding.weight, old.embedding.weight)
+    code, _, err = call(f"finetune.py --from {tmp_path / 'mdlm'} {data} --length 8")
+    assert code == 2 and "--length must be 16, the length of --from" in err
     code, _, err = call(f"finetune.py --from {tmp_path / 'mdlm'} {data} --lora 2")
     assert code == 2 and "lora is for models of the Hugging Face library" in err
 
