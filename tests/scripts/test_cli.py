@@ -124,7 +124,8 @@ def few(command: str, text: Path) -> str:
         return f"{command} --num 12{steps}{judge}"
     if script == "finetune.py":
         command = command.replace("my.txt", str(text)).replace("owner/name", "masked").replace("smollm2", "causal")
-        return f"{command} --length 40 --batch-size 4 --steps 4 --eval-every 0 --sample-every 0"
+        length = "" if "--from mdlm" in command else "--length 40"  # that model has a length of its own
+        return f"{command} {length} --batch-size 4 --steps 4 --eval-every 0 --sample-every 0"
     return command if script == "export.py" else f"{command} --steps 4"
 
 
