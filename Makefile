@@ -77,16 +77,25 @@ sanitize: $(VENV)/ready
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	../../$(BIN)/python -m pytest -m "not slow" tests/test_ops.py
 
+# `make gpu-check CADD_CUDA=0` rehearses the same chain on the CPU, on small models.
+CADD_CUDA ?= 1
+GPU_BACKEND = $(if $(filter 0,$(CADD_CUDA)),cpp,cuda)
+GPU_KERNELS = $(if $(filter 0,$(CADD_CUDA)),--small --repeats 1)
+GPU_TRAINING = $(if $(filter 0,$(CADD_CUDA)),--preset nano --length 32 --vocab-size 300 --batch-size 2 --repeat 1,--preset \
+	small --length 1024 --vocab-size 50257 --batch-size 32 --compile)
+GPU_SAMPLING = $(if $(filter 0,$(CADD_CUDA)),--preset nano --vocab-size 300 --shapes 1x32 --steps 4 --repeat 1,--preset \
+	small --vocab-size 50257 --shapes 1x1024 8x1024 --steps 16 128)
+
 gpu-check:
-	$(COPY) && CADD_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace && export CADD_BACKEND=cuda PYTHONPATH=. && \
+	$(COPY) && CADD_CUDA=$(CADD_CUDA) $(PYTHON) setup.py -q build_ext --inplace && \
+	export CADD_BACKEND=$(GPU_BACKEND) PYTHONPATH=. && \
 	$(PYTHON) -m pytest tests/test_ops.py && $(PYTHON) -m pytest tests/training/test_trainer.py -k "waits or chance" && \
 	if command -v compute-sanitizer > /dev/null; then for tool in memcheck racecheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 		$(PYTHON) -m pytest tests/test_ops.py -k "half_precision or strided" || exit 1; done; fi && \
-	$(PYTHON) -m benchmarks.kernels --json ../../gpu-check.json && \
-	$(PYTHON) -m benchmarks.training --preset small --length 1024 --vocab-size 50257 --batch-size 32 --compile \
-		--models mdlm cadd cadd:mse=1 ar gpt2 && \
-	$(PYTHON) -m benchmarks.sampling --preset small --vocab-size 50257 --shapes 1x1024 8x1024 --steps 16 128
+	$(PYTHON) -m benchmarks.kernels --json ../../gpu-check.json $(GPU_KERNELS) && \
+	$(PYTHON) -m benchmarks.training $(GPU_TRAINING) --models mdlm cadd cadd:mse=1 ar gpt2 && \
+	$(PYTHON) -m benchmarks.sampling $(GPU_SAMPLING)
 
 clean:
 	rm -rf $(VENV) build *.egg-info cadd_min/_C*

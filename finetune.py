@@ -14,8 +14,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cadd_min.checkpoints import load
 from cadd_min.data import corpus, pairs
 from cadd_min.data.batches import PairBatches, TextBatches
@@ -30,6 +28,7 @@ from cadd_min.upgrade import families
 from cadd_min.upgrade import folder as upgraded
 from cadd_min.upgrade.wrapper import UpgradeConfig, Upgraded, kept, source_of, upgrade, upgrade_own
 from cadd_min.utils.cli import expanded, integer, options_of, run, set_defaults
+from cadd_min.utils.device import seed_torch
 from cadd_min.utils.errors import InputError
 from cadd_min.utils.files import digest
 from cadd_min.utils.huggingface import hub_folder
@@ -107,7 +106,7 @@ def open_model(args: argparse.Namespace, own: Opened | None) -> Opened:
         raise InputError(
             f"--anneal must be at most --steps {args.steps}, not {args.anneal}: attention would never open"
         )
-    torch.manual_seed(args.seed)  # LoRA's matrices start at random
+    seed_torch(args.seed)  # LoRA's matrices start at random
     if own and args.mask_token is not None:
         raise InputError(f"--mask-token is for a model that has no mask, and --from {args.source} has one")
     if own and not isinstance(own[0], Upgraded):

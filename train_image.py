@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
-from cadd_min.data import images
+from cadd_min.data import image_files, images
 from cadd_min.data.batches import ImageBatches
 from cadd_min.dit import PATCH_PRESETS
 from cadd_min.model import Denoiser, ModelConfig
@@ -25,6 +23,7 @@ from cadd_min.sampling.pictures import preview
 from cadd_min.training import start
 from cadd_min.unet import UNET_PRESETS
 from cadd_min.utils.cli import as_path, expanded, from_args, run
+from cadd_min.utils.device import default_device
 from cadd_min.utils.errors import InputError, choose
 
 PRESETS = {"unet": UNET_PRESETS, "dit": PATCH_PRESETS}
@@ -55,14 +54,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--classes", action="store_true", help="condition on the labels")
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images")
     # on a CPU, a convolution of few channels is no faster in bfloat16
-    parser.set_defaults(**DEFAULTS, dtype="auto" if torch.cuda.is_available() else "float32")
+    parser.set_defaults(**DEFAULTS, dtype="auto" if default_device() == "cuda" else "float32")
     return parser
 
 
 def main() -> None:
     args, resumed = start.parse_args(build_parser(), "train_image.py")
     shape = start.network(args, PRESETS[choose("--backbone", args.backbone, PRESETS)], resumed)
-    images.pillow()  # fail now where it is missing, not at the first picture
+    image_files.pillow()  # fail now where it is missing, not at the first picture
     data = images.open_images(args.dataset, args.cache, args.archive)
     if args.classes and data.labels is None:
         raise InputError(f"--classes needs labels, and --dataset {args.dataset} has none")

@@ -150,6 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--repeats", type=int, default=9, help="calls of which the median is taken")
+    parser.add_argument("--small", action="store_true", help="the smallest shape of each kernel only")
     parser.add_argument("--json", type=as_path, help="file for the results as JSON")
     args = parser.parse_args()
     if args.repeats < 1:
@@ -160,12 +161,13 @@ def main() -> None:
     )
     print(f"{ops.backend().name} on {machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"median of {args.repeats}, ms\n")  # fmt: skip
-    grown = memory_of(REVERSE[0]) if device.type == "cpu" else {}
+    shapes = (NOISING[2:3], REVERSE[3:]) if args.small else (NOISING, REVERSE)
+    grown = memory_of(shapes[1][0]) if device.type == "cpu" else {}
     result: dict[str, Any] = {"backend": ops.backend().name, "machine": machine, "torch": torch.__version__}
     result["memory_mib"] = grown
-    result["noising"] = {"B={} L={} D={} V={}".format(*s): noising(s, device, args.repeats) for s in NOISING}
+    result["noising"] = {"B={} L={} D={} V={}".format(*s): noising(s, device, args.repeats) for s in shapes[0]}
     print(table("forward noising", result["noising"], "fused"), "\n")
-    result["reverse"] = {"N={} V={} D={} K={}".format(*s): reverse(s, device, args.repeats) for s in REVERSE}
+    result["reverse"] = {"N={} V={} D={} K={}".format(*s): reverse(s, device, args.repeats) for s in shapes[1]}
     print(table("reverse step", result["reverse"], "fused hard"))
     if grown:
         print(f"\nmemory of a reverse step, {next(iter(result['reverse']))}: "

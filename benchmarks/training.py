@@ -256,19 +256,18 @@ def report(models: dict[str, Ours | Gpt2], args: argparse.Namespace, device: tor
         for name, model in models.items():
             times[name].append(milliseconds(model.step, device, 1))
     step = {name: statistics.median(ms) for name, ms in times.items()}
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        memory = dict(zip(models, pool.imap(peak_memory, [(name, args) for name in models], chunksize=1)))
     peak = machine_flops(args, device)
     print("| model | step, ms | to the first | tokens/s | MFU | peak memory, GiB | parameters |\n" + "|---" * 7 + "|")
     for name, model in models.items():
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process of its own, whose peak is the model's
+            memory = pool.apply(peak_memory, ((name, args),))
         flops, tokens = model.flops(), model.data.numel()
         used = "" if flops is None else f"{flops / (step[name] / 1e3) / peak:.0%}"
         ratio = statistics.median(b / a for a, b in zip(times[next(iter(models))], times[name]))
         count = sum(p.numel() for p in model.net.parameters())
         speed = f"{1e3 * tokens / step[name]:,.0f}"
-        print(
-            row(name, [f"{step[name]:.1f}", f"{ratio:.2f}", speed, used, f"{memory[name]:.2f}", f"{count / 1e6:.1f}M"])
-        )
+        cells = [f"{step[name]:.1f}", f"{ratio:.2f}", speed, used, f"{memory:.2f}", f"{count / 1e6:.1f}M"]
+        print(row(name, cells), flush=True)
     print(f"\na matrix product reaches {peak / 1e9:,.0f} GFLOP/s\n")
     report_parts(models, args.repeat, device)
 

@@ -1,0 +1,1 @@
+import cadd_min  # noqa: F401  # before torch is loaded: see there

@@ -25,6 +25,7 @@ from cadd_min.utils.errors import InputError
 
 MODULES: dict[str, ModuleType] = {"ar": ar, "udm": udm, "sedd": sedd}  # each has training_loss, nelbo_parts, sample
 UNDERSTOOD = ("steps", "temperature", "top_p", "zhat")  # zhat has no effect on a baseline, nor steps on ar
+PLANNED = ("time_grid", "order", "block", "remask")  # settings of a plan, which sedd takes as the core does
 STEPPED = ("udm", "sedd")  # these take their steps from a time grid; ar takes one step for each token
 
 
@@ -65,17 +66,27 @@ def bound(model: Model, batch: Batch, *, steps: int | None = None, generator: to
     return nelbo_parts(denoiser, x_0, *chain, steps=steps, free=free, generator=generator)
 
 
+def planned(name: str, settings: Sampling) -> bool:
+    """Tell whether a baseline's samples come from the core's chain: those of sedd in an order, and so on.
+
+    softmax(f) of sedd's score is p(x_0 | x_t), as the masked model's logits are.
+    """
+    return name == "sedd" and (settings.in_order or settings.remask > 0 or settings.time_grid == HITTING)
+
+
 def check(model: Model, settings: Sampling) -> None:
     """Raise InputError for a setting that this model's chain refuses. A baseline accepts those in UNDERSTOOD."""
     name, defaults = model.config.model, Sampling()
-    if name not in MODULES:
+    if name not in MODULES or planned(name, settings):
         check_hitting(settings, model.schedule)
+    if name not in MODULES:
         return
     for field, value in vars(settings).items():
-        if field in UNDERSTOOD or value == getattr(defaults, field):
+        if field in UNDERSTOOD or value == getattr(defaults, field) or (name == "sedd" and field in PLANNED):
             continue
         if field != "time_grid":
-            raise InputError(f"{field.replace('_', ' ')} is for cadd, mdlm and cdm, and this is {name}")
+            models = "cadd, mdlm, cdm and sedd" if field in PLANNED else "cadd, mdlm and cdm"
+            raise InputError(f"{field.replace('_', ' ')} is for {models}, and this is {name}")
         if name not in STEPPED or value == HITTING:
             raise InputError(f"the time grid {value} is not for {name}")
 
@@ -104,7 +115,7 @@ def draw(
     """
     check(model, settings)
     name, shape, table = model.config.model, (count, model.config.length), model.table()
-    if name in MODULES:
+    if name in MODULES and not planned(name, settings):
         x, seed = first_tokens(shape, model.mask_id, prompt, table), ops.draw_seed(generator, model.device)
         return MODULES[name].sample(model, x, settings, seed, callback)
     chain = (denoiser or model, shape, table, model.schedule, model.mask_id, settings)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cadd_min.data import documents
+from cadd_min.data import documents, split
 from cadd_min.data.documents import KINDS, Piece, Span, kind
 from cadd_min.utils.errors import InputError, described
 from cadd_min.utils.files import atomic_write, download
@@ -74,11 +74,15 @@ def _folder(path: Path) -> Corpus:
     wanted = [f for f in files if f.suffix and kind(str(f))]
     if not wanted:
         raise InputError(f"--dataset {path} is a folder without {', '.join(KINDS)} files")
+    first, *rest = split.sides(path, wanted).items()
+    wanted = first[1]
     left = [f for f in files if f not in set(wanted)]
     note = f"{path} has {_counted(wanted)}"
     if left or linked:
         links = [f"{len(linked)} linked folders"] if linked else []
         note += f"; left out: {', '.join([_counted(left)] * bool(left) + links)}"
+    for held_out, _ in rest:
+        note += f" (those in {held_out.name} are not trained on: measure with --dataset {held_out})"
     corpus = _files(path.resolve().stem, wanted)
     return dataclasses.replace(corpus, note=note)
 

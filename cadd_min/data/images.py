@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
-import re
 import struct
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from cadd_min.data import image_files, split
 from cadd_min.data.pixels import Pixels
-from cadd_min.utils.errors import InputError, described, first_line
+from cadd_min.utils.errors import InputError, described
 from cadd_min.utils.files import checked, download
 
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -31,8 +29,6 @@ FASHION_MD5 = {  # stated in the data set's README
     "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
 }
 NAMES = ("digits", "fashion-mnist", "cifar10", "imagenet32")
-ENDINGS = (".png", ".jpg", ".jpeg")
-MAY_BE_GREY = ("1", "L", "LA", "La", "P", "PA")  # kinds of image files without colours, or with colours by a palette
 HELD_OUT = 5  # one image of this many is held out, where the data set has no test images
 
 
@@ -188,9 +184,9 @@ def _imagenet32(folder: Path) -> Images:
             "ImageNet-32, for the other one is made of pickles, which are not read here"
         )
     parts = []
-    for split in files:
-        batches = [_arrays(file, ("data", "labels")) for file in split]
-        for file, batch in zip(split, batches):
+    for side in files:
+        batches = [_arrays(file, ("data", "labels")) for file in side]
+        for file, batch in zip(side, batches):
             if batch["data"].dtype != np.uint8 or batch["data"].shape != (len(batch["labels"]), 3072):
                 raise InputError(f"{file}: expected 'data' (N, 3072) of uint8 and N 'labels'")
         data, labels = (np.concatenate([batch[name] for batch in batches]) for name in ("data", "labels"))
@@ -260,13 +256,15 @@ def _decode_packed(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.nd
     if data.dtype != np.uint8 or data.ndim != 1 or not rises or offset[0] != 0 or offset[-1] != data.size:
         raise InputError(f"--dataset {path}: 'offset' must rise from 0 to the {data.size} bytes of 'jpeg'")
     count = len(offset) - 1
-    images = _stack([(f"image {i} of {path}", data[offset[i] : offset[i + 1]].tobytes()) for i in range(count)], path)
-    split, label = arrays.get("split", np.zeros(count)), arrays.get("label")
-    if split.shape != (count,) or (label is not None and label.shape != (count,)):
+    images = image_files.stack(
+        [(f"image {i} of {path}", data[offset[i] : offset[i + 1]].tobytes()) for i in range(count)], path
+    )
+    side, label = arrays.get("split", np.zeros(count)), arrays.get("label")
+    if side.shape != (count,) or (label is not None and label.shape != (count,)):
         raise InputError(f"--dataset {path}: 'split' and 'label' must have one number for each of the {count} images")
     decoded = {}
     for number, name in enumerate(("train", "test")):
-        chosen = split == number
+        chosen = side == number
         if chosen.any():
             decoded[f"x_{name}"] = images[chosen]
             decoded |= {f"y_{name}": label[chosen]} if label is not None else {}
@@ -274,73 +272,25 @@ def _decode_packed(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.nd
 
 
 def _folder(path: Path) -> Images:
-    """Read every PNG and JPEG in a folder. Its subfolders are classes, unless an image lies in the folder itself."""
-    everything = [f for f in path.rglob("*") if f.is_file()]
-    files = sorted((f for f in everything if f.suffix.lower() in ENDINGS), key=_by_number)
+    """Read every PNG and JPEG in a folder. Its subfolders are classes, unless an image lies in the folder itself.
+
+    A folder of train and test (or val) has its own held-out images.
+    """
+    files, left = image_files.find(path)
     if not files:
-        raise InputError(f"--dataset {path} is a folder without {', '.join(ENDINGS)} files")
-    if left := len(everything) - len(files):
-        print(f"{path} has {len(files):,} images; left out: {left:,} other files")
-    images = _stack([(str(file), file.read_bytes()) for file in files], path)
-    folders = sorted({file.parent for file in files}, key=_by_number)
-    if path in folders:
-        return _split(path.name, images, None)
-    names = tuple(str(folder.relative_to(path)) for folder in folders)
-    print("classes: " + ", ".join(f"{number} {name}" for number, name in enumerate(names)))
-    return _split(path.name, images, np.array([folders.index(file.parent) for file in files]), class_names=names)
-
-
-def _by_number(path: Path) -> list[tuple[str, int]]:
-    """Return a key that sorts paths with their numbers as numbers: 2 before 10."""
-    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", str(path))]
-
-
-def _stack(files: list[tuple[str, bytes]], path: Path) -> np.ndarray:
-    """Decode image files, given as (name, bytes), into (N, H, W, C). Grey among coloured images get three colours.
-
-    Raises InputError where their sizes differ.
-    """
-    images = [read_image(data, name) for name, data in files]
-    colours = max(image.shape[2] for image in images)
-    for image, (name, _) in zip(images, files):
-        if image.shape[:2] != images[0].shape[:2]:
-            sizes = " and ".join("x".join(map(str, shape[:2])) for shape in (images[0].shape, image.shape))
-            raise InputError(f"--dataset {path} has images of mixed sizes, {sizes} ({name}): make them all one size")
-    return np.stack([np.broadcast_to(image, (*image.shape[:2], colours)) for image in images])
-
-
-def pillow() -> Any:
-    """Return the module PIL.Image. Raises InputError where Pillow is not installed."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise InputError("pictures need their package: pip install pillow") from None
-    return Image
-
-
-def read_image(data: bytes, name: str) -> np.ndarray:
-    """Decode an image file as a viewer shows it: (H, W, 3) uint8, or (H, W, 1) where the image is grey.
-
-    Its EXIF orientation is applied, and what is transparent is white. name: of the image, for errors. Raises InputError
-    where `data` is no image, or has more than 8 bits a colour.
-    """
-    Image = pillow()
-    from PIL import ImageOps
-
-    try:
-        with Image.open(io.BytesIO(data)) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith(("I", "F")):  # a conversion would clip the values at 255
-                raise InputError(f"{name} has more than 8 bits a colour: convert it first")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            rgb = np.asarray(image.convert("RGB"))
-            grey = file.mode in MAY_BE_GREY and (rgb == rgb[..., :1]).all()
-            return rgb[..., :1] if grey else rgb
-    except InputError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{name} is too large: {first_line(error)}") from None
-    except Exception as error:  # a damaged image may raise anything
-        raise InputError(f"{name} is not an image that can be read: {described(error)}") from None
+        raise InputError(f"--dataset {path} is a folder without {', '.join(image_files.ENDINGS)} files")
+    sides = split.sides(path, files)
+    left += len(files) - sum(map(len, sides.values()))
+    if left:
+        print(f"{path} has {sum(map(len, sides.values())):,} images; left out: {left:,} other files")
+    every = [file for side in sides.values() for file in side]
+    images = image_files.stack([(str(file), file.read_bytes()) for file in every], path)
+    labels, names = image_files.classes(sides)
+    if names:
+        print("classes: " + ", ".join(f"{number} {name}" for number, name in enumerate(names)))
+    if len(sides) == 1:
+        return _split(path.name, images, labels, class_names=names)
+    (train, held_out), count = sides, len(next(iter(sides.values())))
+    print(f"held out: the images in {held_out.name}; those in {train.name} are trained on")
+    both = None if labels is None else (labels[:count], labels[count:])
+    return Images(path.name, images[:count], images[count:], both, class_names=names)

@@ -1,4 +1,4 @@
-"""Which items of a data set are held out: an item's own content decides.
+"""Which items of a data set are held out: an item's own content decides, unless its folder does.
 
 So a corpus that grows keeps its split, and equal items are on the same side.
 """
@@ -6,8 +6,10 @@ So a corpus that grows keeps its split, and equal items are on the same side.
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 ONE_IN = 20  # one item of this many is held out
+TRAIN, TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")  # names of folders
 
 
 def held_out(text: str) -> bool:
@@ -22,3 +24,20 @@ def unlike(held_out: int, count: int) -> bool:
     Few items, or items of very different sizes, may lie so.
     """
     return not 0.4 * count <= ONE_IN * held_out <= 4 * count
+
+
+def sides(path: Path, files: list[Path]) -> dict[Path, list[Path]]:
+    """Part the files of a folder by its own folders train and test, or val. Returns the files of these two.
+
+    All are of the folder itself where these are not the names. Where there are test and val, test is taken.
+    """
+    by_name: dict[str, Path] = {}
+    for file in files:
+        top = file.relative_to(path).parts[0]
+        by_name[top.lower()] = path / top
+    if not set(by_name) <= {*TRAIN, *TEST}:
+        return {path: files}
+    found = [next((by_name[name] for name in names if name in by_name), None) for names in (TRAIN, TEST)]
+    if None in found:
+        return {path: files}
+    return {folder: [file for file in files if folder in file.parents] for folder in found if folder}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cadd_min.data.images import read_image
+from cadd_min.data.image_files import read_image
 from cadd_min.data.pixels import Pixels
 from cadd_min.model import Guided, Model
 from cadd_min.sampler import Step

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cadd_min import ops
 from cadd_min.baselines.dispatch import draw
-from cadd_min.data.images import pillow
+from cadd_min.data.image_files import pillow
 from cadd_min.data.pixels import Pixels
 from cadd_min.latent import log_likelihood
 from cadd_min.model import Guided, Model

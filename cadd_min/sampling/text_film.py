@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from cadd_min.data.images import pillow
+from cadd_min.data.image_files import pillow
 from cadd_min.data.tokenizer import Tokenizer
 from cadd_min.model import Model
 from cadd_min.sampler import Step

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from cadd_min import ops
 from cadd_min.checkpoints import file as checkpoint
 from cadd_min.checkpoints.load import blaming, model_config
@@ -20,7 +18,7 @@ from cadd_min.training.distributed import World, world
 from cadd_min.training.loop import FitConfig, Run, fit
 from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.utils.cli import Parser, add_options, as_path, from_args, set_defaults
-from cadd_min.utils.device import default_device
+from cadd_min.utils.device import default_device, seed_torch
 from cadd_min.utils.errors import InputError, choose
 from cadd_min.utils.files import cache_folder, remove_leftovers
 
@@ -135,7 +133,7 @@ def train(
         checkpoint.check_data(resumed, source.digest, f"--dataset {args.dataset}", args.anyway)
     train_config, fit_config = from_args(TrainConfig, args), from_args(FitConfig, args)
     with world(args.device) as processes:
-        torch.manual_seed(args.seed)
+        seed_torch(args.seed)
         trainer = Trainer(make().to(processes.device), data, train_config, processes)
         out = args.out or RUNS
         if processes.first and not resumed:

@@ -244,9 +244,23 @@ class Trainer:
 
         Of sharded tensors only the first process has the values. All processes must call at the same time.
         """
-        parts: dict[str, Any] = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer}
-        state = {name: unsharded(part.state_dict(), self.world.first) for name, part in parts.items()}
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        model = self._whole(self.model, {})
+        ema = self._whole(self.ema, {name: model[name] for name, p in named.items() if not p.requires_grad})
+        state = {"model": model, "ema": ema, "optimizer": unsharded(self.optimizer.state_dict(), self.world.first)}
         return state | {"step": self.step, "seen": self.sequences, "skipped": int(self.skipped)}
+
+    def _whole(self, module: torch.nn.Module, known: dict[str, Any]) -> dict[str, Any]:
+        """Return a module's state dict, gathered where it is sharded. A tensor of two names is gathered once.
+
+        known: tensors that are gathered already, by name: the average of a frozen weight is the weight.
+        """
+        first: dict[int, str] = {}  # the first name of each parameter
+        alias = {n: first.setdefault(id(p), n) for n, p in module.named_parameters(remove_duplicate=False)}
+        state = module.state_dict()
+        missing = {n: value for n, value in state.items() if n not in known and alias.get(n, n) == n}
+        whole = known | unsharded(missing, self.world.first)
+        return {n: whole[n] if n in whole else whole[alias[n]] for n in state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned. Raises ValueError where it is of another optimiser, or damaged."""

@@ -53,6 +53,11 @@ def best_dtype(device: torch.device) -> str:
     return "bfloat16" if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else "float32"
 
 
+def seed_torch(seed: int) -> None:
+    """Seed torch's own generators, which initial weights are drawn from."""
+    torch.manual_seed(seed)
+
+
 def seeded(seed: int, index: int, device: torch.device | str = "cpu", *, use: int = 0) -> torch.Generator:
     """Return the generator that (seed, index, use) name. `index` counts micro-batches, steps or batches of samples.
 

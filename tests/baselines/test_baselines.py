@@ -491,3 +491,24 @@ def test_starts_at_the_uniform_law_and_learns_a_batch(name):
     bound = MODULES[name].nelbo_parts(net, batch.x_0, generator=rng(0))
     assert bound.discrete.shape == (32,) and (bound.continuous == 0).all()
     assert float(bound.discrete.mean()) / 12 < math.log(11) / 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"order": "entropy"}, {"order": "confidence", "block": 4}, {"remask": 0.2}, {"time_grid": "first-hitting"}],
+    ids=str,
+)
+def test_sedd_takes_a_plan_as_the_masked_model_does(settings):
+    """Compare with the masked model of the same weights: softmax(f) is p(x_0 | x_t). Z has no part in a plan."""
+    score, masked = nano("sedd"), nano("mdlm")
+    torch.nn.init.normal_(score.head.weight, std=0.5, generator=rng(1))  # an untrained head is zero
+    masked.load_state_dict(score.state_dict())
+    tokens = [dispatch.draw(m, 6, Sampling(5, **settings), generator=rng(3)) for m in (score.eval(), masked.eval())]
+    assert torch.equal(*tokens) and len(tokens[0].unique()) > 3
+    plain = [dispatch.draw(m, 6, Sampling(5), generator=rng(3)) for m in (score, masked)]
+    assert not torch.equal(*plain)  # without a plan a position of sedd flips with rho_flip Z
+
+
+def test_sedd_refuses_what_only_a_latent_has():
+    with pytest.raises(InputError, match="num latents is for cadd, mdlm and cdm, and this is sedd"):
+        dispatch.check(nano("sedd"), Sampling(num_latents=2, order="entropy"))

@@ -18,7 +18,8 @@ from PIL import Image
 
 from cadd_min.data import images
 from cadd_min.data.batches import ImageBatches
-from cadd_min.data.images import HELD_OUT, open_images, read_image
+from cadd_min.data.image_files import read_image
+from cadd_min.data.images import HELD_OUT, open_images
 from cadd_min.data.pixels import Pixels
 from cadd_min.utils.errors import InputError
 from cadd_min.utils.files import download

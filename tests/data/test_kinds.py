@@ -8,7 +8,8 @@ from PIL import Image
 
 from cadd_min.checkpoints.file import check_data
 from cadd_min.data import corpus, documents, pairs, shards, tokenizer
-from cadd_min.data.images import chosen, open_images, read_image
+from cadd_min.data.image_files import read_image
+from cadd_min.data.images import chosen, open_images
 from cadd_min.data.token_folder import prepare
 from cadd_min.data.tokenizer import Tokenizer
 from cadd_min.utils.errors import InputError
@@ -181,3 +182,64 @@ def test_some_of_ordered_data_stand_for_all_of_it():
     labels = np.repeat(np.arange(10), 40)
     assert len(set(labels[chosen(400, 40)])) == 10 and np.array_equal(chosen(400, 40), chosen(400, 40))
     assert sorted(chosen(7, 99)) == list(range(7))
+
+
+def picture(path, level: int) -> None:
+    Image.fromarray(np.full((4, 4), level, np.uint8)).save(path)
+
+
+def test_texts_in_a_folder_of_its_own_for_tests_are_not_trained_on(tmp_path):
+    for name in ("train/a.txt", "train/b/c.txt", "test/d.txt", "val/e.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"the text of {name}")
+    opened = corpus.open_corpus(str(tmp_path), tmp_path)
+    assert "has 2 .txt; left out: 2 .txt (those in test are not trained on: measure with --dataset" in opened.note
+    assert [piece.text for part in opened.parts() for piece in corpus.read(part)] == [
+        "the text of train/a.txt",
+        "the text of train/b/c.txt",
+    ]
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("Training", "val"), ("train", "valid")])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_folders_of_train_and_test_have_their_own_held_out_images(names, labelled, tmp_path, capsys):
+    """The grey level of a picture is 10 times its class, plus 100 where it is held out."""
+    for side, name in enumerate(names):
+        for number in range(12 - side):
+            folder = tmp_path / name / (f"{number % 11}" if labelled else "")
+            folder.mkdir(parents=True, exist_ok=True)
+            picture(folder / f"{number}.png", 10 * (number % 11) + 100 * side)
+    data = open_images(str(tmp_path), tmp_path)
+    assert (len(data.train), len(data.held_out)) == (12, 11)
+    assert data.train.max() <= 100 and data.held_out.min() >= 100
+    out = capsys.readouterr().out
+    assert f"held out: the images in {names[1]}; those in {names[0]} are trained on" in out
+    if labelled:
+        assert data.class_names == tuple(map(str, range(11)))
+        for images, labels, more in zip((data.train, data.held_out), data.labels, (0, 100)):
+            assert np.array_equal(images[:, 0, 0, 0], 10 * labels + more)
+
+
+def test_of_test_and_val_test_is_held_out_and_the_other_is_counted(tmp_path, capsys):
+    for name, count in (("train", 3), ("test", 2), ("val", 4)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            picture(tmp_path / name / f"{number}.png", 7)
+    data = open_images(str(tmp_path), tmp_path)
+    assert (len(data.train), len(data.held_out)) == (3, 2) and "left out: 4 other files" in capsys.readouterr().out
+
+
+def test_a_class_of_held_out_images_alone_is_one_sentence(tmp_path):
+    for name in ("train/a", "test/a", "test/b"):
+        (tmp_path / name).mkdir(parents=True)
+        picture(tmp_path / name / "x.png", 7)
+    with pytest.raises(InputError, match="the class b has held-out images, and none to train on"):
+        open_images(str(tmp_path), tmp_path)
+
+
+def test_folders_of_other_names_are_classes(tmp_path):
+    for name in ("train", "plane"):
+        (tmp_path / name).mkdir()
+        for number in range(6):
+            picture(tmp_path / name / f"{number}.png", 7)
+    assert open_images(str(tmp_path), tmp_path).class_names == ("plane", "train")

@@ -160,7 +160,7 @@ def test_samples_and_frontier_stand_beside_real_text(call, text):
         ("bound --ckpt text.pt --archive x", "--archive is for models of images"),
         ("frontier --ckpt text.pt --dataset text.txt --out f.doc", "--out must be a .png file"),
         ("samples --ckpt text.pt other.pt --dataset text.txt", "must have one tokenizer and one length"),
-        ("samples --ckpt udm.pt --dataset text.txt --order entropy --num 2", "order is for cadd, mdlm and cdm"),
+        ("samples --ckpt udm.pt --dataset text.txt --order entropy --num 2", "order is for cadd, mdlm, cdm and sedd"),
         ("samples --ckpt text.pt --dataset text.txt --order best", "order must be one of random"),
         ("samples --ckpt short.pt --dataset text.txt --num 2", "must have 4 tokens at least"),
         ("infill --ckpt text.pt --dataset text.txt --masked 0.5 0", "--masked must be shares above 0"),

@@ -148,6 +148,31 @@ def test_compile_without_a_compiler_is_one_sentence_before_the_run_has_a_folder(
     assert one_line(done, "--compile does not work here (") and not (text.parent / "run").exists(), done.stderr
 
 
+ENTRIES = [path.name for path in ROOT.glob("*.py") if path.name != "setup.py"] + [
+    f"-m benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("[a-z]*.py")
+]
+
+
+@pytest.mark.parametrize("entry", [*ENTRIES, "-m benchmarks.figures", "-m tests.toys", "-m cadd_min.ops"])
+@pytest.mark.parametrize("chosen, spins", [({}, "4000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
+                                           ({"GOMP_SPINCOUNT": "7"}, "7")])  # fmt: skip
+def test_threads_wait_without_spinning_long_unless_the_user_chose_otherwise(entry, chosen, spins):
+    """End each program where it loads torch, which loads OpenMP, and look at what OpenMP reads there."""
+    code = f"""
+import os, runpy, sys
+class AtTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print("spins", os.environ.get("GOMP_SPINCOUNT"), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, AtTorch())
+module, name = {"-m " in entry}, {entry.removeprefix("-m ")!r}
+(runpy.run_module if module else runpy.run_path)(name, run_name="__main__")"""
+    unset = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=unset | chosen, capture_output=True, text=True)
+    assert done.stdout == f"spins {spins}\n", done.stderr
+
+
 @pytest.mark.parametrize("index", ['{"shards": [], "version": 2}', '{"pages": ["a.html"]}', "[]", "not JSON"])
 def test_a_folder_of_texts_may_have_an_index_of_its_own(index, tmp_path):
     (tmp_path / "texts").mkdir()

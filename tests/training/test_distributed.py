@@ -319,6 +319,8 @@ def test_an_upgraded_model_is_tuned_by_two_processes_as_by_one(shard, lora, tmp_
         for name in ("grad_norm", "val_bound"):  # the CE that is logged is a mean of the processes' own
             if name in one_row:
                 assert both_row[name] == pytest.approx(one_row[name], rel=2e-4), name
+    sizes = [(tmp_path / name / checkpoint.FILE).stat().st_size for name in ("both", "one")]
+    assert sizes[0] < 1.05 * sizes[1]  # what is frozen or tied is there once
     states = [checkpoint.load(tmp_path / name)["trainer"]["ema"] for name in ("both", "one")]
     assert states[0].keys() == states[1].keys()
     for name, value in states[0].items():
