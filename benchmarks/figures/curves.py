@@ -101,7 +101,10 @@ def rows_of_three() -> torch.Tensor:
     return 1.5 * torch.stack([angle.cos(), angle.sin()], -1)
 
 
-def frequencies(table: torch.Tensor, steps: int, zhat: str, count: int = 40_000) -> torch.Tensor:
+COUNT = 40_000  # samples of the dial
+
+
+def frequencies(table: torch.Tensor, steps: int, zhat: str) -> torch.Tensor:
     """Sample independent tokens with their exact denoiser, by Bayes' rule, and return the share (3,) of each."""
     schedule = NoiseSchedule("cosine", "linear")
 
@@ -109,9 +112,9 @@ def frequencies(table: torch.Tensor, steps: int, zhat: str, count: int = 40_000)
         return LAW.log() + log_likelihood(z_t, t, table[:3], schedule)  # (B, 1, 3)
 
     x = sample(
-        exact, (count, 1), table, schedule, 3, steps=steps, zhat=zhat, generator=torch.Generator().manual_seed(0)
+        exact, (COUNT, 1), table, schedule, 3, steps=steps, zhat=zhat, generator=torch.Generator().manual_seed(0)
     )
-    return torch.bincount(x.flatten(), minlength=3) / count
+    return torch.bincount(x.flatten(), minlength=3) / COUNT
 
 
 MODELS = {  # first cells of the rows that are drawn, in two tables of docs/tables/latent.md

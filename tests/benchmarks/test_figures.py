@@ -22,8 +22,9 @@ The end.
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_is_drawn_and_is_kept(name, tmp_path):
+def test_every_figure_is_drawn_and_is_kept(name, tmp_path, monkeypatch):
     """Draw a figure. It has a sentence, colours for a dark page, and no background, and docs/figures has it."""
+    monkeypatch.setattr("benchmarks.figures.curves.COUNT", 400)  # the dial's samples: as many take half a minute
     figure = FIGURES[name]()
     sentence = figure.get_suptitle()
     assert sentence.endswith(".") and len(sentence.split()) <= 25

@@ -83,7 +83,7 @@ def test_plots_leave_the_notebooks_backend_alone(monkeypatch):
 def test_without_a_home_folder_help_and_cache_work_and_the_rest_is_one_sentence(text):
     """The system knows no user of this number, as in many containers."""
     become = "import os, pwd; os.getuid = lambda: 23456"
-    for name in ("train_text.py", "train_image.py", "finetune.py", "evaluate.py", "sample.py", "export.py"):
+    for name in ("train_text.py", "finetune.py", "evaluate.py"):
         done = script(f"{ROOT}/{name} --help", text.parent, become, HOME=None)
         assert done.returncode == 0 and "usage" in done.stdout, done.stderr
     train = f"{ROOT}/train_text.py --dataset {text} {TINY} --out run"
