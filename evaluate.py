@@ -145,6 +145,8 @@ def main() -> None:
     if len(kinds) > 1:
         raise InputError("--ckpt: models of text and of images cannot be measured together")
     of_images = kinds.pop()
+    if args.what != "bound":
+        generate.note_unheeded(args, [model for model, _, _ in models.values()])
     check_kind(args, of_images)
     dtypes = {generate.dtype_of(args.dtype, content) for _, _, content in models.values()}
     if len(dtypes) > 1:

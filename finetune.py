@@ -80,7 +80,7 @@ def open_data(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, list[Batch
         raise InputError(f"--chat is for prompts and responses, and --dataset {args.dataset} is text")
     source = corpus.open_corpus(args.dataset, args.cache)
     tokens = prepare(source, tokenizer, args.cache)
-    print(", ".join(filter(None, (source.note, tokens.documents()))))
+    print("\n".join(filter(None, (source.note, tokens.documents()))))
     train_tokens, name = tokens.split("train"), f"the held-out part of --dataset {args.dataset}"
     text = TextBatches(train_tokens, args.length, args.batch_size, args.seed, f"--dataset {args.dataset}")
     held_out_text = TextBatches(tokens.split("val"), args.length, eval_size, name=name)

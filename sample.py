@@ -59,6 +59,7 @@ def main() -> None:
         task: ImageTask | TextTask = ImageTask(model, codec, args, content.get("class_names") or ())
     else:
         task = TextTask(model, codec, args)
+    generate.note_unheeded(args, [model])
     zhats, args.num = args.zhat or [task.zhat], task.num if args.num is None else args.num
     args.dtype = generate.dtype_of(args.dtype, content)
     if args.num < 1:

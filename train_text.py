@@ -45,7 +45,7 @@ def open_tokens(args: argparse.Namespace) -> TokenFolder:
     name = choose("--tokenizer", args.tokenizer or source.tokenizer, tokenizer.TOKENIZERS)
     codec = tokenizer.chars(corpus.alphabet(source)) if name == "chars" else tokenizer.gpt2(args.vocab_size)
     tokens = prepare(source, codec, args.cache)
-    print(", ".join(filter(None, (source.note, tokens.documents()))))
+    print("\n".join(filter(None, (source.note, tokens.documents()))))
     return tokens
 
 

@@ -64,6 +64,8 @@ def spans(path: str) -> list[Span]:
         return _parquet_spans(path)
     size = Path(path).stat().st_size
     mark = b"\n" if kind(path) == "jsonl" else EOT.encode()
+    if size == 0:
+        return [Span(path, 0, 0, 0)]  # an empty document, which is counted
     cuts = [0]
     while cuts[-1] + PART < size:
         cuts.append(_after(path, mark, cuts[-1] + PART, size))
@@ -128,7 +130,7 @@ def _cuts(text: str) -> list[int]:
 def _text_pieces(span: Span) -> Iterator[Piece]:
     """Yield the documents of a text file, in pieces. <|endoftext|> ends a document. Newlines around it are dropped."""
     rest = ""  # text that has been read and not yet yielded
-    between = True  # no document has been begun and not ended
+    between, found = True, span.start > 0  # no document has been begun and not ended; the file has had a document
     after_mark = span.start > 0  # nothing but newlines since the last mark
     for block in _text_blocks(span):
         rest += block
@@ -137,7 +139,7 @@ def _text_pieces(span: Span) -> Iterator[Piece]:
         *complete, rest = rest.split(EOT)
         for text in complete:
             yield from _in_pieces(iter([text.strip("\n") if text.strip() or not between else ""]))
-            between = True
+            between = found = True
         if complete:
             rest = rest.lstrip("\n")
         after_mark = (after_mark or bool(complete)) and not rest
@@ -147,6 +149,8 @@ def _text_pieces(span: Span) -> Iterator[Piece]:
             rest, between = rest[cut:], False
     if rest.strip() or not between:
         yield from _in_pieces(iter([rest]))
+    elif not found:
+        yield Piece("", True)
 
 
 def _text_blocks(span: Span) -> Iterator[str]:
@@ -169,7 +173,9 @@ def _text_blocks(span: Span) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 wrong = at - len(error.object) + error.start
                 byte = error.object[error.start]
-                raise InputError(f"--dataset {span.path} is not UTF-8 text (byte {wrong} is {byte:#x})") from None
+                raise InputError(
+                    f"--dataset {span.path} is not UTF-8 text (byte {wrong} is {byte:#x}): save it as UTF-8"
+                ) from None
 
 
 def _jsonl_texts(span: Span) -> Iterator[str]:

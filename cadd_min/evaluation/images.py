@@ -117,11 +117,15 @@ def _reports(
     caption: Callable[[Model], str],
 ) -> str:
     """Open each model's data, measure, and report."""
-    reports = []
-    for path, (model, pixels, content) in models.items():
+    reports, opened = [], {}
+    for path, (model, pixels, content) in models.items():  # all, before the first is measured
         if getattr(args, "guidance", None) is not None and not model.config.classes:
             raise InputError(f"--guidance needs a model of classes, and --ckpt {path} was trained without labels")
-        rows = measure(model, pixels, open_data(path, model, pixels, content, args), args)
+        opened[path] = open_data(path, model, pixels, content, args)
+        if args.what == "frechet" and opened[path].labels is None:
+            raise InputError(f"{opened[path].name} has no labels to train a judge on")
+    for path, (model, pixels, content) in models.items():
+        rows = measure(model, pixels, opened[path], args)
         name = f"model {model.config.model} at step {content['trainer']['step']} ({path})"
         reports.append(report(rows, f"{name}, {caption(model)}"))
     return "\n\n".join(reports)

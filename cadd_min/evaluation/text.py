@@ -90,19 +90,24 @@ def windows(tokens: np.ndarray | TokenView, count: int, length: int, why: str = 
 
 def bound(models: Models, args: argparse.Namespace) -> str:
     """Report the bound of held-out text under each model."""
+    pieces = {  # of all, before the first is measured
+        path: windows(held_out_tokens(content, tokenizer, args), args.num, model.config.length)
+        for path, (model, tokenizer, content) in models.items()
+    }
     reports = []
     for path, (model, tokenizer, content) in models.items():
-        tokens = held_out_tokens(content, tokenizer, args)
         settings = f"T {args.T or 'continuous'}, {args.dtype}, seed {args.seed}"
         name = f"model {model.config.model} at step {content['trainer']['step']} ({path})"
-        reports.append(report(bound_rows(model, tokenizer, tokens, args), f"{name}, {settings}"))
+        reports.append(report(bound_rows(model, tokenizer, pieces[path], args), f"{name}, {settings}"))
     return "\n\n".join(reports)
 
 
-def bound_rows(model: Model, tokenizer: Tokenizer, tokens: TokenView, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure the bound in the field's units. The perplexity is the bound's, never that of CADD's cross-entropy."""
+def bound_rows(model: Model, tokenizer: Tokenizer, held_out: Tensor, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure the bound of pieces (N, L) in the field's units.
+
+    The perplexity is the bound's, never that of CADD's cross-entropy.
+    """
     length = model.config.length
-    held_out = windows(tokens, args.num, length)
     batches = map(Batch, held_out.split(args.batch_size))
     nats = held_out_bound(model, batches, steps=args.T, repeat=args.repeat, seed=args.seed, dtype=args.dtype)
     found = summary(nats, length)

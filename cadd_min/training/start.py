@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +25,26 @@ from cadd_min.utils.errors import InputError, choose
 from cadd_min.utils.files import cache_folder, remove_leftovers
 
 RUNS = Path("runs")
+LATENT = (
+    "continuous",
+    "latent_dim",
+    "latent_norm",
+    "evidence",
+    "latent_table",
+    "fusion",
+    "hint",
+    "bayes_head",
+    "mse",
+    "wrong_hints",
+    "drop_latent",
+)
+UNHEEDED = {  # options without effect on a model
+    "mdlm": LATENT,
+    "cdm": ("discrete",),
+    "ar": (*LATENT, "discrete", "weighting"),
+    "udm": (*LATENT, "weighting"),
+    "sedd": (*LATENT, "weighting"),
+}
 
 
 class Source(NamedTuple):
@@ -59,6 +81,7 @@ def parse_args(parser: argparse.ArgumentParser, script: str) -> tuple[argparse.N
     args = parser.parse_args()
     ops.backend()  # an unknown CADD_BACKEND ends here, before the data is read
     if not args.resume:
+        note_unheeded(args, parser)
         return args, None
     where = checkpoint.find(args.out or RUNS)
     content = checkpoint.load(where)
@@ -69,6 +92,16 @@ def parse_args(parser: argparse.ArgumentParser, script: str) -> tuple[argparse.N
     set_defaults(parser, content.get("settings"), str(where))
     parser.set_defaults(out=where.parent)
     return parser.parse_args(), content
+
+
+def note_unheeded(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Say which options, given on the command line, have no effect on this model: a table would compare equals."""
+    names = [*UNHEEDED.get(args.model, ())]
+    names += ["drop_label"] * (not getattr(args, "classes", False)) + ["evidence"] * (args.latent_norm > 0)
+    given = [name for name in dict.fromkeys(names) if getattr(args, name, None) != parser.get_default(name)]
+    if given and os.environ.get("RANK", "0") == "0":
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        print(f"note: {options} without effect on {args.model} with these settings", file=sys.stderr)
 
 
 def network(args: argparse.Namespace, presets: dict[str, Any], resumed: dict[str, Any] | None) -> dict[str, Any]:

@@ -53,6 +53,16 @@ def test_a_folder_says_what_it_leaves_out(tmp_path):
         corpus.open_corpus(str(tmp_path / "d.csv"), tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"", b" \n\n", b"\xef\xbb\xbf", b"\r\n"])
+def test_a_file_without_a_word_is_an_empty_document(content, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for name in ("a.txt", "b.md"):
+        (tmp_path / "texts" / name).write_bytes(content)
+    (tmp_path / "texts" / "c.txt").write_text("a b\n<|endoftext|>\n")
+    tokens = prepare(corpus.open_corpus(str(tmp_path / "texts"), tmp_path), tokenizer.chars("ab "), tmp_path / "cache")
+    assert tokens.documents().startswith("1 documents (2 empty ones left out)")
+
+
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
 def test_empty_documents_are_left_out_alike(kind, tmp_path):
     texts = ["a", "", " ", "b"]

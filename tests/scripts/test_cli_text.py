@@ -21,6 +21,7 @@ from cadd_min.orders import Sampling
 from cadd_min.utils.errors import InputError
 from tests.toys import ROOT, TINY, save_untrained
 
+SPEC = gpt2(300).spec()
 SMALL = "--num 6 --steps 3 --batch-size 4"
 
 
@@ -50,12 +51,45 @@ def test_the_bounds_units_of_short_documents(monkeypatch):
     """
     model = Denoiser(ModelConfig(3, 15, PRESETS["nano"], model="mdlm"))
     args = argparse.Namespace(num=2, batch_size=2, T=None, repeat=1, seed=0, dtype="float32")
+    held_out = torch.tensor([[0, 1, 2] * 5] * 2)
     for nats, perplexity in ((15.0, math.e), (15 * 800.0, math.inf), (math.inf, math.inf)):
         bound = torch.tensor([[nats, 0.0]], dtype=torch.float64).repeat(2, 1)
         monkeypatch.setattr(assess_text, "held_out_bound", lambda *a, bound=bound, **k: bound)
-        row = assess_text.bound_rows(model, chars("ab"), np.tile([0, 1, 2], 20), args)
+        row = assess_text.bound_rows(model, chars("ab"), held_out, args)
         assert row["bound, bits per character"] == pytest.approx(nats / 15 / math.log(2))
         assert row["bound, perplexity per token"] == pytest.approx(perplexity)
+
+
+@pytest.mark.parametrize(
+    "script, options, note",
+    [
+        ("train", "--model mdlm --evidence 0.3 --hint raw", "--evidence, --hint without effect on mdlm"),
+        ("train", "--model cdm --discrete cosine", "--discrete without effect on cdm"),
+        ("train", "--model ar --weighting elbo", "--weighting without effect on ar"),
+        ("train", "--latent-norm 2 --evidence 0.3", "--evidence without effect on cadd"),
+        ("train", "--drop-label 0.2", "--drop-label without effect on cadd"),
+        ("train", "--evidence 0.3 --hint raw", ""),
+        ("train", "--model mdlm --discrete cosine", ""),
+        ("sample", "--ckpt mdlm --zhat soft --num-latents 2", "--num-latents, --zhat without effect on mdlm"),
+        ("sample", "--ckpt cadd --time-grid first-hitting", ""),
+        ("sample", "--ckpt cadd --time-grid first-hitting --steps 3", "--steps without effect on cadd"),
+        ("sample", "--ckpt cadd --zhat soft --num-latents 2 --strength 0.5 --steps 3", ""),
+        ("infill", "--ckpt cadd mdlm --strength 0.5 --steps 3", "--strength without effect on mdlm"),
+    ],
+)
+def test_an_option_without_effect_is_said(script, options, note, call, text, tmp_path):
+    """An option that the model ignores would make a table compare a model with itself."""
+    for model in ("cadd", "mdlm"):
+        save_untrained(tmp_path / model / "checkpoint.pt", ModelConfig(300, 8, PRESETS["nano"], model=model), SPEC)
+    if script == "train":
+        code, _, err = call(f"train_text.py --dataset {text} {TINY} --out run {options}")
+    elif script == "sample":
+        code, _, err = call(f"sample.py {options}")
+    else:
+        code, _, err = call(f"evaluate.py infill --num 4 --dataset {text} {options}")
+    notes = [line for line in err.splitlines() if line.startswith("note: ")]
+    assert code == 0 and len(notes) == bool(note), err
+    assert not note or notes[0].startswith(f"note: {note}")
 
 
 class Stub:
