@@ -16,6 +16,7 @@ python evaluate.py code --benchmark humaneval          programs that a model wri
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,7 @@ def main() -> None:
     if len(kinds) > 1:
         raise InputError("--ckpt: models of text and of images cannot be measured together")
     of_images = kinds.pop()
-    if args.what != "bound":
-        generate.note_unheeded(args, [model for model, _, _ in models.values()])
+    notes = [] if args.what == "bound" else generate.unheeded(args, [model for model, _, _ in models.values()])
     check_kind(args, of_images)
     dtypes = {generate.dtype_of(args.dtype, content) for _, _, content in models.values()}
     if len(dtypes) > 1:
@@ -156,6 +156,7 @@ def main() -> None:
         for model, _, _ in models.values():
             dispatch.check(model, generate.sampling(args))
     print((IMAGES if of_images else TEXT)[args.what](models, args))
+    print("\n".join(notes), end="\n" * bool(notes), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ python sample.py --inpaint digit.png --mask hole.png   images: repaint where the
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from cadd_min.baselines.dispatch import steps_of
@@ -59,7 +60,7 @@ def main() -> None:
         task: ImageTask | TextTask = ImageTask(model, codec, args, content.get("class_names") or ())
     else:
         task = TextTask(model, codec, args)
-    generate.note_unheeded(args, [model])
+    notes = generate.unheeded(args, [model])
     zhats, args.num = args.zhat or [task.zhat], task.num if args.num is None else args.num
     args.dtype = generate.dtype_of(args.dtype, content)
     if args.num < 1:
@@ -67,6 +68,7 @@ def main() -> None:
     if len(zhats) > 1 and (args.html is None or args.gif or args.watch or len(set(zhats)) < len(zhats)):
         raise InputError("--zhat takes several (different) estimates only with --html, without --gif and --watch")
     recorders = draw(model, codec, task, args, zhats)
+    print("\n".join(notes), end="\n" * bool(notes), file=sys.stderr)
     args.zhat = ", ".join(zhats)
     line = (
         f"model {model.config.model} at step {content['trainer']['step']} ({where}), "

@@ -79,16 +79,18 @@ def check_seed(args: argparse.Namespace) -> None:
         raise InputError(f"--seed must be from 0 to 2^63 - 1, not {args.seed}")
 
 
-def note_unheeded(args: argparse.Namespace, models: Collection[Model]) -> None:
-    """Say which sampling options, given on the command line, have no effect on which models."""
+def unheeded(args: argparse.Namespace, models: Collection[Model]) -> list[str]:
+    """Write a note for each kind of model on which sampling options, given on the command line, have no effect."""
     defaults = vars(Sampling())
     given = {n for n, value in defaults.items() if getattr(args, n) not in (None, value, [value])}
+    notes = []
     for kind, model in {model.config.model: model for model in models}.items():
         names = {"zhat", "num_latents", "strength"} if model.table().shape[1] == 0 else set()
         names |= {"steps"} if kind == "ar" or args.time_grid == HITTING else set()
         if names & given:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names & given))
-            print(f"note: {options} without effect on {kind}", file=sys.stderr)
+            notes.append(f"note: {options} without effect on {kind}")
+    return notes
 
 
 def sampling(args: argparse.Namespace) -> Sampling:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -81,7 +80,7 @@ def parse_args(parser: argparse.ArgumentParser, script: str) -> tuple[argparse.N
     args = parser.parse_args()
     ops.backend()  # an unknown CADD_BACKEND ends here, before the data is read
     if not args.resume:
-        note_unheeded(args, parser)
+        args.unheeded = unheeded(args, parser)
         return args, None
     where = checkpoint.find(args.out or RUNS)
     content = checkpoint.load(where)
@@ -94,14 +93,12 @@ def parse_args(parser: argparse.ArgumentParser, script: str) -> tuple[argparse.N
     return parser.parse_args(), content
 
 
-def note_unheeded(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Say which options, given on the command line, have no effect on this model: a table would compare equals."""
+def unheeded(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    """List the options, given on the command line, that have no effect on this model: a table would compare equals."""
     names = [*UNHEEDED.get(args.model, ())]
     names += ["drop_label"] * (not getattr(args, "classes", False)) + ["evidence"] * (args.latent_norm > 0)
     given = [name for name in dict.fromkeys(names) if getattr(args, name, None) != parser.get_default(name)]
-    if given and os.environ.get("RANK", "0") == "0":
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        print(f"note: {options} without effect on {args.model} with these settings", file=sys.stderr)
+    return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
 
 def network(args: argparse.Namespace, presets: dict[str, Any], resumed: dict[str, Any] | None) -> dict[str, Any]:
@@ -183,7 +180,7 @@ def train(
 
 def _contents(args: argparse.Namespace, trainer: Trainer, codec: Codec) -> dict[str, Any]:
     """Return what the run's checkpoints hold beside the trainer's state, as plain values."""
-    kept = vars(args).keys() - {"out", "resume", "anyway"}
+    kept = vars(args).keys() - {"out", "resume", "anyway", "unheeded"}
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k in kept}
     # the values that "auto" and 0 stand for: a resumed run keeps its dtype, and its steps stay as large
     settings |= {"dtype": trainer.dtype, "accumulate": trainer.accumulate}
@@ -212,6 +209,8 @@ def _announce(
         f"{args.model} {getattr(args, 'preset', '')}, {trainer.parameters():,} parameters, {trainer.dtype} on {where}, "
         f"backend {ops.backend().name}, {what}, run in {out}"
     )
+    if getattr(args, "unheeded", ""):
+        print(f"note: {args.unheeded} without effect on {args.model} with these settings", file=sys.stderr)
     start = {"step": trainer.step, "processes": processes.size, "device": str(processes.device)}
     start["backend"] = " ".join(ops.backend())
     try:
