@@ -156,7 +156,7 @@ def main() -> None:
     shared = {k: v for k, v in vars(args).items() if k not in ("train", "seeds", "jobs", "out", "table")}
     data = open_images(args.dataset, Path(args.cache), args.archive)
     judge, half = Judge(data, Path(args.cache)), len(data.train) // 2
-    real = {"held-out images": data.held_out, "half of the training images": data.train[:half]}
+    real = {f"{len(data.held_out)} held-out images": data.held_out, f"{half} training images": data.train[:half]}
     rows = [{"spec": name, "scores": {"": judge.score(images)}} for name, images in real.items()]
     specs = [(spec, *parse(spec, preset="str")) for spec in args.train]
     jobs = [
@@ -165,6 +165,7 @@ def main() -> None:
         for spec, model, options in specs
     ]
     print(table(rows + run_all(one_run, jobs, args.jobs, args.out)))
+    print(f"\n{args.samples} samples each: FD, precision and recall of another number of images cannot be compared")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,21 @@ from cadd_min.model import MODELS, ModelConfig
 from cadd_min.training.trainer import TrainConfig
 from cadd_min.utils.errors import InputError, choose
 
+# Settings of a run that all rows of a table share: they name its data, its training and its measures.
+ALIKE = (
+    "dataset",
+    "source",
+    "preset",
+    "steps",
+    "batch_size",
+    "length",
+    "samples",
+    "num",
+    "dtype",
+    "judge",
+    "judge_dtype",
+)
+
 
 def boolean(text: str) -> bool:
     """Parse true or false, in any case. Raises ValueError for another text."""
@@ -65,8 +80,13 @@ def run_all(
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows that `run_all` wrote."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Read the rows that `run_all` wrote. Raises InputError for rows that cannot stand in one table, see ALIKE."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for name in ALIKE:
+        values = list(dict.fromkeys(str(row[name]) for row in rows if name in row))
+        if len(values) > 1:
+            raise InputError(f"--table {path} has rows of different {name}, {' and '.join(values)}: they are no table")
+    return rows
 
 
 def spread(values: list[float], digits: int = 3) -> str:

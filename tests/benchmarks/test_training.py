@@ -1,11 +1,12 @@
 """The parts of a training step in benchmarks/training.py, for the models that docs/scaling.md compares."""
 
 import argparse
+import json
 
 import pytest
 import torch
 
-from benchmarks import training
+from benchmarks import specs, training
 from benchmarks.specs import parse
 from cadd_min.utils.errors import InputError
 
@@ -58,6 +59,16 @@ def test_parts_do_what_the_step_does(spec, models, monkeypatch):
     assert any(not torch.equal(a, b) for a, b in zip(before, model.net.parameters(), strict=True))
     if spec != "gpt2":
         assert rows == [256] if spec == "ar" else 100 < rows[0] < 156
+
+
+def test_rows_of_unlike_runs_are_no_table(tmp_path):
+    rows = [{"spec": "cadd", "seed": seed, "steps": 100, "num": 8} for seed in range(3)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert specs.read_rows(file) == rows
+    file.write_text(file.read_text() + json.dumps(rows[0] | {"num": 16}) + "\n")
+    with pytest.raises(InputError, match="rows of different num, 8 and 16"):
+        specs.read_rows(file)
 
 
 def test_the_values_of_a_spec_are_heeded_or_refused():
