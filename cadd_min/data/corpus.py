@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import os
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 from cadd_min.data import documents, split
 from cadd_min.data.documents import KINDS, Piece, Span, kind
 from cadd_min.utils.errors import InputError, described
-from cadd_min.utils.files import atomic_write, download
+from cadd_min.utils.files import atomic_write, counted, download
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TEXT8 = "http://mattmahoney.net/dc/text8.zip"
@@ -77,20 +76,14 @@ def _folder(path: Path) -> Corpus:
     first, *rest = split.sides(path, wanted).items()
     wanted = first[1]
     left = [f for f in files if f not in set(wanted)]
-    note = f"{path} has {_counted(wanted)}"
+    note = f"{path} has {counted(wanted)}"
     if left or linked:
         links = [f"{len(linked)} linked folders"] if linked else []
-        note += f"; left out: {', '.join([_counted(left)] * bool(left) + links)}"
+        note += f"; left out: {', '.join([counted(left)] * bool(left) + links)}"
     for held_out, _ in rest:
         note += f" (those in {held_out.name} are not trained on: measure with --dataset {held_out})"
     corpus = _files(path.resolve().stem, wanted)
     return dataclasses.replace(corpus, note=note)
-
-
-def _counted(files: list[Path]) -> str:
-    """Count files by their endings: "3 .txt, 1 .md"."""
-    endings = Counter(f.suffix.lower() or "without an ending" for f in files)
-    return ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common())
 
 
 def read(part: Part) -> Iterator[Piece]:

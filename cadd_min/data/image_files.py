@@ -15,11 +15,11 @@ ENDINGS = (".png", ".jpg", ".jpeg")
 MAY_BE_GREY = ("1", "L", "LA", "La", "P", "PA")  # kinds of image files without colours, or with colours by a palette
 
 
-def find(path: Path) -> tuple[list[Path], int]:
-    """List the pictures in a folder and below it, with numbers sorted as numbers, and count the other files."""
+def find(path: Path) -> tuple[list[Path], list[Path]]:
+    """List the pictures in a folder and below it, with numbers sorted as numbers, and the other files."""
     everything = [file for file in path.rglob("*") if file.is_file()]
     files = sorted((file for file in everything if file.suffix.lower() in ENDINGS), key=_by_number)
-    return files, len(everything) - len(files)
+    return files, [file for file in everything if file.suffix.lower() not in ENDINGS]
 
 
 def classes(sides: dict[Path, list[Path]]) -> tuple[np.ndarray | None, tuple[str, ...]]:

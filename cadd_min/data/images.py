@@ -17,7 +17,7 @@ import numpy as np
 from cadd_min.data import image_files, split
 from cadd_min.data.pixels import Pixels
 from cadd_min.utils.errors import InputError, described
-from cadd_min.utils.files import checked, download
+from cadd_min.utils.files import checked, counted, download
 
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # stated on the same site
@@ -280,10 +280,10 @@ def _folder(path: Path) -> Images:
     if not files:
         raise InputError(f"--dataset {path} is a folder without {', '.join(image_files.ENDINGS)} files")
     sides = split.sides(path, files)
-    left += len(files) - sum(map(len, sides.values()))
-    if left:
-        print(f"{path} has {sum(map(len, sides.values())):,} images; left out: {left:,} other files")
     every = [file for side in sides.values() for file in side]
+    left += set(files) - set(every)
+    if left:
+        print(f"{path} has {len(every):,} images; left out: {counted(left)}")
     images = image_files.stack([(str(file), file.read_bytes()) for file in every], path)
     labels, names = image_files.classes(sides)
     if names:

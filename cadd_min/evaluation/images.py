@@ -79,7 +79,7 @@ def frechet_rows(model: Model, pixels: Pixels, data: Images, args: argparse.Name
     if len(data.held_out) >= args.num:  # measures of unlike numbers of images cannot be compared
         compared["held-out images' "] = data.held_out[images.chosen(len(data.held_out), args.num)]
     else:
-        rows["held-out images"] = f"left out: there are {len(data.held_out)}, give --num {len(data.held_out)}"
+        rows["held-out images"] = f"left out: there are {len(data.held_out)}, fewer than --num {args.num}"
     for whose, some in compared.items():
         rows |= {whose + NAMES[key]: value for key, value in image_judge.measures(net, real, some).items()}
     return rows

@@ -13,6 +13,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from http.client import HTTPException
 from pathlib import Path
@@ -143,6 +144,12 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}, line {number}: expected a JSON object ({shown(error)})") from None
+
+
+def counted(files: list[Path]) -> str:
+    """Count files by their endings: "3 .txt, 1 .md"."""
+    endings = Counter(f.suffix.lower() or "without an ending" for f in files)
+    return ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common())
 
 
 def digest(path: Path, algorithm: str = "sha256") -> str:

@@ -183,7 +183,7 @@ def test_classes_are_numbered_by_their_names_as_numbers(tmp_path, capsys):
     for image, label in zip(data.train, data.labels[0]):
         assert image[0, 0, 0] in (20 * label, 1)
     out = capsys.readouterr().out
-    assert "classes: 0 0, 1 1, 2 2" in out and "25 images; left out: 1 other files" in out
+    assert "classes: 0 0, 1 1, 2 2" in out and "25 images; left out: 1 .txt" in out
     assert open_images(str(tmp_path / "p"), tmp_path).digest() == data.digest()
 
 
@@ -236,7 +236,7 @@ def test_of_test_and_val_test_is_held_out_and_the_other_is_counted(tmp_path, cap
         for number in range(count):
             picture(tmp_path / name / f"{number}.png", 7)
     data = open_images(str(tmp_path), tmp_path)
-    assert (len(data.train), len(data.held_out)) == (3, 2) and "left out: 4 other files" in capsys.readouterr().out
+    assert (len(data.train), len(data.held_out)) == (3, 2) and "left out: 4 .png" in capsys.readouterr().out
 
 
 def test_a_class_of_held_out_images_alone_is_one_sentence(tmp_path):
