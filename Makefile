@@ -41,13 +41,14 @@ test-slow: $(VENV)/ready
 	$(PYTEST) -m slow
 
 # The oldest Python that is supported, which uv must find, with the oldest packages that pyproject.toml allows and kernels
-# built there: the fast tests of all that depends on a package. The proofs and the fuzzing depend on none.
+# built there: the fast tests of all that depends on a package. The proofs and the fuzzing depend on torch alone.
 UV_PIP = VIRTUAL_ENV=build/oldest $(BIN)/uv pip install --quiet
 test-oldest: $(VENV)/ready
 	$(BIN)/uv venv --quiet --clear --seed --python 3.10 build/oldest
 	$(UV_PIP) --resolution lowest-direct -r pyproject.toml --extra test --extra build
 	$(UV_PIP) --no-deps -r requirements-data.txt
 	$(UV_PIP) --no-build-isolation --no-deps -e .
+	CADD_BACKEND=cpp build/oldest/bin/python -m cadd_min.ops
 	build/oldest/bin/python -m pytest -n 2 --dist loadfile -m "not slow" tests/*/ tests/test_ops.py tests/test_house.py \
 		--ignore-glob='*test_fuzz*'
 

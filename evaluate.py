@@ -156,7 +156,8 @@ def main() -> None:
         for model, _, _ in models.values():
             dispatch.check(model, generate.sampling(args))
     print((IMAGES if of_images else TEXT)[args.what](models, args))
-    print("\n".join(notes), end="\n" * bool(notes), file=sys.stderr)
+    for note in notes:
+        print(note, file=sys.stderr)
 
 
 if __name__ == "__main__":

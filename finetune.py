@@ -132,7 +132,7 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, Any] | None, Opened | No
     if settings := kept(own[0].config) if own else upgraded.settings(args.source):
         set_defaults(parser, settings, args.source)
         args = parser.parse_args()
-        args.unit = settings.get("unit")
+        args.unit, args.unheeded = settings.get("unit"), start.unheeded(args, parser)
     return args, None, own
 
 

@@ -68,7 +68,8 @@ def main() -> None:
     if len(zhats) > 1 and (args.html is None or args.gif or args.watch or len(set(zhats)) < len(zhats)):
         raise InputError("--zhat takes several (different) estimates only with --html, without --gif and --watch")
     recorders = draw(model, codec, task, args, zhats)
-    print("\n".join(notes), end="\n" * bool(notes), file=sys.stderr)
+    for note in notes:
+        print(note, file=sys.stderr)
     args.zhat = ", ".join(zhats)
     line = (
         f"model {model.config.model} at step {content['trainer']['step']} ({where}), "

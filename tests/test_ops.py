@@ -364,6 +364,14 @@ def test_a_backend_asked_for_is_never_replaced():
     assert run_python(code, CADD_BACKEND="auto").returncode == 0
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="here is what is asked for")
+@compiled
+def test_cuda_where_there_is_none_is_a_sentence():
+    """The kernels that were found have registered the operators by then."""
+    done = run_python("import cadd_min.ops as o; o.backend()", CADD_BACKEND="cuda")
+    assert "InputError: CADD_BACKEND=cuda: " in done.stderr.splitlines()[-1]
+
+
 def test_reference_and_kernel_draw_the_same_samples():
     """Compare whole samples of the active backend with those of the reference, each in a process of its own."""
     code = (

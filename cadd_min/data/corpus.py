@@ -14,7 +14,7 @@ from pathlib import Path
 from cadd_min.data import documents, split
 from cadd_min.data.documents import KINDS, Piece, Span, kind
 from cadd_min.utils.errors import InputError, described
-from cadd_min.utils.files import atomic_write, counted, download
+from cadd_min.utils.files import atomic_write, counted, download, walked
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TEXT8 = "http://mattmahoney.net/dc/text8.zip"
@@ -67,21 +67,16 @@ def open_corpus(dataset: str, cache: Path) -> Corpus:
 
 def _folder(path: Path) -> Corpus:
     """Make a corpus of the files in a folder and below it that are of a known kind. Hidden files are left out."""
-    visible = sorted(f for f in path.rglob("*") if not any(p.startswith(".") for p in f.relative_to(path).parts))
-    linked = [f for f in visible if f.is_dir() and f.is_symlink()]  # what they hold is not read
-    files = [f for f in visible if f.is_file()]
+    files, linked = walked(path)
     wanted = [f for f in files if f.suffix and kind(str(f))]
     if not wanted:
         raise InputError(f"--dataset {path} is a folder without {', '.join(KINDS)} files")
     first, *rest = split.sides(path, wanted).items()
     wanted = first[1]
-    left = [f for f in files if f not in set(wanted)]
-    note = f"{path} has {counted(wanted)}"
-    if left or linked:
-        links = [f"{len(linked)} linked folders"] if linked else []
-        note += f"; left out: {', '.join([counted(left)] * bool(left) + links)}"
+    left = counted([f for f in files if f not in set(wanted)], linked)
+    note = f"{path} has {counted(wanted, [])}" + (f"; left out: {left}" if left else "")
     for held_out, _ in rest:
-        note += f" (those in {held_out.name} are not trained on: measure with --dataset {held_out})"
+        note += f" (the texts in {held_out.name} are not read)"
     corpus = _files(path.resolve().stem, wanted)
     return dataclasses.replace(corpus, note=note)
 

@@ -77,9 +77,14 @@ class HFTokenizer(Tokenizer):
 
     @functools.cached_property
     def end_ids(self) -> frozenset[int]:  # type: ignore[override]
-        """Return the ids of all special tokens but the mask: a turn may end with a token of its own."""
-        special = {n for n, token in self.tokens.get_added_tokens_decoder().items() if token.special}
-        return frozenset(special - {self._mask_id} | {self._end_id})
+        """Return the ids of all special tokens but the mask and the unknown: a turn may end with a token of its own."""
+        others = {self._mask_id, self.tokens.token_to_id(self.special.get("unk_token", ""))}
+        return frozenset({*self._special} - others | {self._end_id})
+
+    @functools.cached_property
+    def _special(self) -> dict[int, str]:
+        """Return the special tokens by their ids."""
+        return {n: token.content for n, token in self.tokens.get_added_tokens_decoder().items() if token.special}
 
     def spec(self) -> dict[str, Any]:
         """Return the plain values from which `from_spec` rebuilds this tokenizer, tokenizer.json among them."""
@@ -108,8 +113,12 @@ class HFTokenizer(Tokenizer):
 
     def decode_inside(self, ids: list[int]) -> str:
         """Return the text of ids that other tokens precede: some tokenizers drop the first space of a text."""
-        before = self.encode(ANCHORS[0])
-        return self.decode([*before, *ids])[len(self.decode(before)) :]
+        return self.decode([*self._anchor, *ids])[len(self.decode(self._anchor)) :]
+
+    @functools.cached_property
+    def _anchor(self) -> list[int]:
+        """Return the ids of the first of ANCHORS that this tokenizer keeps."""
+        return next((ids for ids in map(self.encode, ANCHORS) if self.decode(ids).strip(" ")), [])
 
     def encode_inside(self, text: str) -> list[int]:
         """Return the ids of a text that another text precedes: some tokenizers put a space before a text.
@@ -130,7 +139,7 @@ class HFTokenizer(Tokenizer):
         ordinary text, though, and is encoded apart from the template. Raises InputError where the tokenizer has no chat
         template, or the template fails.
         """
-        if not any(token.content in message for token in self.tokens.get_added_tokens_decoder().values()):
+        if not any(text in message for text in self._special.values()):
             return self._encode([self._chat(message)], special=True)[0]
         around = self._chat(MESSAGE).split(MESSAGE)
         if len(around) != 2:  # the template repeats, changes or drops the message
@@ -181,7 +190,7 @@ class HFTokenizer(Tokenizer):
         return self._counts[token]
 
     def _count(self, token: int) -> int:
-        """Count the characters that begin in a token. A special token has none."""
+        """Count the characters that begin in a token. A special token has none, and the unknown token one."""
         text = self.tokens.id_to_token(token)
         if text is None or token in self.end_ids or token == self._mask_id:
             return 0
@@ -189,7 +198,7 @@ class HFTokenizer(Tokenizer):
             return begun(bytes(byte_of()[c] for c in text))
         if (byte := BYTE.fullmatch(text)) and '"ByteFallback"' in self._decoder:
             return begun(bytes.fromhex(byte[1]))
-        return len(self.decode_inside([token]))
+        return 1 if token in self._special else len(self.decode_inside([token]))
 
     @functools.cached_property
     def _decoder(self) -> str:

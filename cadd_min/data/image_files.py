@@ -15,13 +15,6 @@ ENDINGS = (".png", ".jpg", ".jpeg")
 MAY_BE_GREY = ("1", "L", "LA", "La", "P", "PA")  # kinds of image files without colours, or with colours by a palette
 
 
-def find(path: Path) -> tuple[list[Path], list[Path]]:
-    """List the pictures in a folder and below it, with numbers sorted as numbers, and the other files."""
-    everything = [file for file in path.rglob("*") if file.is_file()]
-    files = sorted((file for file in everything if file.suffix.lower() in ENDINGS), key=_by_number)
-    return files, [file for file in everything if file.suffix.lower() not in ENDINGS]
-
-
 def classes(sides: dict[Path, list[Path]]) -> tuple[np.ndarray | None, tuple[str, ...]]:
     """Number the pictures' folders: labels (N,) int64, and the folders' names. None where a picture is in no class.
 
@@ -31,13 +24,13 @@ def classes(sides: dict[Path, list[Path]]) -> tuple[np.ndarray | None, tuple[str
     if any("." in names for names in named.values()):
         return None, ()
     train, *rest = named.values()
-    known = sorted(set(train), key=lambda name: _by_number(Path(name)))
+    known = sorted(set(train), key=lambda name: by_number(Path(name)))
     for name in sorted({name for names in rest for name in names} - set(known))[:1]:
         raise InputError(f"--dataset: the class {name} has held-out images, and none to train on")
     return np.array([known.index(name) for names in named.values() for name in names]), tuple(known)
 
 
-def _by_number(path: Path) -> list[tuple[str, int]]:
+def by_number(path: Path) -> list[tuple[str, int]]:
     """Return a key that sorts paths with their numbers as numbers: 2 before 10."""
     return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", str(path))]
 

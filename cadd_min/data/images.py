@@ -17,7 +17,7 @@ import numpy as np
 from cadd_min.data import image_files, split
 from cadd_min.data.pixels import Pixels
 from cadd_min.utils.errors import InputError, described
-from cadd_min.utils.files import checked, counted, download
+from cadd_min.utils.files import checked, counted, download, walked
 
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # stated on the same site
@@ -276,14 +276,14 @@ def _folder(path: Path) -> Images:
 
     A folder of train and test (or val) has its own held-out images.
     """
-    files, left = image_files.find(path)
-    if not files:
+    files, linked = walked(path)
+    wanted = sorted((f for f in files if f.suffix.lower() in image_files.ENDINGS), key=image_files.by_number)
+    if not wanted:
         raise InputError(f"--dataset {path} is a folder without {', '.join(image_files.ENDINGS)} files")
-    sides = split.sides(path, files)
+    sides = split.sides(path, wanted)
     every = [file for side in sides.values() for file in side]
-    left += set(files) - set(every)
-    if left:
-        print(f"{path} has {len(every):,} images; left out: {counted(left)}")
+    if left := counted([f for f in files if f not in set(every)], linked):
+        print(f"{path} has {len(every):,} images; left out: {left}")
     images = image_files.stack([(str(file), file.read_bytes()) for file in every], path)
     labels, names = image_files.classes(sides)
     if names:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cadd_min.utils.errors import InputError, first_line
+from cadd_min.utils.errors import InputError, described, first_line
 
 EXTRACTOR = "inception-v3-compat"  # for precision and recall too, as in Dhariwal & Nichol 2021
 
@@ -32,26 +32,28 @@ def inception_metrics(
 ) -> dict[str, float]:
     """Measure samples (N, H, W, C) uint8 against real images (M, H, W, C) uint8, by torch-fidelity.
 
-    Returns FID, IS and its deviation over splits, precision and recall. weights: a file of Inception's weights, or None
-    to download them. Raises InputError without the package, and where the weights cannot be loaded.
+    Returns FID, IS and its deviation over splits, precision and recall. weights: as `check_inception` has checked it.
+    Raises InputError where the library fails.
     """
-    check_inception(weights)
     import torch_fidelity
 
-    metrics = torch_fidelity.calculate_metrics(
-        input1=_Coloured(samples),
-        input2=_Coloured(real),
-        cuda=device.type == "cuda",
-        fid=True,
-        isc=True,
-        prc=True,
-        isc_splits=min(10, len(samples)),
-        prc_neighborhood=3,
-        feature_extractor=EXTRACTOR,
-        feature_extractor_weights_path=weights,
-        verbose=False,
-        save_cpu_ram=True,
-    )
+    try:
+        metrics = torch_fidelity.calculate_metrics(
+            input1=_Coloured(samples),
+            input2=_Coloured(real),
+            cuda=device.type == "cuda",
+            fid=True,
+            isc=True,
+            prc=True,
+            isc_splits=min(10, len(samples)),
+            prc_neighborhood=3,
+            feature_extractor=EXTRACTOR,
+            feature_extractor_weights_path=weights,
+            verbose=False,
+            save_cpu_ram=True,
+        )
+    except Exception as error:  # of too few samples, for example: the library raises many types
+        raise InputError(f"torch-fidelity fails on these images ({described(error)})") from None
     return {
         "FID": metrics["frechet_inception_distance"],
         "IS": metrics["inception_score_mean"],

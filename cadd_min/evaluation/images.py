@@ -46,6 +46,7 @@ def frechet(models: Models, args: argparse.Namespace) -> str:
 
 def fid(models: Models, args: argparse.Namespace) -> str:
     """Report FID, Inception Score, precision and recall of each model, by torch-fidelity."""
+    check_inception(args.inception_weights)
     return _reports(models, args, fid_rows, lambda model: _drawn(model, args))
 
 
@@ -87,7 +88,6 @@ def frechet_rows(model: Model, pixels: Pixels, data: Images, args: argparse.Name
 
 def fid_rows(model: Model, pixels: Pixels, data: Images, args: argparse.Namespace) -> Rows:
     """Measure samples by torch-fidelity."""
-    check_inception(args.inception_weights)
     return inception_metrics(draw(model, pixels, args), data.train, model.device, args.inception_weights)
 
 

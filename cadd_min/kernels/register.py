@@ -46,6 +46,7 @@ class Operators:
         self.compiled: ModuleType | None = None
         try:
             self.compiled, self.backend = load()
+            check_gpu(self.compiled, self.backend)
         except InputError as error:
             self.backend, self._failure = Backend("torch", "what CADD_BACKEND asks for is missing"), error
         self._library = register(None if self.compiled is not None else reference)
@@ -78,11 +79,18 @@ def load() -> tuple[ModuleType | None, Backend]:
                 f"CADD_BACKEND={asked}: {why}, nor built ({failure}); build them with: {INSTALL}"
             ) from None
     gpu = bool(module.cuda_architectures) and torch.cuda.is_available()
-    if asked == "cuda" and not gpu:
-        missing = "no GPU is visible" if module.cuda_architectures else f"built without CUDA; CADD_CUDA=1 {INSTALL}"
-        raise InputError(f"CADD_BACKEND=cuda: {missing}")
     built = f"compiled by {module.compiler}, {module.vector_code}, CUDA for {module.cuda_architectures or 'none'}"
     return module, Backend("cuda" if gpu and asked != "cpp" else "cpp", built)
+
+
+def check_gpu(module: ModuleType | None, backend: Backend) -> None:
+    """Raise InputError where CADD_BACKEND asks for CUDA and the kernels that are loaded have no GPU.
+
+    The kernels have registered the operators by then, so the reference cannot.
+    """
+    if module is not None and os.environ.get("CADD_BACKEND") == "cuda" and backend.name != "cuda":
+        missing = "no GPU is visible" if module.cuda_architectures else f"built without CUDA; CADD_CUDA=1 {INSTALL}"
+        raise InputError(f"CADD_BACKEND=cuda: {missing}")
 
 
 def register(reference: dict[str, Callable[..., Any]] | None) -> torch.library.Library | None:

@@ -26,13 +26,13 @@ from cadd_min.data.hf_tokenizer import HFTokenizer
 from cadd_min.latent import Latent, table_norm
 from cadd_min.model import Denoiser, Model, ModelConfig
 from cadd_min.schedule import NoiseSchedule
+from cadd_min.upgrade import lora
 from cadd_min.upgrade.families import AUTOREGRESSIVE, MASKED, Source, auto_class, check_depth
 from cadd_min.utils.cli import option
 from cadd_min.utils.errors import InputError, choose, first_line
 
 MODELS = ("cadd", "mdlm")
 HINTS = ("linear", "raw")
-LORA = "pip install peft"
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Upgraded(Model):
         self.config, self.schedule, self.mask_id = config, config.schedule(), config.mask_id
         self.head = network.get_output_embeddings()
         self.head_place = next(name for name, module in network.named_modules() if module is self.head)
-        _put(network, self.head_place, nn.Identity())
+        lora.put(network, self.head_place, nn.Identity())
         network.config.use_cache = False
         self.backbone = network
         width = self.embedding.weight.shape[1]
@@ -137,8 +137,8 @@ class Upgraded(Model):
 
     def logits(self, features: Tensor) -> Tensor:
         logits = F.linear(features[..., : self.head.weight.shape[1]], self.head.weight, self.head.bias)
-        unused = self.config.unused
-        return F.pad(logits[..., :-unused], (0, unused), value=-torch.inf) if unused else logits
+        logits[..., self.config.vocab_size - self.config.unused :] = -torch.inf
+        return logits
 
     def at_step(self, step: int) -> None:
         """Open the attention to the right, from no token to all tokens in config.anneal steps.
@@ -270,13 +270,8 @@ def trainable(model: Upgraded) -> Upgraded:
     """
     config = model.config
     if config.lora:
-        try:
-            from peft import LoraConfig, inject_adapter_in_model
-        except ImportError:
-            raise InputError(f"--lora needs peft: {LORA}") from None
-        lora = LoraConfig(r=config.lora, lora_alpha=2 * config.lora, target_modules="all-linear")
+        lora.inject(model.backbone, config.lora)
         model.head.requires_grad_(False)
-        inject_adapter_in_model(lora, model.backbone)
     elif config.freeze_embedding:
         model.embedding.requires_grad_(False)
     return model
@@ -286,16 +281,10 @@ def merged(model: Upgraded) -> Any:
     """Return the library's network with its head back in place and LoRA merged. Do not use `model` afterwards."""
     network = model.backbone
     if model.config.lora:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        for name, module in list(network.named_modules()):
-            if isinstance(module, BaseTunerLayer):
-                module.merge()
-                _put(network, name, module.get_base_layer())
-        del network.peft_config  # or peft warns when the network gets new matrices
+        lora.merge(network)
     if model.mask_shift is not None:
         _move_mask(model)
-    _put(network, model.head_place, model.head)
+    lora.put(network, model.head_place, model.head)
     return network
 
 
@@ -324,12 +313,6 @@ def kept(config: UpgradeConfig | ModelConfig) -> dict[str, Any]:
         return {**dataclasses.asdict(config), "anneal": 0}
     latent = ("continuous", "latent_norm", "evidence", "hint") if config.model == "cadd" else ()
     return {name: getattr(config, name) for name in ("length", "discrete", *latent)}
-
-
-def _put(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the module of `root` with this dotted name by `module`."""
-    parent, _, last = name.rpartition(".")
-    setattr(root.get_submodule(parent), last, module)
 
 
 def upgrade_own(model: Denoiser, options: dict[str, Any]) -> Denoiser:

@@ -146,10 +146,20 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise InputError(f"{path}, line {number}: expected a JSON object ({shown(error)})") from None
 
 
-def counted(files: list[Path]) -> str:
-    """Count files by their endings: "3 .txt, 1 .md"."""
+def walked(folder: Path) -> tuple[list[Path], list[Path]]:
+    """List the files in a folder and below it, and the linked folders, which are not followed.
+
+    Hidden files and folders are left out.
+    """
+    found = sorted(f for f in folder.rglob("*") if not any(p.startswith(".") for p in f.relative_to(folder).parts))
+    return [f for f in found if f.is_file()], [f for f in found if f.is_dir() and f.is_symlink()]
+
+
+def counted(files: list[Path], linked: list[Path]) -> str:
+    """Count files by their endings, and linked folders: "3 .txt, 1 .md, 1 linked folders"."""
     endings = Counter(f.suffix.lower() or "without an ending" for f in files)
-    return ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common())
+    parts = [f"{count:,} {ending}" for ending, count in endings.most_common()]
+    return ", ".join(parts + [f"{len(linked)} linked folders"] * bool(linked))
 
 
 def digest(path: Path, algorithm: str = "sha256") -> str:

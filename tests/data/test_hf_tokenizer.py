@@ -128,6 +128,11 @@ def test_a_piece_counts_the_space_that_it_begins_with(kind):
         assert [ours.characters([i]) for i in ids] == [len(" the"), len(" capital"), len(" of"), len(" france")]
 
 
+def test_words_count_the_space_between_them():
+    ours, _ = pair("wordpiece")
+    assert sum(map(ours._characters, ours.encode("the capital of france"))) == len(" the capital of france")
+
+
 def test_the_end_of_a_document_is_one_character_whatever_its_name():
     ours, _ = pair("bytes")
     ids = [*ours.encode("a b"), ours.eot_id, *ours.encode("the"), ours.eot_id]
@@ -136,7 +141,7 @@ def test_the_end_of_a_document_is_one_character_whatever_its_name():
 
 def test_every_special_token_but_the_mask_ends_an_answer():
     ours, library = pair("bytes")
-    assert ours.end_ids == set(library.convert_tokens_to_ids(["<unk>", "<s>", "</s>", "<|im_end|>"]))
+    assert ours.end_ids == set(library.convert_tokens_to_ids(["<s>", "</s>", "<|im_end|>"]))
     assert tokenizer.gpt2(300).end_ids == {299}
 
 

@@ -198,12 +198,26 @@ def picture(path, level: int) -> None:
     Image.fromarray(np.full((4, 4), level, np.uint8)).save(path)
 
 
+def test_hidden_and_linked_images_are_no_images_of_the_folder(tmp_path, capsys):
+    """A Mac leaves ._IMG_1.jpg beside IMG_1.jpg, which is no picture. Links are not followed, and are counted."""
+    (tmp_path / "p").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    for number in range(6):
+        picture(tmp_path / "p" / f"IMG_{number}.PNG", 7)
+        (tmp_path / "p" / f"._IMG_{number}.PNG").write_bytes(b"no picture")
+    (tmp_path / "p" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "p" / "IMG_7.HEIC").write_bytes(b"x")
+    data = open_images(str(tmp_path / "p"), tmp_path)
+    assert len(data.train) + len(data.held_out) == 6
+    assert "has 6 images; left out: 1 .heic, 1 linked folders" in capsys.readouterr().out
+
+
 def test_texts_in_a_folder_of_its_own_for_tests_are_not_trained_on(tmp_path):
-    for name in ("train/a.txt", "train/b/c.txt", "test/d.txt", "val/e.txt"):
+    for name in ("train/a.txt", "train/b/c.txt", "test/d.txt", "val/e.txt", "README.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"the text of {name}")
     opened = corpus.open_corpus(str(tmp_path), tmp_path)
-    assert "has 2 .txt; left out: 2 .txt (those in test are not trained on: measure with --dataset" in opened.note
+    assert opened.note.endswith("has 2 .txt; left out: 2 .txt, 1 .md (the texts in test are not read)")
     assert [piece.text for part in opened.parts() for piece in corpus.read(part)] == [
         "the text of train/a.txt",
         "the text of train/b/c.txt",

@@ -3,21 +3,19 @@
 import importlib.util
 import pickle
 
-import numpy as np
 import pytest
 import torch
 
-from cadd_min.evaluation.fid import inception_metrics
+from cadd_min.evaluation.fid import check_inception
 from cadd_min.utils.errors import InputError
 
-IMAGES = np.zeros((12, 8, 8, 1), np.uint8)
 INSTALLED = importlib.util.find_spec("torch_fidelity") is not None
 
 
 @pytest.mark.skipif(INSTALLED, reason="torch-fidelity is installed")
 def test_without_the_library_it_says_what_to_install():
     with pytest.raises(InputError, match=r"pip install torch-fidelity; .*`evaluate.py frechet`.* which is not FID"):
-        inception_metrics(IMAGES, IMAGES, torch.device("cpu"))
+        check_inception()
 
 
 @pytest.mark.skipif(not INSTALLED, reason="needs torch-fidelity: pip install -e '.[fid]'")
@@ -32,5 +30,5 @@ def test_weights_that_are_no_weights_are_one_sentence(tmp_path):
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "other.pth")
     for name, message in (("bomb", "other things than tensors"), ("other", "Missing|Error"), ("none", "No such file")):
         with pytest.raises(InputError, match=message):
-            inception_metrics(IMAGES, IMAGES, torch.device("cpu"), str(tmp_path / f"{name}.pth"))
+            check_inception(str(tmp_path / f"{name}.pth"))
     assert not (tmp_path / "exploded").exists()
