@@ -11,11 +11,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
-from cadd_min.checkpoints import load
-from cadd_min.data import corpus, pairs
+import torch
+
+from cadd_min.checkpoints import file, load
+from cadd_min.data import codec, corpus, pairs
 from cadd_min.data.batches import PairBatches, TextBatches
 from cadd_min.data.hf_tokenizer import prompt_ids
 from cadd_min.data.token_folder import prepare
@@ -23,6 +26,7 @@ from cadd_min.model import Denoiser
 from cadd_min.objective import Batch
 from cadd_min.sampling.text import preview
 from cadd_min.training import start
+from cadd_min.training.distributed import World, world
 from cadd_min.training.trainer import Trainer
 from cadd_min.upgrade import families
 from cadd_min.upgrade import folder as upgraded
@@ -33,6 +37,7 @@ from cadd_min.utils.errors import InputError
 from cadd_min.utils.files import digest
 from cadd_min.utils.huggingface import hub_folder
 
+Content = dict[str, Any]  # of a checkpoint
 Opened = tuple[Denoiser | Upgraded, Any]  # a model and its tokenizer
 HELD_OUT = 1024  # tokens in each of eight evaluation batches
 
@@ -88,17 +93,23 @@ def open_data(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, list[Batch
     return text, [held_out_text(i) for i in range(8)], start.Source(what, tokens.digest())
 
 
-def open_own(name: str) -> Opened | None:
-    """Open the model at --from, here or at the hub, if it is of this project. Returns None for any other model."""
+def read_own(name: str) -> Content | None:
+    """Read the model at --from, here or at the hub, if it is of this project. Returns None for any other model."""
     path = Path(name) if name == families.SMOLLM2 or Path(name).exists() else hub_folder(name, families.FILES)
-    return load.load_denoiser(path)[:2] if load.is_ours(path) else None
+    if not load.is_ours(path):
+        return None
+    content = load.read(load.find(path))
+    file.check_outline(content, path)
+    return content
 
 
-def open_model(args: argparse.Namespace, own: Opened | None) -> Opened:
+def open_model(args: argparse.Namespace, resumed: Content | None, content: Content | None) -> Opened:
     """Open the model that training starts from. Raises InputError for options that do not fit the model.
 
-    own: the model at --from if it is of this project, else None.
+    resumed: the checkpoint to resume from; content: the model at --from if it is of this project.
     """
+    if resumed:
+        return load.denoiser_of(resumed, args.out)
     options = options_of(UpgradeConfig, args)
     if not args.source:
         raise InputError("--from must name a model: a folder, owner/name of the hub, or smollm2")
@@ -107,6 +118,7 @@ def open_model(args: argparse.Namespace, own: Opened | None) -> Opened:
             f"--anneal must be at most --steps {args.steps}, not {args.anneal}: attention would never open"
         )
     seed_torch(args.seed)  # LoRA's matrices start at random
+    own = load.denoiser_of(content, Path(args.source)) if content else None
     if own and args.mask_token is not None:
         raise InputError(f"--mask-token is for a model that has no mask, and --from {args.source} has one")
     if own and not isinstance(own[0], Upgraded):
@@ -119,8 +131,25 @@ def open_model(args: argparse.Namespace, own: Opened | None) -> Opened:
     return upgrade(source, args.length, shift=args.shift, unit=args.unit, **options), source.tokenizer
 
 
-def parse_args() -> tuple[argparse.Namespace, dict[str, Any] | None, Opened | None]:
-    """Read the command line. Returns the settings, the checkpoint to resume from, and `open_own` of --from.
+def open_shared(args: argparse.Namespace, resumed: Content | None, content: Content | None, processes: World) -> Opened:
+    """Open the model as `open_model` does. With --shard the first process alone opens the weights.
+
+    The others make the shape of the same model on the meta device, which takes no memory. Training fills the shape.
+    """
+    if not args.shard:
+        return open_model(args, resumed, content)
+    opened = processes.in_first(lambda: open_model(args, resumed, content))
+    parts = {"model_config": file.model_dict(opened[0].config), "tokenizer": opened[1].spec()} if opened else {}
+    parts = json.loads(processes.tell(json.dumps(parts)))
+    if opened:
+        return opened
+    with torch.device("meta"):
+        model = load.build_model(parts, Path(args.source or args.out))
+    return model, codec.from_spec(parts["tokenizer"])
+
+
+def parse_args() -> tuple[argparse.Namespace, Content | None, Content | None]:
+    """Read the command line. Returns the settings, the checkpoint to resume from, and `read_own` of --from.
 
     The settings of a model of this project, or of an upgraded model, become the defaults.
     """
@@ -128,8 +157,10 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, Any] | None, Opened | No
     args, resumed = start.parse_args(parser, "finetune.py")
     if resumed or not args.source:
         return args, resumed, None
-    own = open_own(args.source)
-    if settings := kept(own[0].config) if own else upgraded.settings(args.source):
+    own, source = read_own(args.source), Path(args.source)
+    with load.blaming(source):
+        settings = kept(load.any_config(own, source)) if own else upgraded.settings(args.source)
+    if settings:
         set_defaults(parser, settings, args.source)
         args = parser.parse_args()
         args.unit, args.unheeded = settings.get("unit"), start.unheeded(args, parser)
@@ -151,13 +182,16 @@ def check_unchanged(args: argparse.Namespace, config: Any, settings: dict[str, A
 def main() -> None:
     """Tune a model from the command line."""
     args, resumed, own = parse_args()
+    with world(args.device) as processes:
+        tune(args, resumed, *open_shared(args, resumed, own, processes))
+
+
+def tune(args: argparse.Namespace, resumed: Content | None, model: Denoiser | Upgraded, tokenizer: Any) -> None:
+    """Tune a model from the start, or from the checkpoint `resumed`."""
     if resumed:
-        model, tokenizer = load.denoiser_of(resumed, args.out)
         check_unchanged(args, model.config, resumed["settings"])
-        if not isinstance(model, Upgraded):  # an upgraded model's configuration says what is trained
-            model.embedding.requires_grad_(not args.freeze_embedding)
-    else:
-        model, tokenizer = open_model(args, own)
+    if not isinstance(model, Upgraded):  # an upgraded model's configuration says what is trained
+        model.embedding.requires_grad_(not args.freeze_embedding)
     args.length = model.config.length
     model.train()
     if args.checkpointing:

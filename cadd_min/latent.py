@@ -37,7 +37,7 @@ def evidence_norm(vocab_size: int, schedule: NoiseSchedule, share: float, dim: i
     """
     if dim == 0:
         return 0.0
-    snr = float(schedule.snr(torch.tensor(0.5, dtype=torch.float64)))
+    snr = float(schedule.snr(torch.tensor(0.5, dtype=torch.float64, device="cpu")))  # a model may be made on no device
     try:
         return math.sqrt(dim * math.expm1(2 * share * math.log(vocab_size) / dim) / snr)
     except OverflowError:

@@ -17,6 +17,7 @@ import torch
 
 from cadd_min.data.pixels import Pixels
 from cadd_min.utils.cli import fits
+from cadd_min.utils.device import launched
 from cadd_min.utils.errors import InputError, reason, shown
 from cadd_min.utils.files import atomic_write
 
@@ -92,7 +93,9 @@ def load(path: Path) -> dict[str, Any]:
 
 def _load(path: Path) -> dict[str, Any]:
     try:  # the checksum first: a damaged archive can make torch.load fail in any way, or not at all
-        content = torch.load(path, map_location="cpu", weights_only=True) if _digest_matches(path) else None
+        # mapped into memory, the file is there once for all processes
+        options: dict[str, Any] = {"map_location": "cpu", "weights_only": True, "mmap": launched()}
+        content = torch.load(path, **options) if _digest_matches(path) else None
     except Exception:
         content = None
     if content is None:

@@ -61,9 +61,14 @@ def load_denoiser(path: Path, device: torch.device | str = "cpu") -> tuple[Model
     if where.name == UPGRADED:
         model, tokenizer = open_upgraded(str(where.parent))
         return model.eval().to(device), tokenizer, UNKNOWN | {"tokenizer": tokenizer.spec()}
-    content = folder.read(where.parent) if where.name == WEIGHTS else file.load(where)
+    content = read(where)
     trained, codec = denoiser_of(content, where)
     return trained.to(device), codec, content
+
+
+def read(where: Path) -> dict[str, Any]:
+    """Read a checkpoint, or a folder for others, which `find` has returned. Raises InputError."""
+    return folder.read(where.parent) if where.name == WEIGHTS else file.load(where)
 
 
 def open_model(
@@ -111,9 +116,15 @@ def denoiser_of(content: dict[str, Any], where: Path) -> tuple[Model, Codec]:
 
 def build_model(content: dict[str, Any], where: Path) -> Model:
     """Make a model of the checkpoint's shape, without its weights. Raises InputError."""
+    config = any_config(content, where)
+    return build(config) if isinstance(config, UpgradeConfig) else Denoiser(config)
+
+
+def any_config(content: dict[str, Any], where: Path) -> ModelConfig | UpgradeConfig:
+    """Return the shape of the model in a content that was read from `where`. Raises InputError."""
     if "base" in content["model_config"]:
-        return build(from_dict(UpgradeConfig, tuples(content["model_config"]), str(where)))
-    return Denoiser(model_config(content, where))
+        return from_dict(UpgradeConfig, tuples(content["model_config"]), str(where))
+    return model_config(content, where)
 
 
 def model_config(content: dict[str, Any], where: Path) -> ModelConfig:

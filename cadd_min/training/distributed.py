@@ -11,14 +11,16 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cadd_min.utils.device import torch_device
+from cadd_min.utils.device import launched, torch_device
 from cadd_min.utils.errors import InputError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,25 +48,50 @@ class World:
         """Tell whether `here` is true in any process. All processes must call at the same time."""
         return self.mean(float(here)) > 0
 
+    def tell(self, text: str) -> str:
+        """Return the text of the first process in all processes. All processes must call at the same time."""
+        if self.size == 1:
+            return text
+        content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        length = torch.tensor(len(content), device=self.device)
+        dist.broadcast(length, 0)
+        content = content if self.first else content.new_empty(int(length))
+        dist.broadcast(content, 0)
+        return content.cpu().numpy().tobytes().decode()
 
-def launched() -> bool:
-    """Tell whether torchrun has started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    def in_first(self, f: Callable[[], T]) -> T | None:
+        """Call f() in the first process alone, and return None in the others. All processes must call at the same time.
+
+        An InputError of the first process is raised in all processes.
+        """
+        result, error = None, ""
+        if self.first:
+            try:
+                result = f()
+            except InputError as failure:
+                error = str(failure)
+        if error := self.tell(error):
+            raise InputError(error)
+        return result
 
 
 @contextmanager
 def world(device: str) -> Iterator[World]:
     """Join the processes that torchrun has started, each on its own GPU or all on the CPU.
 
-    Without torchrun the world is this process alone. Raises InputError where this machine has no such device.
+    Without torchrun the world is this process alone. A world inside a world is the same. Raises InputError where this
+    machine has no such device.
     """
-    if not launched():
-        yield World(torch_device(device))
-        return
     own = torch_device(device)
+    if not launched():
+        yield World(own)
+        return
     if own.type == "cuda":
         own = torch_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
         torch.cuda.set_device(own)
+    if dist.is_initialized():
+        yield World(own, dist.get_rank(), dist.get_world_size())
+        return
     dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
     try:
         yield World(own, dist.get_rank(), dist.get_world_size())
@@ -91,8 +118,9 @@ class Through(nn.Module):
 def shared(model: nn.Module, processes: World, shard: bool = False) -> nn.Module:
     """Wrap the model in a `Through` whose gradients are the mean over all processes.
 
-    shard: each process keeps a share of every parameter, which becomes a DTensor. Otherwise each process keeps all
-    parameters. Raises InputError for `shard` without torchrun.
+    shard: each process keeps a share of every parameter, which becomes a DTensor. The first process has the values. The
+    others may have the shapes alone, on the meta device. Without `shard` each process has and keeps all parameters.
+    Raises InputError for `shard` without torchrun.
     """
     through = Through(model)
     if shard:
@@ -105,12 +133,33 @@ def shared(model: nn.Module, processes: World, shard: bool = False) -> nn.Module
 
         mesh = init_device_mesh(processes.device.type, (processes.size,))
         for block in model.blocks():  # type: ignore[operator]
+            _receive(block, processes)
             fully_shard(block, mesh=mesh)
+        _receive(through, processes)
         fully_shard(through, mesh=mesh, reshard_after_forward=True)  # a forward without a backward must free them
         return through
     if processes.size > 1 and any(p.requires_grad for p in model.parameters()):
         return nn.parallel.DistributedDataParallel(through, broadcast_buffers=False, gradient_as_bucket_view=True)
     return through
+
+
+def _receive(module: nn.Module, processes: World) -> None:
+    """Put a module on its device, with the first process's weights and buffers. What is sharded already stays so.
+
+    Called a block at a time, so that no process but the first has more than a block whole.
+    """
+    for tensor in {id(t): t for t in (*module.parameters(), *module.buffers())}.values():
+        if hasattr(tensor, "full_tensor"):
+            continue
+        meta, device = tensor.is_meta, processes.device
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device) if meta else tensor.detach().to(device)
+        whole = whole.contiguous()
+        dist.broadcast(whole.view(-1).view(torch.uint8), 0)
+        if meta:  # in place, as several modules may hold the tensor
+            own = nn.Parameter(whole, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else whole
+            torch.utils.swap_tensors(tensor, own)
+        else:
+            tensor.data = whole
 
 
 def can_shard(device: torch.device) -> bool:

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from cadd_min.checkpoints import file as checkpoint
 from cadd_min.objective import Batch
-from cadd_min.training.distributed import launched
 from cadd_min.training.log import MetricsLog
 from cadd_min.training.trainer import Trainer
 from cadd_min.utils.cli import option
+from cadd_min.utils.device import launched
 from cadd_min.utils.errors import InputError, Interrupted, is_out_of_memory
 
 LOOK = 10  # most steps between two checks: for an interrupt (many processes), for skipped steps (a run without log)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from cadd_min import ops
 from cadd_min.checkpoints import file as checkpoint
 from cadd_min.checkpoints.load import blaming, model_config
@@ -164,7 +166,9 @@ def train(
     train_config, fit_config = from_args(TrainConfig, args), from_args(FitConfig, args)
     with world(args.device) as processes:
         seed_torch(args.seed)
-        trainer = Trainer(make().to(processes.device), data, train_config, processes)
+        with torch.device("cpu" if processes.first or not args.shard else "meta"):  # `shared` fills the shape
+            model = make()
+        trainer = Trainer(model if args.shard else model.to(processes.device), data, train_config, processes)
         out = args.out or RUNS
         if processes.first and not resumed:
             out = new_folder(args)

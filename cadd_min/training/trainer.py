@@ -92,8 +92,9 @@ class Trainer:
                 "weighting elbo gives the CE of a cdm no weight at all: set mse to 1, or weighting uniform"
             )
         self.training_loss = dispatch.training_loss(model.config.model)
-        frozen: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
-        self.ema = copy.deepcopy(model, frozen).requires_grad_(False).eval()  # frozen weights need no copy
+        frozen: dict[int, Any] = {id(p): p for p in model.parameters() if not (p.requires_grad or config.shard)}
+        # frozen weights need no copy, shares do; deepcopy notes every tensor in the dict that it gets
+        self.ema = copy.deepcopy(model, dict(frozen)).requires_grad_(False).eval()
         self._compile()
         self._model = shared(model, self.world, config.shard)
         self._ema = shared(self.ema, self.world, config.shard)

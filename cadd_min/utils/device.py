@@ -1,7 +1,8 @@
-"""Devices, dtypes, and generators that a seed and a number name."""
+"""Devices, processes, dtypes, and generators that a seed and a number name."""
 
 from __future__ import annotations
 
+import os
 import time
 
 import numpy as np
@@ -20,6 +21,11 @@ def torch_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         raise InputError(f"--device must be a device of this machine, like cpu or cuda, not {name!r}") from None
     return device
+
+
+def launched() -> bool:
+    """Tell whether torchrun has started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def default_device() -> str:

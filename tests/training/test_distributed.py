@@ -14,13 +14,15 @@ import torch
 import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import finetune
 from cadd_min.checkpoints import file as checkpoint
 from cadd_min.objective import Loss
-from cadd_min.training.distributed import World, can_shard, launched, unsharded, world
+from cadd_min.training.distributed import World, can_shard, unsharded, world
 from cadd_min.training.log import read_metrics
 from cadd_min.training.loop import Fit, FitConfig, Run
 from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.utils.cli import leave
+from cadd_min.utils.device import launched
 from cadd_min.utils.errors import InputError
 from tests.toys import TINY, batch, nano
 from tests.upgrade.test_upgrade import write
@@ -36,7 +38,10 @@ def free_port() -> str:
 
 
 def made(processes, model: str = "cadd", **options) -> Trainer:
-    return Trainer(nano(model), batch, TrainConfig(**(OPTIONS | options)), processes)
+    """Make a trainer. To share weights, the first process alone has them, and the others have their shapes."""
+    with torch.device("meta" if options.get("shard") and processes and not processes.first else "cpu"):
+        network = nano(model)
+    return Trainer(network, batch, TrainConfig(**(OPTIONS | options)), processes)
 
 
 def gradients(processes, model: str, accumulate: int, shard: bool = False) -> list[torch.Tensor]:
@@ -69,6 +74,18 @@ def shown(processes, accumulate: int = 2) -> list[tuple[torch.Tensor, ...]]:
     return seen
 
 
+def refused(processes) -> str:
+    """Return the sentence that each process hears where the first process finds bad input."""
+
+    def find():
+        raise InputError(f"bad in {processes.rank}")
+
+    try:
+        return str(processes.in_first(find))
+    except InputError as error:
+        return str(error)
+
+
 CASES = [("cadd", 2), ("cadd", 4), ("mdlm", 2), ("ar", 2)]
 CAN_SHARD = can_shard(torch.device("cpu"))
 NEEDS_FSDP2 = pytest.mark.skipif(not CAN_SHARD, reason="this torch has no FSDP2 on a CPU: 2.7 has")
@@ -87,6 +104,8 @@ def in_process(rank: int, port: str, folder: Path) -> None:
             "shown": shown(processes),
             "any": [processes.any(rank == 1), processes.any(False)],
             "mean": processes.mean(torch.tensor(2.0 * rank)),
+            "told": [processes.tell(f"{rank}: é {'x' * 100 * rank}"), processes.tell("")],
+            "first": [processes.in_first(lambda: rank), refused(processes)],
         }
         torch.save(results, folder / f"{rank}.pt")
     leave(0)
@@ -154,6 +173,31 @@ def test_each_process_has_its_own_data_times_and_noise_and_together_they_are_one
 def test_what_holds_in_one_process_all_of_them_hear_of(two):
     assert [results["any"] for results in two] == [[True, False]] * 2
     assert [results["mean"] for results in two] == [1.0, 1.0]
+
+
+def test_what_the_first_process_does_alone_all_of_them_hear_of(two):
+    assert [results["told"] for results in two] == [["0: é ", ""]] * 2
+    assert [results["first"] for results in two] == [[0, "bad in 0"], [None, "bad in 0"]]
+
+
+@pytest.mark.parametrize("options", [["--lora", "2"], ["--freeze-embedding"], []])
+def test_with_shard_the_first_process_alone_opens_the_weights(options, tmp_path, monkeypatch):
+    write("llama", tmp_path / "m", mask=False)
+    words = ["--from", str(tmp_path / "m"), "--mask-token", "<mask>", "--length", "16", "--shard", *options]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *words])
+    said = []
+    first, other = World(torch.device("cpu")), World(torch.device("cpu"), rank=1)
+    monkeypatch.setattr(World, "tell", lambda self, text: said.append(text) or text if self.first else said.pop(0))
+    args, *_ = finetune.parse_args()
+    model, tokenizer = finetune.open_shared(args, None, None, first)
+    monkeypatch.setattr(finetune.families, "open_source", None)
+    shape, same_tokenizer = finetune.open_shared(args, None, None, other)
+    assert tokenizer.spec() == same_tokenizer.spec() and model.config == shape.config
+    for part in ("named_parameters", "named_buffers"):
+        given, empty = [{n: v for n, v in getattr(m, part)()} for m in (model, shape)]
+        described = [[(n, v.shape, v.dtype, v.requires_grad) for n, v in values.items()] for values in (given, empty)]
+        assert described[0] == described[1] and all(v.is_meta for v in empty.values())
+    assert not any(v.is_meta for v in model.state_dict().values())
 
 
 def torchrun(
