@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,8 @@ class Corpus:
 
     identity: a string that changes whenever the text may have changed; parts: a function that lists the parts, and may
     need the network; shares: of train, val and test, where custom fixes them; tokenizer: the default, gpt2 or chars;
-    note: which files of a folder are read and which are left out, in words.
+    note: which files of a folder are read and which are left out, in words; by_folder: whether a file's folder, train
+    or test, decides what is held out.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Corpus:
     shares: tuple[float, ...] | None = None
     tokenizer: str = "gpt2"
     note: str = ""
+    by_folder: bool = False
 
 
 def open_corpus(dataset: str, cache: Path) -> Corpus:
@@ -71,20 +73,22 @@ def _folder(path: Path) -> Corpus:
     wanted = [f for f in files if f.suffix and kind(str(f))]
     if not wanted:
         raise InputError(f"--dataset {path} is a folder without {', '.join(KINDS)} files")
-    first, *rest = split.sides(path, wanted).items()
-    wanted = first[1]
-    left = counted([f for f in files if f not in set(wanted)], linked)
-    note = f"{path} has {counted(wanted, [])}" + (f"; left out: {left}" if left else "")
-    for held_out, _ in rest:
-        note += f" (the texts in {held_out.name} are not read)"
-    corpus = _files(path.resolve().stem, wanted)
-    return dataclasses.replace(corpus, note=note)
+    sides = split.sides(path, wanted)
+    (_, first), *rest = sides.items()
+    second = [file for _, files_of_side in rest for file in files_of_side]
+    read_files = {*first, *second}
+    left = counted([f for f in files if f not in read_files], linked)
+    note = f"{path} has {counted([*first, *second], [])}" + (f"; left out: {left}" if left else "")
+    for folder, _ in rest:
+        note += f"; the texts in {folder.name} are held out"
+    return dataclasses.replace(_files(path.resolve().stem, first, second), note=note)
 
 
 def read(part: Part) -> Iterator[Piece]:
     """Yield the documents of a part, in pieces."""
     for span in part:
-        yield from documents.pieces(span)
+        for piece in documents.pieces(span):
+            yield piece._replace(held_out=span.held_out)
 
 
 def alphabet(corpus: Corpus, limit: int = 1000) -> str:
@@ -100,28 +104,36 @@ def alphabet(corpus: Corpus, limit: int = 1000) -> str:
     return "".join(sorted(characters))
 
 
-def _files(name: str, files: list[Path]) -> Corpus:
-    """Make a corpus of local files, in this order. Its identity is a hash of their paths, sizes and times."""
-    digest, empty = hashlib.sha256(), True
+def _files(name: str, files: list[Path], held_out: Sequence[Path] = ()) -> Corpus:
+    """Make a corpus of local files, in this order. Its identity is a hash of their paths, sizes and times.
+
+    held_out: more files, whose documents alone are held out. Without these each document's own text decides.
+    """
+    digest, empty, files = hashlib.sha256(), True, [*files, *held_out]
     for file in files:
         stat = file.stat()
         digest.update(os.fsencode(file.resolve()) + f":{stat.st_size}:{stat.st_mtime_ns};".encode())
         empty = empty and stat.st_size == 0
     if empty:
         raise InputError(f"--dataset {files[0] if len(files) == 1 else name} is empty")
-    return Corpus(name, f"{len(files)} files, {digest.hexdigest()}", lambda: _parts(map(str, files)))
+    identity, by_folder = f"{len(files)} files, {digest.hexdigest()}", bool(held_out)
+    side = {str(file): file in set(held_out) if held_out else None for file in files}
+    return Corpus(name, identity, lambda: _parts(side), by_folder=by_folder)
 
 
-def _parts(paths: Iterable[str]) -> list[Part]:
-    """Gather files into parts of about 64 MB: a large file is cut, and small files share a part."""
+def _parts(paths: Mapping[str, bool | None]) -> list[Part]:
+    """Gather files into parts of about 64 MB: a large file is cut, and small files share a part.
+
+    paths: for each file, whether its documents are held out, or None where each document's own text decides.
+    """
     parts: list[list[Span]] = []
     total = 0
-    for path in paths:
+    for path, held_out in paths.items():
         for span in documents.spans(path):
             if not parts or total + span.size > 1.5 * documents.PART:
                 parts.append([])
                 total = 0
-            parts[-1].append(span)
+            parts[-1].append(span._replace(held_out=held_out))
             total += span.size
     return [tuple(part) for part in parts]
 
@@ -145,7 +157,7 @@ def _owt_parts() -> list[Part]:
     except ImportError:
         raise InputError("--dataset owt needs the datasets library: pip install datasets") from None
     try:
-        return _parts(load_dataset_builder(OWT).config.data_files["train"])
+        return _parts(dict.fromkeys(load_dataset_builder(OWT).config.data_files["train"]))
     except Exception as error:
         raise InputError(
             f"could not read {OWT} from the Hugging Face hub ({described(error)}); "

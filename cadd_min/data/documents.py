@@ -27,22 +27,28 @@ UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 class Piece(NamedTuple):
-    """A piece of a document. `last` tells whether the document ends with it. An empty document is one empty piece."""
+    """A piece of a document. `last` tells whether the document ends with it. An empty document is one empty piece.
+
+    held_out: see Span.
+    """
 
     text: str
     last: bool
+    held_out: bool | None = None
 
 
 class Span(NamedTuple):
     """The range [start, end) of a file, in bytes, or in row groups of a .parquet file.
 
-    path: local, or a URL; size: bytes of text.
+    path: local, or a URL; size: bytes of text; held_out: whether its documents are held out, by the file's folder, or
+    None where each document's own text decides.
     """
 
     path: str
     start: int
     end: int
     size: int
+    held_out: bool | None = None
 
     @property
     def remote(self) -> bool:

@@ -6,7 +6,8 @@
 
 A part is finished when its .json is there and matches its .bin. A finished part is never made again. Every document
 ends with EOT. A document's own content decides whether it is held out, see split.py: one document of 20. Where these
-are under 2% or over 20% of the tokens, the last 5% of the tokens are held out instead.
+are under 2% or over 20% of the tokens, the last 5% of the tokens are held out instead. A corpus with the folders train
+and test is split by its folders.
 """
 
 from __future__ import annotations
@@ -163,7 +164,8 @@ def _tokenise(
                 empty += 1
                 continue
             ids = [*ids, tokenizer.eot_id] if piece.last else ids
-            side = side if begun else held_out(piece.text)  # the first megabyte of a document decides
+            if not begun:  # the first megabyte of a document decides
+                side = held_out(piece.text) if piece.held_out is None else piece.held_out
             files[side].write(np.asarray(ids, dtype).tobytes())
             document, begun = document + piece.last, not piece.last
         tick(sum(len(piece.text.encode()) for piece in pieces))
@@ -204,7 +206,7 @@ def _splits(corpus: Corpus, train: int, val: int) -> dict[str, tuple[int, int]]:
     if corpus.shares is not None:
         ends = [round(share * count) for share in np.cumsum(corpus.shares)]
         return dict(zip(("train", "val", "test"), zip([0, *ends], ends)))
-    if unlike(val, count):
+    if unlike(val, count) and not corpus.by_folder:
         train = count - count // ONE_IN
     return {"train": (0, train), "val": (train, count)}
 

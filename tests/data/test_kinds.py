@@ -13,6 +13,7 @@ from cadd_min.data.images import chosen, open_images
 from cadd_min.data.token_folder import prepare
 from cadd_min.data.tokenizer import Tokenizer
 from cadd_min.utils.errors import InputError
+from tests.data.test_token_folder import CODEC, texts
 
 
 def read(path) -> list[str]:
@@ -212,16 +213,19 @@ def test_hidden_and_linked_images_are_no_images_of_the_folder(tmp_path, capsys):
     assert "has 6 images; left out: 1 .heic, 1 linked folders" in capsys.readouterr().out
 
 
-def test_texts_in_a_folder_of_its_own_for_tests_are_not_trained_on(tmp_path):
+def test_texts_in_a_folder_of_its_own_for_tests_are_held_out(tmp_path):
+    folder = tmp_path / "corpus"
     for name in ("train/a.txt", "train/b/c.txt", "test/d.txt", "val/e.txt", "README.md"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(f"the text of {name}")
-    opened = corpus.open_corpus(str(tmp_path), tmp_path)
-    assert opened.note.endswith("has 2 .txt; left out: 2 .txt, 1 .md (the texts in test are not read)")
-    assert [piece.text for part in opened.parts() for piece in corpus.read(part)] == [
-        "the text of train/a.txt",
-        "the text of train/b/c.txt",
-    ]
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"the text of {name}")
+    opened = corpus.open_corpus(str(folder), tmp_path)
+    assert opened.note.endswith("has 3 .txt; left out: 1 .md, 1 .txt; the texts in test are held out")
+    tokens = prepare(opened, CODEC, tmp_path)
+    assert texts(tokens.split("train")) == ["the text of train/a.txt", "the text of train/b/c.txt"]
+    assert texts(tokens.split("val")) == ["the text of test/d.txt"]
+    (folder / "test" / "d.txt").write_text("")
+    empty = prepare(corpus.open_corpus(str(folder), tmp_path), CODEC, tmp_path)
+    assert len(empty.split("val")) == 0  # nothing of train takes its place
 
 
 @pytest.mark.parametrize("names", [("train", "test"), ("Training", "val"), ("train", "valid")])
