@@ -15,8 +15,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cadd_min.checkpoints import file, load
 from cadd_min.data import codec, corpus, pairs
 from cadd_min.data.batches import PairBatches, TextBatches
@@ -82,7 +80,10 @@ def open_data(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, list[Batch
             words += f" ({endless:,} responses reach --length {args.length}: they are cut, or have no end token)"
         return data, [batches(i) for i in range(8)], start.Source(words, digest(path))
     if args.chat:
-        raise InputError(f"--chat is for prompts and responses, and --dataset {args.dataset} is text")
+        raise InputError(
+            f"--chat is for prompts and responses, and --dataset {args.dataset} is no .jsonl whose first line has 'prompt' "
+            "or 'response'"
+        )
     source = corpus.open_corpus(args.dataset, args.cache)
     tokens = prepare(source, tokenizer, args.cache)
     print("\n".join(filter(None, (source.note, tokens.documents()))))
@@ -143,9 +144,7 @@ def open_shared(args: argparse.Namespace, resumed: Content | None, content: Cont
     parts = json.loads(processes.tell(json.dumps(parts)))
     if opened:
         return opened
-    with torch.device("meta"):
-        model = load.build_model(parts, Path(args.source or args.out))
-    return model, codec.from_spec(parts["tokenizer"])
+    return load.build_shape(parts, Path(args.source or args.out)), codec.from_spec(parts["tokenizer"])
 
 
 def parse_args() -> tuple[argparse.Namespace, Content | None, Content | None]:

@@ -120,6 +120,12 @@ def build_model(content: dict[str, Any], where: Path) -> Model:
     return build(config) if isinstance(config, UpgradeConfig) else Denoiser(config)
 
 
+def build_shape(content: dict[str, Any], where: Path) -> Model:
+    """Make a model of the checkpoint's shape on the meta device, which takes no memory. Raises InputError."""
+    with torch.device("meta"):
+        return build_model(content, where)
+
+
 def any_config(content: dict[str, Any], where: Path) -> ModelConfig | UpgradeConfig:
     """Return the shape of the model in a content that was read from `where`. Raises InputError."""
     if "base" in content["model_config"]:

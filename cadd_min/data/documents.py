@@ -201,7 +201,7 @@ def _json_text(line: bytes, path: str, at: int) -> str:
         row = json.loads(line)
         if isinstance(row, dict) and isinstance(row.get("text"), str):
             return row["text"].encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
-        why = "expected an object with a string 'text'"
+        why = "expected an object with a string 'text' (finetune.py: or 'prompt' and 'response' on every line)"
     except UnicodeDecodeError:
         raise InputError(f"--dataset {path} is not UTF-8 text") from None
     except (ValueError, RecursionError):
