@@ -81,8 +81,8 @@ def open_data(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, list[Batch
         return data, [batches(i) for i in range(8)], start.Source(words, digest(path))
     if args.chat:
         raise InputError(
-            f"--chat is for prompts and responses, and --dataset {args.dataset} is no .jsonl whose first line has 'prompt' "
-            "or 'response'"
+            f"--chat is for prompts and responses, and --dataset {args.dataset} is no .jsonl whose first line has a "
+            "'prompt' or a 'response'"
         )
     source = corpus.open_corpus(args.dataset, args.cache)
     tokens = prepare(source, tokenizer, args.cache)
