@@ -88,7 +88,7 @@ gpu-check:
 	if command -v compute-sanitizer > /dev/null; then for tool in memcheck racecheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 		$(PYTHON) -m pytest tests/test_ops.py -k "half_precision or strided" || exit 1; done; fi && \
-	$(PYTHON) -m benchmarks.kernels --json ../../gpu-check.json $(GPU_KERNELS) && \
+	$(PYTHON) -m benchmarks.kernels --json ../gpu-check.json $(GPU_KERNELS) && \
 	$(PYTHON) -m benchmarks.training $(GPU_TRAINING) --models mdlm cadd cadd:mse=1 ar gpt2 && \
 	$(PYTHON) -m benchmarks.sampling $(GPU_SAMPLING)
 

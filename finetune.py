@@ -26,7 +26,7 @@ from cadd_min.sampling.text import preview
 from cadd_min.training import start
 from cadd_min.training.distributed import World, world
 from cadd_min.training.trainer import Trainer
-from cadd_min.upgrade import families
+from cadd_min.upgrade import families, lora
 from cadd_min.upgrade import folder as upgraded
 from cadd_min.upgrade.wrapper import UpgradeConfig, Upgraded, kept, source_of, upgrade, upgrade_own
 from cadd_min.utils.cli import expanded, integer, options_of, run, set_defaults
@@ -37,6 +37,7 @@ from cadd_min.utils.huggingface import hub_folder
 
 Content = dict[str, Any]  # of a checkpoint
 Opened = tuple[Denoiser | Upgraded, Any]  # a model and its tokenizer
+Data = list[pairs.Pair] | corpus.Corpus
 HELD_OUT = 1024  # tokens in each of eight evaluation batches
 
 
@@ -62,15 +63,27 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def open_data(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, list[Batch], start.Source]:
-    """Open the data: micro-batches to train on, eight held-out batches, and a description of the data in words.
+def find_data(args: argparse.Namespace) -> Data:
+    """Find the data, without a tokenizer: pairs of prompt and response, or a corpus of text.
 
-    Raises InputError for --chat with text.
+    Raises InputError where there is none, and for --chat with text.
     """
+    if pairs.holds_pairs(Path(args.dataset)):
+        return pairs.read_pairs(Path(args.dataset))
+    source = corpus.open_corpus(args.dataset, args.cache)
+    if args.chat:
+        raise InputError(
+            f"--chat is for prompts and responses, and --dataset {args.dataset} is no .jsonl whose first line has a "
+            "'prompt' or a 'response'"
+        )
+    return source
+
+
+def open_data(args: argparse.Namespace, found: Data, tokenizer: Any) -> tuple[Any, list[Batch], start.Source]:
+    """Make micro-batches to train on, eight held-out batches, and a description of the data that `find_data` found."""
     eval_size = max(1, HELD_OUT // args.length)
-    path = Path(args.dataset).expanduser()
-    if pairs.holds_pairs(path):
-        train_pairs, held_out = pairs.split(pairs.read_pairs(path))
+    if isinstance(found, list):
+        train_pairs, held_out = pairs.split(found)
         to_ids = prompt_ids(tokenizer, args.chat)
         ids, starts, endless = pairs.encode(train_pairs, tokenizer, args.length, to_ids)
         data = PairBatches(ids, starts, args.batch_size, args.seed)
@@ -78,15 +91,9 @@ def open_data(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, list[Batch
         words = f"{len(train_pairs):,} pairs to train on"
         if endless:
             words += f" ({endless:,} responses reach --length {args.length}: they are cut, or have no end token)"
-        return data, [batches(i) for i in range(8)], start.Source(words, digest(path))
-    if args.chat:
-        raise InputError(
-            f"--chat is for prompts and responses, and --dataset {args.dataset} is no .jsonl whose first line has a "
-            "'prompt' or a 'response'"
-        )
-    source = corpus.open_corpus(args.dataset, args.cache)
-    tokens = prepare(source, tokenizer, args.cache)
-    print("\n".join(filter(None, (source.note, tokens.documents()))))
+        return data, [batches(i) for i in range(8)], start.Source(words, digest(Path(args.dataset)))
+    tokens = prepare(found, tokenizer, args.cache)
+    print("\n".join(filter(None, (found.note, tokens.documents()))))
     train_tokens, name = tokens.split("train"), f"the held-out part of --dataset {args.dataset}"
     text = TextBatches(train_tokens, args.length, args.batch_size, args.seed, f"--dataset {args.dataset}")
     held_out_text = TextBatches(tokens.split("val"), args.length, eval_size, name=name)
@@ -105,19 +112,13 @@ def read_own(name: str) -> Content | None:
 
 
 def open_model(args: argparse.Namespace, resumed: Content | None, content: Content | None) -> Opened:
-    """Open the model that training starts from. Raises InputError for options that do not fit the model.
+    """Open the model that training starts from. Raises InputError for options that do not fit this model.
 
     resumed: the checkpoint to resume from; content: the model at --from if it is of this project.
     """
     if resumed:
         return load.denoiser_of(resumed, args.out)
     options = options_of(UpgradeConfig, args)
-    if not args.source:
-        raise InputError("--from must name a model: a folder, owner/name of the hub, or smollm2")
-    if args.anneal > args.steps:
-        raise InputError(
-            f"--anneal must be at most --steps {args.steps}, not {args.anneal}: attention would never open"
-        )
     seed_torch(args.seed)  # LoRA's matrices start at random
     own = load.denoiser_of(content, Path(args.source)) if content else None
     if own and args.mask_token is not None:
@@ -147,15 +148,20 @@ def open_shared(args: argparse.Namespace, resumed: Content | None, content: Cont
     return load.build_shape(parts, Path(args.source or args.out)), codec.from_spec(parts["tokenizer"])
 
 
-def parse_args() -> tuple[argparse.Namespace, Content | None, Content | None]:
-    """Read the command line. Returns the settings, the checkpoint to resume from, and `read_own` of --from.
+def parse_args() -> tuple[argparse.Namespace, Content | None, Data, Content | None]:
+    """Read the command line. Returns the settings, the checkpoint to resume from, and what two functions return.
 
-    The settings of a model of this project, or of an upgraded model, become the defaults.
+    These are `find_data` of --dataset, and `read_own` of --from. The settings of a model of this project, or of an
+    upgraded model, become the defaults.
     """
     parser = build_parser()
     args, resumed = start.parse_args(parser, "finetune.py")
-    if resumed or not args.source:
-        return args, resumed, None
+    if not (resumed or args.source):
+        raise InputError("--from must name a model: a folder, owner/name of the hub, or smollm2")
+    found = find_data(args)
+    if resumed:
+        return args, resumed, found, None
+    check_options(args)
     own, source = read_own(args.source), Path(args.source)
     with load.blaming(source):
         settings = kept(load.any_config(own, source)) if own else upgraded.settings(args.source)
@@ -163,7 +169,18 @@ def parse_args() -> tuple[argparse.Namespace, Content | None, Content | None]:
         set_defaults(parser, settings, args.source)
         args = parser.parse_args()
         args.unit, args.unheeded = settings.get("unit"), start.unheeded(args, parser)
-    return args, None, own
+    return args, None, found, own
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise InputError for options that no model can have, and for --lora without its package."""
+    UpgradeConfig("", 1, 0, args.length, False, False, 1.0, **options_of(UpgradeConfig, args))
+    if args.lora:
+        lora.check_installed()
+    if args.anneal > args.steps:
+        raise InputError(
+            f"--anneal must be at most --steps {args.steps}, not {args.anneal}: attention would never open"
+        )
 
 
 def check_unchanged(args: argparse.Namespace, config: Any, settings: dict[str, Any]) -> None:
@@ -180,13 +197,15 @@ def check_unchanged(args: argparse.Namespace, config: Any, settings: dict[str, A
 
 def main() -> None:
     """Tune a model from the command line."""
-    args, resumed, own = parse_args()
+    args, resumed, found, own = parse_args()
     with world(args.device) as processes:
-        tune(args, resumed, *open_shared(args, resumed, own, processes))
+        tune(args, resumed, found, *open_shared(args, resumed, own, processes))
 
 
-def tune(args: argparse.Namespace, resumed: Content | None, model: Denoiser | Upgraded, tokenizer: Any) -> None:
-    """Tune a model from the start, or from the checkpoint `resumed`."""
+def tune(
+    args: argparse.Namespace, resumed: Content | None, found: Data, model: Denoiser | Upgraded, tokenizer: Any
+) -> None:
+    """Tune a model on the data that `find_data` found, from the start or from the checkpoint `resumed`."""
     if resumed:
         check_unchanged(args, model.config, resumed["settings"])
     if not isinstance(model, Upgraded):  # an upgraded model's configuration says what is trained
@@ -197,7 +216,7 @@ def tune(args: argparse.Namespace, resumed: Content | None, model: Denoiser | Up
         if not isinstance(model, Upgraded):
             raise InputError("--checkpointing is for models of the Hugging Face library, not for this project's")
         model.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    data, held_out, source = open_data(args, tokenizer)
+    data, held_out, source = open_data(args, found, tokenizer)
 
     def show_sample(trainer: Trainer, folder: Path | None) -> str:
         return trainer.averaged(preview, tokenizer)

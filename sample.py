@@ -22,6 +22,7 @@ from cadd_min.checkpoints.load import open_model
 from cadd_min.data.codec import Codec
 from cadd_min.data.pixels import Pixels
 from cadd_min.model import Model
+from cadd_min.sampler import Sampling
 from cadd_min.sampling import generate, page
 from cadd_min.sampling.generate import CKPT, add_run_options, add_sampling_options, add_source_options
 from cadd_min.sampling.images import ImageTask
@@ -52,8 +53,25 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_values(args: argparse.Namespace) -> None:
+    """Raise InputError for options that no model can have, before a model is opened."""
+    if args.num is not None and args.num < 1:
+        raise InputError(f"--num must be at least 1, not {args.num}")
+    zhats = args.zhat or []
+    if len(zhats) > 1 and (args.html is None or args.gif or args.watch or len(set(zhats)) < len(zhats)):
+        raise InputError("--zhat takes several (different) estimates only with --html, without --gif and --watch")
+    for zhat in zhats or ["hard"]:
+        settings_of(args, zhat)
+
+
+def settings_of(args: argparse.Namespace, zhat: str) -> Sampling:
+    """Make the sampler's settings with one of the estimates of z_0. Raises InputError for an option out of range."""
+    return generate.sampling(argparse.Namespace(**vars(args) | {"zhat": zhat}))
+
+
 def main() -> None:
     args = build_parser().parse_args()
+    check_values(args)
     device = torch_device(args.device)
     model, codec, content, where = open_model(args.ckpt, device, args.source, args.length, args.mask_token)
     if isinstance(codec, Pixels):
@@ -63,10 +81,6 @@ def main() -> None:
     notes = generate.unheeded(args, [model])
     zhats, args.num = args.zhat or [task.zhat], task.num if args.num is None else args.num
     args.dtype = generate.dtype_of(args.dtype, content)
-    if args.num < 1:
-        raise InputError(f"--num must be at least 1, not {args.num}")
-    if len(zhats) > 1 and (args.html is None or args.gif or args.watch or len(set(zhats)) < len(zhats)):
-        raise InputError("--zhat takes several (different) estimates only with --html, without --gif and --watch")
     recorders = draw(model, codec, task, args, zhats)
     for note in notes:
         print(note, file=sys.stderr)
@@ -86,7 +100,7 @@ def draw(
 ) -> list[page.Recorder]:
     """Draw and show the samples by each estimate of z_0, with the same noise. Returns what --html shows of each."""
     prompt, recorders = task.prompt(args.num), []
-    each = [generate.sampling(argparse.Namespace(**vars(args) | {"zhat": zhat})) for zhat in zhats]
+    each = [settings_of(args, zhat) for zhat in zhats]
     for settings in each:
         if args.html:
             page.check(args.html, model, settings, args.num, len(zhats))

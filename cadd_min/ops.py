@@ -129,6 +129,7 @@ def reverse_step(
 
 
 def main() -> None:
+    """Print which backend computes here and why, and whether the kernels pass their self-test."""
     Parser(__doc__).parse_args()
     print(": ".join(backend()))
     if compiled is not None:

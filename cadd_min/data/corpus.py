@@ -74,14 +74,12 @@ def _folder(path: Path) -> Corpus:
     if not wanted:
         raise InputError(f"--dataset {path} is a folder without {', '.join(KINDS)} files")
     sides = split.sides(path, wanted)
-    (_, first), *rest = sides.items()
-    second = [file for _, files_of_side in rest for file in files_of_side]
-    read_files = {*first, *second}
-    left = counted([f for f in files if f not in read_files], linked)
-    note = f"{path} has {counted([*first, *second], [])}" + (f"; left out: {left}" if left else "")
-    for folder, _ in rest:
+    train, held_out = [*sides.values(), []][:2]
+    left = counted(sorted({*files} - {*train, *held_out}), linked)
+    note = f"{path} has {counted([*train, *held_out], [])}" + (f"; left out: {left}" if left else "")
+    for folder in [*sides][1:]:
         note += f"; the texts in {folder.name} are held out"
-    return dataclasses.replace(_files(path.resolve().stem, first, second), note=note)
+    return dataclasses.replace(_files(path.resolve().stem, train, held_out), note=note)
 
 
 def read(part: Part) -> Iterator[Piece]:
@@ -116,9 +114,10 @@ def _files(name: str, files: list[Path], held_out: Sequence[Path] = ()) -> Corpu
         empty = empty and stat.st_size == 0
     if empty:
         raise InputError(f"--dataset {files[0] if len(files) == 1 else name} is empty")
-    identity, by_folder = f"{len(files)} files, {digest.hexdigest()}", bool(held_out)
-    side = {str(file): file in set(held_out) if held_out else None for file in files}
-    return Corpus(name, identity, lambda: _parts(side), by_folder=by_folder)
+    identity = f"{len(files)} files, {digest.hexdigest()}" + (f", {len(held_out)} held out" if held_out else "")
+    apart = set(held_out)
+    sides = {str(file): file in apart if apart else None for file in files}
+    return Corpus(name, identity, lambda: _parts(sides), by_folder=bool(apart))
 
 
 def _parts(paths: Mapping[str, bool | None]) -> list[Part]:

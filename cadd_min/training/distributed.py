@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class World:
         """Return the text of the first process in all processes. All processes must call at the same time."""
         if self.size == 1:
             return text
-        content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        content = torch.from_numpy(np.frombuffer(text.encode(), np.uint8).copy()).to(self.device)
         length = torch.tensor(len(content), device=self.device)
         dist.broadcast(length, 0)
         content = content if self.first else content.new_empty(int(length))
@@ -124,10 +125,7 @@ def shared(model: nn.Module, processes: World, shard: bool = False) -> nn.Module
     """
     through = Through(model)
     if shard:
-        if not launched():
-            raise InputError("shard needs processes to share with: torchrun --nproc-per-node=N train_text.py ...")
-        if not can_shard(processes.device):
-            raise InputError("shard on a CPU needs torch 2.7 or newer: leave it out, or install a newer torch")
+        check_shard(processes.device)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -160,6 +158,14 @@ def _receive(module: nn.Module, processes: World) -> None:
             torch.utils.swap_tensors(tensor, own)
         else:
             tensor.data = whole
+
+
+def check_shard(device: torch.device) -> None:
+    """Raise InputError where weights cannot be shared: without torchrun, or on a CPU by an old torch."""
+    if not launched():
+        raise InputError("shard needs processes to share with: torchrun --nproc-per-node=N train_text.py ...")
+    if not can_shard(device):
+        raise InputError("shard on a CPU needs torch 2.7 or newer: leave it out, or install a newer torch")
 
 
 def can_shard(device: torch.device) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,11 +18,11 @@ from cadd_min.data.codec import Codec
 from cadd_min.model import Model, ModelConfig
 from cadd_min.objective import Batch
 from cadd_min.training import log
-from cadd_min.training.distributed import World, world
+from cadd_min.training.distributed import World, check_shard, world
 from cadd_min.training.loop import FitConfig, Run, fit
-from cadd_min.training.trainer import TrainConfig, Trainer
+from cadd_min.training.trainer import TrainConfig, Trainer, check_settings
 from cadd_min.utils.cli import Parser, add_options, as_path, from_args, set_defaults
-from cadd_min.utils.device import default_device, seed_torch
+from cadd_min.utils.device import default_device, launched, seed_torch, torch_device
 from cadd_min.utils.errors import InputError, choose
 from cadd_min.utils.files import cache_folder, remove_leftovers
 
@@ -82,6 +83,7 @@ def parse_args(parser: argparse.ArgumentParser, script: str) -> tuple[argparse.N
     args = parser.parse_args()
     ops.backend()  # an unknown CADD_BACKEND ends here, before the data is read
     if not args.resume:
+        check(args)
         args.unheeded = unheeded(args, parser)
         return args, None
     where = checkpoint.find(args.out or RUNS)
@@ -92,7 +94,33 @@ def parse_args(parser: argparse.ArgumentParser, script: str) -> tuple[argparse.N
         raise InputError(f"--resume: {where} was trained by {trained_by}: resume it with that")
     set_defaults(parser, content.get("settings"), str(where))
     parser.set_defaults(out=where.parent)
-    return parser.parse_args(), content
+    args = parser.parse_args()
+    check(args)
+    return args, content
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise InputError for settings that are wrong whatever the data and the model are.
+
+    Tokenising and opening a model can take an hour, so this comes before.
+    """
+    if args.anyway and not args.resume:
+        raise InputError("--anyway goes with --resume: a new run has no data yet")
+    device = torch_device(args.device)
+    from_args(FitConfig, args)
+    check_settings(from_args(TrainConfig, args), args.model, int(os.environ["WORLD_SIZE"]) if launched() else 1)
+    if args.shard:
+        check_shard(device)
+    if args.out and not args.resume:
+        check_free(args.out)
+
+
+def check_free(out: Path) -> None:
+    """Raise InputError where a new run cannot be in the folder `out`: it holds a run, or is a file."""
+    if out.is_file():
+        raise InputError(f"--out must be a folder, and {out} is a file")
+    if checkpoint.holds_run(out):
+        raise InputError(f"--out {out} holds a run already: --resume it, or name another folder")
 
 
 def unheeded(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
@@ -125,16 +153,14 @@ def new_folder(args: argparse.Namespace) -> Path:
     name = f"{Path(args.dataset).stem}-{args.model}"
     folders = [args.out] if args.out else [RUNS / (name + (f"-{n}" if n > 1 else "")) for n in range(1, 1000)]
     for folder in folders:
+        if args.out:
+            check_free(folder)
         try:
             folder.mkdir(parents=True, exist_ok=args.out is not None)
         except FileExistsError:
-            if args.out:
-                raise InputError(f"--out must be a folder, and {folder} is a file") from None
             continue
         except OSError as error:
             raise InputError(f"--out {folder} cannot be made: {error.strerror}") from None
-        if checkpoint.holds_run(folder):
-            raise InputError(f"--out {folder} holds a run already: --resume it, or name another folder")
         return folder
     raise InputError(f"--out: {folders[0]} and the next {len(folders)} names are taken; give one")
 
@@ -155,8 +181,6 @@ def train(
     into the checkpoint; show_sample(trainer, folder) -> a line about a sample, which is written where a folder is
     given; source: what the data is. Raises InputError where the data is not what the checkpoint was trained on.
     """
-    if args.anyway and not resumed:
-        raise InputError("--anyway goes with --resume: a new run has no data yet")
     if resumed and codec.spec() != resumed["tokenizer"]:
         raise InputError(
             f"--dataset {args.dataset} has other tokens than the run had: resume on the same data, or anew"

@@ -73,6 +73,16 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * min(1.0, progress))) / 2)
 
 
+def check_settings(config: TrainConfig, model: str, processes: int) -> None:
+    """Raise InputError for settings that do not fit the model's name, or the number of processes."""
+    if config.accumulate % processes:
+        raise InputError(
+            f"accumulate {config.accumulate}: must be a multiple of the {processes} processes that share it"
+        )
+    if model == "cdm" and config.weighting == "elbo" and config.mse == 0:
+        raise InputError("weighting elbo gives the CE of a cdm no weight at all: set mse to 1, or weighting uniform")
+
+
 class Trainer:
     """Train a model: its optimiser, the average of its weights (EMA), and the number of the next step.
 
@@ -83,14 +93,7 @@ class Trainer:
         self.model, self.data, self.config = model, data, config
         self.world = world or World(model.device)
         self.device, self.accumulate = self.world.device, config.accumulate or self.world.size
-        if self.accumulate % self.world.size:
-            raise InputError(
-                f"accumulate {config.accumulate}: must be a multiple of the {self.world.size} processes that share it"
-            )
-        if model.config.model == "cdm" and config.weighting == "elbo" and config.mse == 0:
-            raise InputError(
-                "weighting elbo gives the CE of a cdm no weight at all: set mse to 1, or weighting uniform"
-            )
+        check_settings(config, model.config.model, self.world.size)
         self.training_loss = dispatch.training_loss(model.config.model)
         frozen: dict[int, Any] = {id(p): p for p in model.parameters() if not (p.requires_grad or config.shard)}
         # frozen weights need no copy, shares do; deepcopy notes every tensor in the dict that it gets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from torch import nn
@@ -11,15 +12,20 @@ from cadd_min.utils.errors import InputError
 INSTALL = "pip install peft"
 
 
+def check_installed() -> None:
+    """Raise InputError where peft is missing."""
+    if importlib.util.find_spec("peft") is None:
+        raise InputError(f"--lora needs peft: {INSTALL}")
+
+
 def inject(network: Any, rank: int) -> None:
     """Give every linear layer of a network two trained matrices of this rank, in place. All else is frozen.
 
     Raises InputError where peft is missing.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise InputError(f"--lora needs peft: {INSTALL}") from None
+    check_installed()
+    from peft import LoraConfig, inject_adapter_in_model
+
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), network)
 
 

@@ -183,12 +183,13 @@ def test_what_the_first_process_does_alone_all_of_them_hear_of(two):
 @pytest.mark.parametrize("options", [["--lora", "2"], ["--freeze-embedding"], []])
 def test_with_shard_the_first_process_alone_opens_the_weights(options, tmp_path, monkeypatch):
     write("llama", tmp_path / "m", mask=False)
-    words = ["--from", str(tmp_path / "m"), "--mask-token", "<mask>", "--length", "16", "--shard", *options]
+    words = ["--from", str(tmp_path / "m"), "--mask-token", "<mask>", "--length", "16", *options]
     monkeypatch.setattr(sys, "argv", ["finetune.py", *words])
     said = []
     first, other = World(torch.device("cpu")), World(torch.device("cpu"), rank=1)
     monkeypatch.setattr(World, "tell", lambda self, text: said.append(text) or text if self.first else said.pop(0))
     args, *_ = finetune.parse_args()
+    args.shard = True
     model, tokenizer = finetune.open_shared(args, None, None, first)
     monkeypatch.setattr(finetune.families, "open_source", None)
     shape, same_tokenizer = finetune.open_shared(args, None, None, other)
