@@ -6,7 +6,7 @@
 
 Each figure is a process of its own. In a round each setting runs once on the quiet machine, and once beside busy loops.
 A thread that waits turns GOMP_SPINCOUNT times before it sleeps: libgomp's own number is 300,000, and "passive" is
-OMP_WAIT_POLICY=PASSIVE. This project sets 4,000 where neither variable is set (cadd_min/__init__.py). The tests are not
+OMP_WAIT_POLICY=PASSIVE. This project sets 1,000 where neither variable is set (cadd_min/__init__.py). The tests are not
 here: each runs with one thread, which waits for no other.
 """
 
@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=JOBS)
     parser.add_argument(
-        "--spins", nargs="+", default=["300000", "4000", "passive"], help="numbers of turns, or passive"
+        "--spins", nargs="+", default=["300000", "1000", "passive"], help="numbers of turns, or passive"
     )
     parser.add_argument("--busy", type=int, default=2, help="busy loops beside")
     parser.add_argument("--rounds", type=int, default=5)

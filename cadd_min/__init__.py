@@ -23,4 +23,4 @@ __version__ = "0.1.0"
 # How long OpenMP's threads spin at a barrier before they sleep. OpenMP reads it once, when torch is loaded. Its own
 # 300,000 turns take the time of a machine that has other work: see benchmarks/contention.py.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "4000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")

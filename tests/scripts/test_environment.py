@@ -154,7 +154,7 @@ ENTRIES = [path.name for path in ROOT.glob("*.py") if path.name != "setup.py"] +
 
 
 @pytest.mark.parametrize("entry", [*ENTRIES, "-m benchmarks.figures", "-m tests.toys", "-m cadd_min.ops"])
-@pytest.mark.parametrize("chosen, spins", [({}, "4000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
+@pytest.mark.parametrize("chosen, spins", [({}, "1000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
                                            ({"GOMP_SPINCOUNT": "7"}, "7")])  # fmt: skip
 def test_threads_wait_without_spinning_long_unless_the_user_chose_otherwise(entry, chosen, spins):
     """End each program where it loads torch, which loads OpenMP, and look at what OpenMP reads there."""
