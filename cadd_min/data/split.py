@@ -29,12 +29,10 @@ def unlike(held_out: int, count: int) -> bool:
 def sides(path: Path, files: list[Path]) -> dict[Path, list[Path]]:
     """Part the files of a folder by its own folders train and test, or val. Returns the files of these two.
 
-    All are of the folder itself where its folders have other names. Where there are test and val, test is taken.
+    Without a pair of them all files are of the folder itself. Where there are test and val, test is taken.
     """
     tops = [file.relative_to(path).parts[0] for file in files if file.parent != path]
     by_name = {top.lower(): path / top for top in tops}
-    if not set(by_name) <= {*TRAIN, *TEST}:
-        return {path: files}
     found = [next((by_name[name] for name in names if name in by_name), None) for names in (TRAIN, TEST)]
     if None in found:
         return {path: files}

@@ -215,11 +215,11 @@ def test_hidden_and_linked_images_are_no_images_of_the_folder(tmp_path, capsys):
 
 def test_texts_in_a_folder_of_its_own_for_tests_are_held_out(tmp_path):
     folder = tmp_path / "corpus"
-    for name in ("train/a.txt", "train/b/c.txt", "test/d.txt", "val/e.txt", "README.md"):
+    for name in ("train/a.txt", "train/b/c.txt", "test/d.txt", "val/e.txt", "drafts/f.txt", "README.md"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"the text of {name}")
     opened = corpus.open_corpus(str(folder), tmp_path)
-    assert opened.note.endswith("has 3 .txt; left out: 1 .md, 1 .txt; the texts in test are held out")
+    assert opened.note.endswith("has 3 .txt; left out: 2 .txt, 1 .md; the texts in test are held out")
     tokens = prepare(opened, CODEC, tmp_path)
     assert texts(tokens.split("train")) == ["the text of train/a.txt", "the text of train/b/c.txt"]
     assert texts(tokens.split("val")) == ["the text of test/d.txt"]
