@@ -140,7 +140,8 @@ def errors_at(
     x_t = x_t if free is None else torch.where(free, x_t, x_0)
     masked = x_t == mask_id if free is None else (x_t == mask_id) & free
     log_p = log_probs(denoiser(x_t, z_t, t.to(table.dtype)).to(table.dtype), mask_id)  # (B, L, V)
-    ce = (-log_p.gather(-1, x_0[..., None])[..., 0]).where(masked, 0)  # a given token may be the mask itself
+    index = x_0.clamp(max=log_p.shape[-1] - 1)  # a given token may be the mask itself, of which there may be no logit
+    ce = (-log_p.gather(-1, index[..., None])[..., 0]).where(masked, 0)
     return ce, log_p.exp() @ table[: log_p.shape[-1]], masked.to(table.dtype)
 
 
