@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cadd_min.data import images
-from cadd_min.data.batches import ImageBatches
 from cadd_min.data.image_files import read_image
 from cadd_min.data.images import HELD_OUT, open_images
 from cadd_min.data.pixels import Pixels
@@ -65,27 +64,6 @@ def test_digits_are_what_scikit_learn_has(tmp_path):
     x = data.pixels().encode(data.held_out).view(-1, 8, 8)
     assert np.array_equal(x.numpy(), digits.images[HELD_OUT - 1 :: HELD_OUT])
     assert np.array_equal(data.labels[1], digits.target[HELD_OUT - 1 :: HELD_OUT])
-
-
-def test_batches_go_through_every_image_once_an_epoch_and_mirror_half():
-    image = np.arange(12, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 3, 1), np.uint8)
-    image[:, :, 0] += 100  # mark the left column, which a mirror moves to the right
-    pixels = Pixels((2, 3, 1))
-    batches = ImageBatches(image, np.arange(12), pixels, 4, seed=1, flip=True)
-    drawn, mirrored = [], 0
-    for index in range(30):
-        x, label, free = batches(index)
-        assert free is None
-        views = x.view(4, 2, 3)
-        assert torch.equal(views[:, :, 1], label[:, None].expand(4, 2))  # labels stay with their images
-        mirrored += int((views[:, 0, 2] >= 100).sum())
-        drawn += label.tolist()
-    assert all(sorted(drawn[start : start + 12]) == list(range(12)) for start in range(0, 120, 12))
-    assert drawn[:12] != drawn[12:24] and 35 < mirrored < 85  # of 120: 4.5 standard deviations
-    again = ImageBatches(image, np.arange(12), pixels, 4, seed=1, flip=True)
-    assert torch.equal(again(17)[0], batches(17)[0])  # a batch depends on the seed and the index alone
-    plain = ImageBatches(image, None, pixels, 4, seed=1)
-    assert (plain(3).x_0.view(4, 2, 3)[:, :, 0] >= 100).all()
 
 
 def write_idx(path, array):

@@ -36,14 +36,6 @@ def test_a_sequence_is_prompt_response_and_ends() -> None:
         assert given == (2 if np.array_equal(row, ids[0]) else 4)
 
 
-def test_every_pair_is_met_once_an_epoch_in_another_order() -> None:
-    ids, starts = np.arange(35)[:, None] * np.ones((1, 4), np.int64), np.ones(35, np.int64)
-    data = PairBatches(ids, starts, 5, seed=3)
-    epochs = [[int(row[0]) for i in range(7 * e, 7 * e + 7) for row in data(i)[0]] for e in range(2)]
-    assert all(sorted(epoch) == list(range(35)) for epoch in epochs) and epochs[0] != epochs[1]
-    assert torch.equal(data(3)[0], PairBatches(ids, starts, 5, seed=3)(3)[0])
-
-
 def test_of_few_pairs_the_last_are_held_out() -> None:
     all_pairs = [Pair(str(n), "x") for n in range(3)]
     assert pairs.split(all_pairs[:3]) == (all_pairs[:2], all_pairs[2:3])

@@ -5,15 +5,12 @@ import os
 import random
 from pathlib import Path
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import torch
 
 from cadd_min.data import corpus, documents, shards, tokenizer
 from cadd_min.data import token_folder as data
-from cadd_min.data.batches import TextBatches
 from cadd_min.data.corpus import open_corpus
 from cadd_min.data.split import ONE_IN, held_out
 from cadd_min.data.token_folder import TokenFolder, TokenView, prepare
@@ -141,19 +138,6 @@ def test_text8_is_read_from_its_archive_and_split_90_5_5(tmp_path):
     tokens = prepare(source, tokenizer.chars(corpus.alphabet(source)), tmp_path)
     sizes = [len(tokens.split(s)) for s in ("train", "val", "test")]
     assert sum(sizes) == 2101 and sizes[0] == 1891 and abs(sizes[1] - sizes[2]) <= 1
-
-
-def test_batches_cover_the_epoch_once_and_are_a_function_of_the_index():
-    tokens = np.arange(1000, dtype=np.uint16)
-    batches = TextBatches(tokens, 10, 9, seed=3)
-    assert batches.per_epoch == 99
-    epoch = np.concatenate([batches(i).x_0.numpy() for i in range(11)])
-    assert len(np.unique(epoch[:, 0])) == 99 and (np.diff(epoch, axis=1) == 1).all()  # no sequence twice, none torn
-    again, another_seed = TextBatches(tokens, 10, 9, seed=3), TextBatches(tokens, 10, 9, seed=4)
-    assert torch.equal(again(7).x_0, batches(7).x_0) and not torch.equal(batches(7).x_0, batches(8).x_0)
-    assert not torch.equal(another_seed(7).x_0, batches(7).x_0)
-    with pytest.raises(InputError, match="fewer than one sequence"):
-        TextBatches(tokens[:9], 10, 1)
 
 
 @pytest.mark.parametrize(
