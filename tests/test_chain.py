@@ -64,7 +64,7 @@ def test_every_step_is_the_posterior_with_the_same_randomness(grid, continuous, 
         u, eps = philox.choices(now, position)[0], philox.normals(now, everywhere, 4).double()
         x_s, z_s = [], []
         for z_k, eps_k in zip(z, eps):
-            fixed = SimpleNamespace(rand=lambda *a, **k: u, randn=lambda *a, eps=eps_k, **k: eps, where=torch.where)
+            fixed = SimpleNamespace(rand=lambda *_, u=u, **__: u, randn=lambda *_, eps=eps_k, **__: eps)
             with monkeypatch.context() as patch:
                 patch.setattr(posterior, "torch", SimpleNamespace(**(vars(torch) | vars(fixed))))
                 t, s = times[n].expand(2), times[n + 1].expand(2)
@@ -81,7 +81,8 @@ def test_every_step_is_the_posterior_with_the_same_randomness(grid, continuous, 
 def independent(variables: torch.Tensor, lags: tuple[int, ...] = (0, 1, 2, 7)) -> float:
     """Return the p-value of independence: of V variables (V, P) at P positions, and of positions `lag` apart.
 
-    Correlations of independent variables are near normal with variance 1 / P, so P times their squares sum to chi-square.
+    Correlations of independent variables are near normal with variance 1 / P. So P times their squares sum to a
+    chi-square.
     """
     x = (variables - variables.mean(1, keepdim=True)) / variables.std(1, keepdim=True)
     total, count = 0.0, 0

@@ -294,3 +294,27 @@ def test_bound_of_dependent_tokens_falls_to_the_likelihood(name):
     assert means == sorted(means, reverse=True)
     assert abs(means[-1]) < 5 * errors[-1] + 5e-4  # the last step [0, 1e-4] is not infinitesimal
     assert CORE[name][0] == 0 or float(draws[-1][:, 0].mean()) < -5 * errors[-1]
+
+
+@pytest.mark.parametrize("name, steps", [("mdlm", 1), ("mdlm", 3), ("mdlm", None), ("cadd", 1), ("cadd", None)])
+def test_the_bound_of_a_token_given_the_other_is_its_conditional_likelihood(name, steps):
+    """Compare the bound of each pair's second token, given the first, with -log p(second | first) on average.
+
+    The bound of one token is tight: without a latent at every T, with a latent in one step and in continuous time.
+    Power: with the first token hidden, or both scored, the bound is another.
+    """
+    (dim, schedule, _), x_0 = CORE[name], pairs(50_000)
+    table, free = WORDS[:, :dim], torch.tensor([False, True]).expand(50_000, -1)
+    exact = -(JOINT[x_0[:, 0], x_0[:, 1]] / JOINT.sum(1)[x_0[:, 0]]).log()  # nats
+    denoiser = pair_oracle(table, schedule)
+
+    def hidden(x_t, z_t, t):
+        return denoiser(x_t.index_fill(1, torch.tensor([0]), MASK), z_t * torch.tensor([0, 1])[:, None], t)
+
+    def excess(denoiser, free) -> torch.Tensor:
+        parts = nelbo_parts(denoiser, x_0, table, schedule, MASK, steps=steps, free=free, generator=rng(1))
+        return (sum(parts) - exact)[:, None]  # (N, 1)
+
+    zero = torch.tensor([0.0])
+    assert within(excess(denoiser, free), zero)
+    assert not within(excess(denoiser, None), zero) and not within(excess(hidden, free), zero)

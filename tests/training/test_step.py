@@ -111,7 +111,7 @@ def test_a_restored_trainer_goes_on_with_the_plain_steps():
 
 @pytest.mark.parametrize("data", ["text", "given", "labels"])
 def test_evaluation_is_of_the_averages_without_wrong_hints(data):
-    """Compare the CE with the plain one, and the bound with `nelbo_parts`, after the weights themselves are made NaN."""
+    """Compare the CE with the plain CE, and the bound with `nelbo_parts`. The weights themselves are NaN."""
     batches = {"text": lambda index: Batch(tokens(index)), "given": given, "labels": labelled}[data]
     config = TrainConfig(**COMMON, mse=0.5, wrong_hints=0.9, drop_latent=0.9, drop_label=0.9, seed=4)
     fit, held_out = Trainer(network("cadd", data), batches, config), [batches(index) for index in (50, 51)]
