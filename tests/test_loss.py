@@ -169,22 +169,28 @@ def test_stratified_times_have_one_in_each_part_and_any_few_in_a_row_are_spread(
         assert 0.3 < t[start : start + 8].mean() < 0.7
 
 
-def test_token_losses_equal_the_plain_ones():
-    """Compare the chunked CE and squared error, values and gradients, with the plain formulas."""
+@pytest.mark.parametrize("mask_id", [None, 4, 13])
+def test_token_losses_equal_the_plain_ones(mask_id):
+    """Compare the chunked CE and squared error, values and gradients, with the plain formulas.
+
+    The mask has probability zero where it is among the V = 13 logits.
+    """
     features = torch.randn(70, 8, generator=rng(0), dtype=torch.float64, requires_grad=True)
     head = torch.randn(13, 8, generator=rng(1), dtype=torch.float64, requires_grad=True)
-    targets, weight = torch.randint(13, (70,), generator=rng(2)), torch.rand(70, generator=rng(3))
+    targets, weight = torch.randint(4, (70,), generator=rng(2)), torch.rand(70, generator=rng(3))
     table = torch.randn(14, 5, generator=rng(4), dtype=torch.float64)
 
     def plain(with_table: bool):
         logits = features @ head.T
+        if mask_id == 4:
+            logits = logits.index_fill(1, torch.tensor([4]), -math.inf)
         ce = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         return ce, (table[targets] - logits.softmax(-1) @ table[:13]).square().sum(-1) * with_table
 
     for with_table in (False, True):
         results = []
         for ce, mse in (
-            token_losses(features, head, targets, table=table if with_table else None, chunk=32),
+            token_losses(features, head, targets, table=table if with_table else None, mask_id=mask_id, chunk=32),
             plain(with_table),
         ):
             total = (weight * (ce + mse)).sum()

@@ -18,6 +18,7 @@ from cadd_min.baselines.dispatch import draw
 from cadd_min.checkpoints import file as checkpoint
 from cadd_min.checkpoints.load import load_denoiser
 from cadd_min.data.hf_tokenizer import HFTokenizer
+from cadd_min.objective import Batch, Objective, training_loss
 from cadd_min.orders import Sampling
 from cadd_min.upgrade import families
 from cadd_min.upgrade.families import open_source
@@ -281,10 +282,12 @@ def test_only_masked_positions_see_the_latent_and_all_places_see_both_sides(name
 def test_every_layer_looks_at_all_places_also_in_training(name: str, tmp_path: Path) -> None:
     """Check by gradients that each place of a layer's output depends on each place of its input.
 
-    A model in which one layer alone is open looks open as a whole.
+    A model in which one layer alone is open looks open as a whole. New versions of the library ask the configuration,
+    older versions ask the layer.
     """
     write(name, tmp_path / "m")
     model, passed = upgrade(open_source(str(tmp_path / "m")), L).train(), []
+    assert not any(getattr(module, "is_causal", False) for module in model.backbone.modules())
     for layer in model.blocks():
         layer.register_forward_hook(lambda _, x, named, y: passed.append((x, named, y)), with_kwargs=True)
     model.at_step(0)
@@ -296,6 +299,19 @@ def test_every_layer_looks_at_all_places_also_in_training(name: str, tmp_path: P
         for place in range(L):
             (gradient,) = torch.autograd.grad(y[:, place] @ weight, x, torch.ones(len(y)), retain_graph=True)
             assert (gradient.abs().sum(-1) > 0).all()
+
+
+def test_the_mask_has_no_probability_in_the_training_loss(tmp_path: Path) -> None:
+    """Check that the CE and the squared error stay the same when the mask, a token of the head, gets a huge logit."""
+    write("bert", tmp_path / "m")
+    model, losses = upgrade(open_source(str(tmp_path / "m")), L), []
+    batch, u = Batch(torch.randint(4, 30, (3, L), generator=rng(0))), torch.tensor([0.3, 0.6, 0.9], dtype=torch.float64)
+    for bias in (0.0, 50.0):
+        with torch.no_grad():
+            model.head.bias[model.mask_id] = bias
+        losses.append(training_loss(model, batch, u, Objective(mse=1.0), rng(1)))
+    assert model.mask_id < len(model.head_matrix()) and losses[0].masked > 0
+    torch.testing.assert_close(losses[1], losses[0])
 
 
 def test_a_sure_hint_looks_like_the_embedding_of_its_token(tmp_path: Path) -> None:
