@@ -32,7 +32,8 @@ def oracle_law(zhat: str, steps: int, count: int = 200_000, table=None, **option
 
 
 @pytest.mark.parametrize(
-    "discrete, continuous", [("linear", "linear"), ("cosine", "cosine"), ("all-at-once", "linear")]
+    "discrete, continuous",
+    [("linear", "linear"), ("cosine", "cosine"), ("linear", "capped"), ("linear", "flow"), ("all-at-once", "linear")],
 )
 @pytest.mark.parametrize("steps", [1, 2, 12])
 def test_sample_is_exact_at_every_t(steps, discrete, continuous):
@@ -152,7 +153,7 @@ def test_token_probs_refuse_logits_that_are_no_law(temperature, bad):
 
 
 def test_token_probs_average_probabilities():
-    """Check that probabilities, not logits, are averaged over the latents; then the mask, temperature 0 and top-p."""
+    """Check that probabilities, not logits, are averaged over the latents; then the mask and temperature 0."""
     logits = torch.randn(3, 5, 7, generator=rng(0))
     expected = logits.softmax(-1).mean(0)
     torch.testing.assert_close(token_probs(logits, 7), expected)
@@ -161,10 +162,6 @@ def test_token_probs_average_probabilities():
     assert not torch.allclose(expected, logits.mean(0).softmax(-1), atol=1e-3)  # the averaged logits'
     assert (token_probs(logits, 2)[:, 2] == 0).all()
     assert token_probs(logits[:1], 7, 0.0).argmax(-1).equal(logits[0].argmax(-1))
-    nucleus = token_probs(logits[:1], 7, top_p=0.5)
-    for row, full in zip(nucleus, logits[0].softmax(-1)):
-        kept = full[row > 0]
-        assert kept.sum() >= 0.5 and kept.sum() - kept.min() < 0.5 and row.sum() == pytest.approx(1)
 
 
 def test_zhat_estimates():
@@ -229,17 +226,6 @@ def test_the_head_at_masked_positions_only_draws_the_same(num_latents):
     assert torch.equal(sample(net, *args, generator=rng(1), **options), everywhere)
     assert all(torch.equal(rows, (x == 11).nonzero()[:, 0]) for rows, x in calls)
     assert len(calls[-1][0]) < len(calls[0][0])
-
-
-def test_strength_zero_hides_the_latent():
-    net, largest = nano(), []
-
-    def denoise(x, z, t):
-        largest.append(float(z.abs().max()))
-        return net(x, z, t)
-
-    chain(denoise, (1, 12), net.table().detach(), net.schedule, 11, steps=4, strength=0.0, generator=rng(0))
-    assert largest and max(largest) == 0
 
 
 def test_temperature_decay_and_time_grids():

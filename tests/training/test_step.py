@@ -23,6 +23,7 @@ CASES = [  # model, data, settings
     ("cdm", "text", {"weighting": "elbo", **LARGER}),
     ("cadd", "given", {"mse": 0.5, "accumulate": 2}),
     ("cadd", "labels", {"drop_label": 0.4}),
+    ("cadd", "bayes", {"mse": 0.5}),
     *[
         ("cadd", "text", {name: value})
         for name, value in {
@@ -52,7 +53,7 @@ def network(model: str, data: str) -> torch.nn.Module:
     if data == "labels":
         net = images(PatchSize(2, 16, 2, embed=8, patch=2, cond=16), (4, 4, 1), classes=3)
     else:
-        net = nano(model)
+        net = nano(model, bayes_head=data == "bayes", head_bias=data == "bayes")
     for i, (name, weight) in enumerate(net.named_parameters()):
         torch.nn.init.normal_(weight, std=1.0 if name == "embedding.weight" else 0.2, generator=rng(i))
     return net.double()
@@ -60,7 +61,7 @@ def network(model: str, data: str) -> torch.nn.Module:
 
 def both(model: str, data: str, settings: dict, steps: int = 3) -> list[tuple[dict, dict, list]]:
     """Make steps with the trainer, and with the plain one. Returns the weights, their averages and the measures."""
-    batches = {"text": lambda index: Batch(tokens(index)), "given": given, "labels": labelled}[data]
+    batches = {"given": given, "labels": labelled}.get(data, lambda index: Batch(tokens(index)))
     config = TrainConfig(**(COMMON | settings))
     read = lambda index: Batch(*(part if part is None else part[: config.batch_size] for part in batches(index)))
     trained, plain = Trainer(network(model, data), read, config), network(model, data)

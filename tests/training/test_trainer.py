@@ -16,8 +16,8 @@ import torch
 
 from cadd_min.checkpoints import file as checkpoint
 from cadd_min.checkpoints.load import load_denoiser
-from cadd_min.loss import T_MIN, stratified_times, token_losses
-from cadd_min.objective import Batch, training_loss
+from cadd_min.loss import token_losses
+from cadd_min.objective import Batch
 from cadd_min.training.log import MetricsLog, loss_curve, read_metrics
 from cadd_min.training.start import restore
 from cadd_min.training.trainer import TrainConfig, Trainer, learning_rate
@@ -60,10 +60,8 @@ def test_resume_with_dropout_is_bit_for_bit(tmp_path):
     assert same(straight, second) and not same(straight, first)
 
 
-@pytest.mark.parametrize(
-    "model, dtype", [("cadd", "float32"), ("mdlm", "float32"), ("cdm", "float32"), ("cadd", "bfloat16")]
-)
-def test_one_batch_can_be_overfitted(model, dtype, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_batch_can_be_overfitted(dtype, monkeypatch):
     """Check that the loss goes to zero on one batch with always the same noise.
 
     Rotary positions are relative. In a sequence without unmasked tokens and without latents, no token can know its
@@ -72,7 +70,7 @@ def test_one_batch_can_be_overfitted(model, dtype, monkeypatch):
     import cadd_min.training.trainer as module
 
     monkeypatch.setattr(module, "seeded", lambda seed, index, device="cpu", use=0: seeded(341, 0))
-    fit = trainer(model, lambda i: batch(0), steps=400, lr=3e-3, wrong_hints=0.0, dtype=dtype)
+    fit = trainer("cadd", lambda i: batch(0), steps=400, lr=3e-3, wrong_hints=0.0, dtype=dtype)
     losses = [float(fit.train_step()["ce"]) for _ in range(400)]
     assert losses[0] > 2 and losses[-1] < 0.02
     assert fit.model.head.weight.dtype == torch.float32  # whatever the dtype of the computation
@@ -86,35 +84,6 @@ def test_compiled_steps_are_the_same_steps():
         a, b = plain.train_step(), compiled.train_step()
     assert float(a["ce"]) == pytest.approx(float(b["ce"]), rel=1e-4)
     assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-3)
-
-
-def test_accumulation_equals_the_larger_batch():
-    """Compare two micro-batches with the mean of their gradients, computed apart."""
-    whole, model = trainer(accumulate=2), nano()
-    config = whole.config
-    u = stratified_times(16, seeded(config.seed, 0, use=1)).view(2, 8)
-    for index in range(2):
-        loss = training_loss(model, batch(index), u[index], config, seeded(config.seed, index))
-        (loss.total / 2).backward()
-    expected = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
-    assert float(whole.train_step()["grad_norm"]) == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_loss_is_the_cross_entropy_of_the_logits_at_masked_positions(monkeypatch):
-    """Compare the chunked loss with the cross-entropy of model(...): the two paths to the logits must agree."""
-    import cadd_min.objective as module
-
-    model, config, noised = nano(bayes_head=True), TrainConfig(batch_size=8), {}
-    torch.nn.init.normal_(model.head.weight, generator=rng(5))
-    forward = module.ops.forward_noising
-    monkeypatch.setattr(module.ops, "forward_noising", lambda *a: noised.setdefault("x, z", forward(*a)))
-    x_0, u = batch(0).x_0, stratified_times(8, rng(1))
-    loss = training_loss(model, Batch(x_0), u, config, rng(0))
-    (x_t, z_t), t = noised["x, z"], (T_MIN + (1 - T_MIN) * u).float()
-    masked = x_t == model.mask_id
-    ce = torch.nn.functional.cross_entropy(model(x_t, z_t, t)[masked], x_0[masked], reduction="sum")
-    assert float(loss.total.detach()) == pytest.approx(float(ce.detach()) / x_0.numel(), rel=1e-5)
-    assert int(loss.masked) == int(masked.sum())
 
 
 def test_logits_never_exist_at_once():
