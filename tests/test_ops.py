@@ -7,12 +7,14 @@ CUDA kernels the whole file runs on the GPU (make gpu-check).
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 from cadd_min import ops
 from cadd_min.kernels import philox
+from cadd_min.kernels.register import INSTALL
 from cadd_min.reverse import ZHATS, Decoding, draw, step_coefficients, token_probs
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.utils.errors import InputError
@@ -340,10 +342,20 @@ def test_a_backend_that_is_none_is_a_sentence(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_door_says_what_is_active():
-    done = subprocess.run([sys.executable, "-m", "cadd_min.ops"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith(f"{ops.backend().name}: ")
-    assert ("self-test passed" in done.stdout) == (ops.compiled is not None)
+def test_the_door_says_what_is_active(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ops"])
+    ops.main()
+    name, reason = ops.backend()
+    tested = "" if ops.compiled is None else "self-test passed\n"
+    assert capsys.readouterr().out == f"{name}: {reason}\n{tested}"
+    if ops.compiled is not None:
+        monkeypatch.setattr(ops, "compiled", types.SimpleNamespace(self_test=lambda: False))
+        ops.main()
+        assert f"self-test FAILED: build again with {INSTALL}\n" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["ops", "--help"])
+    with pytest.raises(SystemExit):
+        ops.main()
+    assert "The door to the two hot loops" in capsys.readouterr().out
 
 
 def test_temperature_zero_takes_the_largest_logit_but_never_the_mask():

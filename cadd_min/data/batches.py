@@ -5,6 +5,8 @@ All three take their items in an order that is shuffled anew in each epoch, with
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 
@@ -22,17 +24,20 @@ class EpochShuffle:
 
     def __init__(self, count: int, seed: int, slack: int = 0):
         self.count, self.seed, self.slack = count, seed, slack
-        self._epoch, self._shift, self._order = -1, 0, np.empty(0, np.uint32)
+        self._last_epoch = functools.lru_cache(maxsize=1)(self.epoch)
 
     def __call__(self, n: int) -> tuple[int, int]:
         """Return the n-th item of the run, and its epoch's shift."""
         epoch, place = divmod(n, self.count)
-        if epoch != self._epoch:
-            rng = np.random.default_rng((self.seed, epoch))
-            shift, order = int(rng.integers(self.slack + 1)), np.arange(self.count, dtype=np.uint32)
-            rng.shuffle(order)
-            self._epoch, self._shift, self._order = epoch, shift, order
-        return int(self._order[place]), self._shift
+        order, shift = self._last_epoch(epoch)
+        return int(order[place]), shift
+
+    def epoch(self, epoch: int) -> tuple[np.ndarray, int]:
+        """Draw the order of an epoch, (count,) uint32, and its shift."""
+        rng = np.random.default_rng((self.seed, epoch))
+        shift, order = int(rng.integers(self.slack + 1)), np.arange(self.count, dtype=np.uint32)
+        rng.shuffle(order)
+        return order, shift
 
 
 class TextBatches:
@@ -52,10 +57,10 @@ class TextBatches:
 
     def __call__(self, index: int) -> Batch:
         x_0 = torch.empty(self.batch_size, self.length, dtype=torch.int64)  # first: too large a batch must fail at once
-        for row, n in zip(x_0.numpy(), range(index * self.batch_size, (index + 1) * self.batch_size)):
-            place, shift = self._shuffle(n)
+        for row in range(self.batch_size):
+            place, shift = self._shuffle(index * self.batch_size + row)
             start = shift + place * self.length
-            row[:] = self.tokens[start : start + self.length]
+            x_0.numpy()[row] = self.tokens[start : start + self.length]
         return Batch(x_0)
 
 

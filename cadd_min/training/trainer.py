@@ -237,7 +237,7 @@ class Trainer:
             discrete, continuous = discrete + float(bound.discrete.sum()), continuous + float(bound.continuous.sum())
             tokens += batch.scored()
         return {
-            "val_ce": ce / max(1, masked),
+            "val_ce": ce / masked if masked else 0.0,
             "val_bound": (discrete + continuous) / tokens,
             "val_bound_discrete": discrete / tokens,
             "val_bound_continuous": continuous / tokens,

@@ -1,0 +1,133 @@
+"""What holds of every model and every function that draws: the callback, the generator, the defaults."""
+
+import inspect
+import itertools
+import math
+
+import pytest
+import torch
+
+from cadd_min import ops
+from cadd_min.baselines import dispatch, sedd, udm
+from cadd_min.data.batches import EpochShuffle, ImageBatches, PairBatches, TextBatches
+from cadd_min.forward import q_sample, q_step
+from cadd_min.kernels import philox
+from cadd_min.loss import stratified_times
+from cadd_min.model import MODELS
+from cadd_min.objective import with_wrong_hints
+from cadd_min.orders import HITTING, Sampling, cosine_temperature
+from cadd_min.posterior import q_posterior_sample
+from cadd_min.reverse import token_probs
+from cadd_min.schedule import NoiseSchedule
+from cadd_min.training.trainer import TrainConfig, Trainer
+from tests.toys import batch, nano, rng
+
+
+def lively(model: str):
+    """Make a network with random weights everywhere: the head of a new network is zero."""
+    net = nano(model)
+    for i, weight in enumerate(net.parameters()):
+        torch.nn.init.normal_(weight, std=0.1, generator=rng(i))
+    return net
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_callback_sees_every_step(model):
+    """Check a step's number, times, tokens, latents, what is fresh, and the belief, from a prompt with two tokens."""
+    net, steps, prompt = lively(model), [], torch.full((3, 12), 11)
+    prompt[:, 4:6] = torch.tensor([7, 2])
+    settings = Sampling(steps=5, num_latents=1 if model in dispatch.MODULES else 2, temperature=2.0)
+    x = dispatch.draw(net, 3, settings, prompt=prompt, generator=rng(0), callback=steps.append)
+    before = prompt
+    count = 10 if model == "ar" else 5
+    assert len(steps) == count and torch.equal(steps[-1].x, x)
+    places = [i for i in range(12) if i not in (4, 5)]
+    for n, step in enumerate(steps):
+        if model == "ar":
+            assert (step.number, step.t, step.s) == (places[n], 1 - places[n] / 12, 1 - (places[n] + 1) / 12)
+        else:
+            assert (step.number, step.t, step.s) == pytest.approx((n, 1 - n / 5, 1 - (n + 1) / 5))
+        assert step.z.shape == (settings.num_latents, 3, 12, net.table().shape[1]) and step.z.device == x.device
+        if model != "udm":  # whose tokens are noise at first, and change more than once
+            assert torch.equal(step.fresh, (before == 11) & (step.x != 11))
+        assert step.fresh.dtype == torch.bool and not step.fresh[:, 4:6].any()
+        belief = step.belief()
+        assert belief.shape == x.shape and (belief[:, 4:6] == prompt[:, 4:6]).all()
+        assert ((belief >= 0) & (belief < 11))[:, : places[n] if model == "ar" else 12].all()
+        before = step.x
+    if model == "udm":
+        assert all(torch.equal(b.fresh, b.x != a.x) for a, b in itertools.pairwise(steps))
+    assert steps[0].x is not steps[1].x and not torch.equal(steps[0].x, x)  # a copy, not the tensor that changes
+
+
+def test_ar_draws_each_token_by_the_words_of_its_place():
+    """Compare a sample with one that is made token by token: inverse CDF at the place's uniform, at the time's tau."""
+    net, seed, tau = lively("ar"), ops.draw_seed(rng(3)), lambda t: 0.5 + t
+    x = dispatch.draw(net, 3, Sampling(temperature=tau, top_p=0.9), generator=rng(3))
+    expected = torch.zeros(3, 0, dtype=torch.int64)
+    for i in range(12):
+        inputs = torch.cat([torch.full((3, 1), 11), expected], 1)
+        logits = net(inputs, torch.zeros(3, i + 1, 0), torch.zeros(3))[:, -1]
+        cdf = token_probs(logits[None], 11, tau(1 - i / 12), 0.9).double().cumsum(-1)
+        u = philox.choices(seed, 12 * torch.arange(3) + i)[1]
+        expected = torch.cat([expected, (cdf <= (u * cdf[:, -1])[:, None]).sum(1, keepdim=True)], 1)
+    assert torch.equal(x, expected)
+
+
+def draws():
+    """List every function that draws, as a function of a generator."""
+    x, t, s = torch.randint(5, (3, 40), generator=rng(0)), torch.full((3,), 0.7), torch.full((3,), 0.4)
+    z, schedule, masked = torch.randn(3, 40, 4, generator=rng(1), dtype=torch.float64), NoiseSchedule(), x.clone()
+    masked[:, ::2] = 5
+    return {
+        "q_sample": lambda g: q_sample(x, z, t, schedule, 5, generator=g),
+        "q_step": lambda g: q_step(masked, z, s, t, schedule, 5, generator=g),
+        "q_posterior_sample": lambda g: q_posterior_sample(masked, z, x, 2 * z, s, t, schedule, 5, generator=g),
+        "with_wrong_hints": lambda g: (with_wrong_hints(x, 0.5, 5, g),),
+        "stratified_times": lambda g: (stratified_times(8, g),),
+        "draw_seed": lambda g: (ops.draw_seed(g),),
+        "masked_at": lambda g: (sedd.masked_at(x, t, schedule, g),),
+        "udm.q_sample": lambda g: (udm.q_sample(x, t, schedule, 5, g),),
+    }
+
+
+@pytest.mark.parametrize("name", draws())
+def test_what_is_drawn_depends_on_the_generator_alone(name):
+    """Check that one seed draws one result, another seed another, and that torch's own generator is left alone.
+
+    Everything must be on the device of the input: the default device has no values.
+    """
+    function, before = draws()[name], torch.get_rng_state()
+    with torch.device("meta"):
+        first, again, other = function(rng(7)), function(rng(7)), function(rng(8))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(part.dtype in (torch.float64, torch.int64, torch.bool) for part in first)  # as precise as the input
+    torch.manual_seed(3)
+    own = function(None) if name != "with_wrong_hints" else function(torch.default_generator)
+    torch.manual_seed(3)
+    repeated = function(None) if name != "with_wrong_hints" else function(torch.default_generator)
+    assert all(torch.equal(a, b) for a, b in zip(own, repeated))
+
+
+def test_defaults_are_those_of_the_documentation():
+    for batches in (TextBatches, PairBatches, ImageBatches):
+        assert inspect.signature(batches).parameters["seed"].default == 0
+    assert inspect.signature(ImageBatches).parameters["flip"].default is False
+    assert EpochShuffle(9, 0)(3)[1] == 0  # no shift
+    tau = cosine_temperature()  # the paper's
+    assert (tau(1.0), tau(0.0)) == (pytest.approx(2.5), pytest.approx(1.0))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_number_of_steps_is_that_of_the_chain(model):
+    net, by_token = lively(model), 12
+    assert dispatch.steps_of(net, Sampling(steps=7)) == (by_token if model == "ar" else 7)
+    assert dispatch.steps_of(net, Sampling(steps=7, time_grid=HITTING)) == by_token
+
+
+def test_a_trainer_counts_its_weights_and_measures_its_table():
+    fit = Trainer(nano(latent_norm=2.5), batch, TrainConfig(batch_size=8, dtype="float32"))
+    assert fit.parameters() == sum(math.prod(p.shape) for p in fit.model.parameters())
+    assert fit.latent_norm() == pytest.approx(2.5, rel=1e-5)
