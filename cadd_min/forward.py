@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from cadd_min.schedule import NoiseSchedule, per_token
+from cadd_min.schedule import NoiseSchedule, per_token, ratio
 from cadd_min.utils.errors import InputError
 
 
@@ -58,14 +58,13 @@ def q_step(
     For the Gaussian latent c^2 = g = gamma_bar_t / gamma_bar_s, and the last variance is 1 - g.
     """
     _check(x_s, z_s, t)
-    alpha_s = schedule.alpha(s)
-    survive = torch.where(alpha_s > 0, schedule.alpha(t) / torch.where(alpha_s > 0, alpha_s, 1), 1)
+    survive = ratio(schedule.alpha(t), schedule.alpha(s))
     u = torch.rand(x_s.shape, generator=generator, device=x_s.device)
     was_masked = x_s == mask_id
     masked = was_masked | (u >= per_token(survive, u))
 
     signal_s, signal_t, noise_t = schedule.signal(s), schedule.signal(t), schedule.noise(t)
-    c = torch.where(signal_s > 0, signal_t / torch.where(signal_s > 0, signal_s, 1), 1)
+    c = ratio(signal_t, signal_s)
     added = (noise_t**2 - c**2 * schedule.noise(s) ** 2).clamp(min=0).sqrt()  # rounding may leave -1e-17
     eps = torch.randn(z_s.shape, generator=generator, device=z_s.device, dtype=z_s.dtype)
     fresh = per_token(signal_t, z_s) * z_s + per_token(noise_t, z_s) * eps

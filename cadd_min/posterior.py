@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from cadd_min.schedule import NoiseSchedule, per_token
+from cadd_min.schedule import NoiseSchedule, per_token, ratio
 
 
 def q_posterior_z(z_t: Tensor, z_0: Tensor, s: Tensor, t: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
@@ -30,16 +30,13 @@ def q_posterior_z(z_t: Tensor, z_0: Tensor, s: Tensor, t: Tensor, schedule: Nois
 def posterior_coefficients(s: Tensor, t: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor, Tensor]:
     """Return (pull, keep, variance) of the mean pull z_0 + keep z_t, each of the shape of s and t."""
     if schedule.continuous == "flow":
-        keep = torch.where(t > 0, s / torch.where(t > 0, t, 1), 1)
+        keep = ratio(s, t)
         pull, variance = 1 - keep, torch.zeros_like(keep)
     else:
         bar_s, bar_t = schedule.gamma_bar(s), schedule.gamma_bar(t)
-        g = torch.where(bar_s > 0, bar_t / torch.where(bar_s > 0, bar_s, 1), 1)  # bar_s = 0 only for s = t = 1
-        noisy = 1 - bar_t
-        divide = torch.where(noisy > 0, noisy, 1)  # at t = 0 = s the latent is z_0 itself
-        pull = bar_s.sqrt() * (1 - g) / divide
-        keep = torch.where(noisy > 0, g.sqrt() * (1 - bar_s) / divide, 1)
-        variance = (1 - bar_s) * (1 - g) / divide
+        g, noise = ratio(bar_t, bar_s), ratio(1 - bar_s, 1 - bar_t)
+        keep, variance = g.sqrt() * noise, (1 - g) * noise
+        pull = bar_s.sqrt() * (1 - g) / torch.where(bar_t < 1, 1 - bar_t, 1)  # at s = t = 0 the latent is z_0 itself
     return pull, keep, variance
 
 

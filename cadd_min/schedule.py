@@ -113,6 +113,11 @@ class NoiseSchedule:
         return -self._alpha_prime(t) / (1 - self.alpha(t))
 
 
+def ratio(later: Tensor, earlier: Tensor) -> Tensor:
+    """Divide a curve's values at a later time by those at an earlier time, elementwise. 0 / 0 is 1: nothing changes."""
+    return torch.where(earlier > 0, later, 1) / torch.where(earlier > 0, earlier, 1)
+
+
 def per_token(value: Tensor, like: Tensor) -> Tensor:
     """Add trailing dimensions to a value per sequence (B,), so that it broadcasts against `like` (B, L, ...)."""
     return value.to(like.dtype).reshape(value.shape + (1,) * (like.dim() - value.dim()))

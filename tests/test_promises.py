@@ -12,7 +12,7 @@ from cadd_min.baselines import dispatch, sedd, udm
 from cadd_min.data.batches import EpochShuffle, ImageBatches, PairBatches, TextBatches
 from cadd_min.forward import q_sample, q_step
 from cadd_min.kernels import philox
-from cadd_min.loss import stratified_times
+from cadd_min.loss import nelbo_parts, stratified_times
 from cadd_min.model import MODELS
 from cadd_min.objective import with_wrong_hints
 from cadd_min.orders import HITTING, Sampling, cosine_temperature
@@ -131,3 +131,17 @@ def test_a_trainer_counts_its_weights_and_measures_its_table():
     fit = Trainer(nano(latent_norm=2.5), batch, TrainConfig(batch_size=8, dtype="float32"))
     assert fit.parameters() == sum(math.prod(p.shape) for p in fit.model.parameters())
     assert fit.latent_norm() == pytest.approx(2.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 3, None])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_bound_is_that_of_its_model_and_steps(model, steps):
+    """Compare with the model's own bound for the same noise. Power: one step more costs another bound."""
+    net, data = lively(model), batch(3)
+    chain = (data.x_0,) if model in dispatch.MODULES else (data.x_0, net.table(), net.schedule, net.mask_id)
+    own = dispatch.MODULES[model].nelbo_parts if model in dispatch.MODULES else nelbo_parts
+    expected = own(net, *chain, steps=steps, generator=rng(4))
+    for mine, part in zip(dispatch.bound(net, data, steps=steps, generator=rng(4)), expected, strict=True):
+        assert torch.equal(mine, part) and part.shape == (8,)
+    other = dispatch.bound(net, data, steps=2, generator=rng(4))
+    assert torch.equal(other.discrete, expected.discrete) == (model == "ar")

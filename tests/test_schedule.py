@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cadd_min.schedule import CONTINUOUS, DISCRETE, NoiseSchedule
+from cadd_min.schedule import CONTINUOUS, DISCRETE, NoiseSchedule, ratio
 from cadd_min.utils.errors import InputError
 
 PAIRS = [(d, c) for d in DISCRETE for c in CONTINUOUS]
@@ -63,3 +63,11 @@ def test_unknown_names_are_listed():
         NoiseSchedule("linaer")
     with pytest.raises(InputError, match="linear, cosine, capped, flow"):
         NoiseSchedule(continuous="x")
+
+
+def test_a_ratio_of_zeros_is_one():
+    """Check that a curve that is 0 at both times has the ratio 1, without NaN in the gradient."""
+    later, earlier = torch.tensor([1.0, 0.0, 0.0, 0.3], requires_grad=True), torch.tensor([2.0, 0.5, 0.0, 0.3])
+    assert ratio(later, earlier).tolist() == [0.5, 0.0, 1.0, 1.0]
+    ratio(later, earlier).sum().backward()
+    assert torch.isfinite(later.grad).all()

@@ -29,9 +29,9 @@ def shifted(x_0: Tensor, mask_id: int) -> Tensor:
     return torch.cat([torch.full_like(x_0[:, :1], mask_id), x_0[:, :-1]], 1)
 
 
-def causal_features(model: Model, x_0: Tensor, label: Tensor | None = None) -> Tensor:
+def causal_features(model: Model, x_0: Tensor) -> Tensor:
     """Compute the features (B L, F) that predict each token from the tokens to its left. t is 0: nothing is noisy."""
-    return features(model, shifted(x_0, model.mask_id), torch.zeros(len(x_0), device=x_0.device), label).flatten(0, 1)
+    return features(model, shifted(x_0, model.mask_id), torch.zeros(len(x_0), device=x_0.device)).flatten(0, 1)
 
 
 def training_loss(model: Model, batch: Batch, u: Tensor, objective: Objective, generator: Generator) -> Loss:
@@ -39,8 +39,8 @@ def training_loss(model: Model, batch: Batch, u: Tensor, objective: Objective, g
 
     All positions count as masked, and the squared error is zero.
     """
-    x_0, label, _ = batch
-    ce, _ = token_losses(causal_features(model, x_0, label), model.head_matrix(), x_0.flatten())  # (B L,)
+    x_0 = batch.x_0
+    ce, _ = token_losses(causal_features(model, x_0), model.head_matrix(), x_0.flatten())  # (B L,)
     count = torch.tensor(x_0.numel(), device=x_0.device)
     return Loss(ce.mean(), ce.detach().sum(), count, ce.new_zeros(()))
 

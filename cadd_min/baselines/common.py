@@ -10,9 +10,9 @@ from cadd_min.reverse import draw, token_probs
 from cadd_min.sampler import Step
 
 
-def features(model: Model, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-    """Compute the features (B, L, F) of a model without a latent. Args: x_t (B, L); t (B,); label (B,) or None."""
-    return model.features(x_t, torch.zeros(*x_t.shape, 0, device=x_t.device), t.float(), label)
+def features(model: Model, x_t: Tensor, t: Tensor) -> Tensor:
+    """Compute the features (B, L, F) of a model without a latent. Args: x_t (B, L); t (B,)."""
+    return model.features(x_t, torch.zeros(*x_t.shape, 0, device=x_t.device), t.float())
 
 
 def logits_of(rows: Tensor, head: Tensor) -> Tensor:

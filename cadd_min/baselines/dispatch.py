@@ -35,7 +35,7 @@ def training_loss(name: str) -> Callable[..., Loss]:
         return objective.training_loss
 
     def loss(model: Model, batch: Batch, *rest: Any) -> Loss:
-        """Refuse given tokens, which a baseline would train on like all tokens."""
+        """Refuse what a baseline does not know before it is trained."""
         check_batch(batch, name)
         return MODULES[name].training_loss(model, batch, *rest)
 
@@ -43,18 +43,19 @@ def training_loss(name: str) -> Callable[..., Loss]:
 
 
 def check_batch(batch: Batch, name: str) -> None:
-    """Raise InputError for a batch with given tokens: a baseline would score them like all tokens."""
-    if batch.free is not None:
-        raise InputError(f"given tokens are for cadd, mdlm and cdm, and this is {name}")
+    """Raise InputError for given tokens, which a baseline would score like all tokens, and for labels."""
+    for part, known in ((batch.free, "given tokens"), (batch.label, "labels")):
+        if part is not None:
+            raise InputError(f"{known} are for cadd, mdlm and cdm, and this is {name}")
 
 
 def bound(model: Model, batch: Batch, *, steps: int | None = None, generator: torch.Generator | None = None) -> Bound:
     """Estimate the likelihood bound of a batch: two parts, (B,) nats each.
 
     For the core, the bound is on the free tokens given the others, and given the labels where the batch has them. For a
-    baseline it is on all tokens, without labels.
+    baseline it is on all tokens.
     Args: steps: of the discrete chain, or None for continuous time; "ar" has no steps.
-    Raises InputError for steps below 1, and for given tokens under a baseline.
+    Raises InputError for steps below 1, and for given tokens and labels under a baseline.
     """
     check_steps(steps)
     x_0, label, free = batch

@@ -89,11 +89,11 @@ def training_loss(model: Model, batch: Batch, u: Tensor, objective: Objective, g
     `objective` is ignored: with other weights the score entropy is no bound. The CE among the loss's parts is that of
     softmax(f), and the squared error is zero. Args: u (B,): times on (0, 1].
     """
-    x_0, label, _ = batch
+    x_0 = batch.x_0
     t = T_MIN + (1 - T_MIN) * u
     masked = masked_at(x_0, t, model.schedule, generator)
     rows = masked.flatten().nonzero()[:, 0]  # (N,)
-    h = features(model, x_0.masked_fill(masked, model.mask_id), t, label).flatten(0, 1)  # (B L, F)
+    h = features(model, x_0.masked_fill(masked, model.mask_id), t).flatten(0, 1)  # (B L, F)
     log_z, f = scores(h[rows], model.head_matrix(), x_0.flatten()[rows])
     weight = model.schedule.flip_rate(t)[rows // x_0.shape[1]].to(f)  # (N,)
     loss = (1 - T_MIN) * (weight * score_entropy(log_z, f)).sum() / x_0.numel()

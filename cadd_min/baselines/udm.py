@@ -35,7 +35,7 @@ from cadd_min.objective import Batch, Loss, Objective
 from cadd_min.orders import Sampling, time_grid
 from cadd_min.reverse import draw, token_probs
 from cadd_min.sampler import Step
-from cadd_min.schedule import NoiseSchedule, per_token
+from cadd_min.schedule import NoiseSchedule, per_token, ratio
 
 
 class Law(NamedTuple):
@@ -57,8 +57,7 @@ def q_sample(
 
 def survival(s: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
     """Compute a = alpha_t / alpha_s, the probability of no noise between s and t; 1 for s = t = 1."""
-    alpha_s = schedule.alpha(s)
-    return torch.where(alpha_s > 0, schedule.alpha(t) / torch.where(alpha_s > 0, alpha_s, 1), 1)
+    return ratio(schedule.alpha(t), schedule.alpha(s))
 
 
 def posterior(x_t: Tensor, probs: Tensor, s: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
@@ -170,7 +169,6 @@ def costs(
     t: Tensor,
     cost: Callable[[Law, Tensor, Tensor, Tensor], Tensor],
     generator: Generator | None,
-    label: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute cost(law, x_t = x_0, s, t) at one x_t ~ q(x_t | x_0), and -log x_theta[x_0], (B, L) each.
 
@@ -178,7 +176,7 @@ def costs(
     """
     vocab_size = model.mask_id  # tokens are 0 to V - 1, and the mask, which is not used, is V
     x_t = q_sample(x_0, t, model.schedule, vocab_size, generator)
-    h = features(model, x_t, t, label).flatten(0, 1)  # (B L, F)
+    h = features(model, x_t, t).flatten(0, 1)  # (B L, F)
     s, t = (time[:, None].expand_as(x_0).flatten() for time in (s, t))  # (B L,)
     law = laws(h, model.head_matrix(), x_t.flatten(), x_0.flatten(), odds(s, model.schedule, vocab_size))
     return cost(law, (x_t == x_0).flatten(), s, t).view_as(x_0), -law.true.view_as(x_0)
@@ -190,14 +188,14 @@ def training_loss(model: Model, batch: Batch, u: Tensor, objective: Objective, g
     `objective` is ignored: the KL rate has weights of its own. The CE among the loss's parts is that of x_theta. All
     positions count as masked, and the squared error is zero. Args: u (B,): times on (0, 1].
     """
-    x_0, label, _ = batch
+    x_0 = batch.x_0
     t = T_MIN + (1 - T_MIN) * u
     schedule, vocab_size = model.schedule, model.mask_id
 
     def rate(law: Law, same: Tensor, s: Tensor, t: Tensor) -> Tensor:
         return kl_rate(law, same, t, schedule, vocab_size)
 
-    rates, ce = costs(model, x_0, t, t, rate, generator, label)  # (B, L) each
+    rates, ce = costs(model, x_0, t, t, rate, generator)  # (B, L) each
     loss = (1 - T_MIN) * rates.mean().to(ce)
     count = torch.tensor(x_0.numel(), device=x_0.device)
     return Loss(loss, ce.detach().sum(), count, torch.zeros_like(loss.detach()))

@@ -461,8 +461,10 @@ def test_given_tokens_and_no_steps_are_refused(name):
     given = Batch(x_0, free=x_0 > 3)
     with pytest.raises(InputError, match=f"given tokens are for cadd, mdlm and cdm, and this is {name}"):
         dispatch.training_loss(name)(net, given, stratified_times(2, rng(1)), Objective(), rng(2))
-    with pytest.raises(InputError, match="given tokens"):
+    with pytest.raises(InputError, match=f"given tokens are for cadd, mdlm and cdm, and this is {name}"):
         dispatch.bound(net, given)
+    with pytest.raises(InputError, match=f"labels are for cadd, mdlm and cdm, and this is {name}"):
+        dispatch.bound(net, Batch(x_0, label=torch.zeros(2, dtype=torch.int64)))
     with pytest.raises(InputError, match="steps"):
         dispatch.bound(net, Batch(x_0), steps=0)
 

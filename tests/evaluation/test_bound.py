@@ -8,11 +8,12 @@ import torch
 
 from cadd_min.baselines.dispatch import bound
 from cadd_min.evaluation.bound import held_out_bound, summary
+from cadd_min.model import MODELS
 from cadd_min.utils.device import seeded
 from tests.toys import batch, nano, rng
 
 
-@pytest.mark.parametrize("model", ["cadd", "ar"])
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("steps", [4, None])
 def test_each_draw_has_a_noise_of_its_own(model, steps):
     """Compare with the mean of the bounds of the six generators (batch, draw), which all differ."""
