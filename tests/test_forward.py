@@ -4,6 +4,8 @@ Tokens are compared by chi-square, latents by Kolmogorov-Smirnov. The law of z_t
 the token. Two broken chains must fail: a chain that forgets when it masked, and a chain with the wrong mask rate.
 """
 
+import itertools
+
 import pytest
 import torch
 from scipy import stats
@@ -125,3 +127,37 @@ def test_seeds_reproduce_and_shapes_are_checked():
         q_sample(x_0, z_0[:, :2], t, NoiseSchedule(), MASK)
     with pytest.raises(InputError, match=r"t \(B,\)"):
         q_sample(x_0, z_0, t[:1], NoiseSchedule(), MASK)
+
+
+@pytest.mark.parametrize("continuous", ["linear", "cosine", "capped", "flow"])
+def test_samples_are_their_formulas_with_the_generators_numbers(continuous):
+    """Write out q_sample and q_step for each token, with uniforms and then normals of the same generator.
+
+    Tokens masked before, masked in this step and still unmasked all occur.
+    """
+    schedule, s, t = NoiseSchedule("cosine", continuous), torch.tensor([0.3, 0.5, 1.0]), torch.tensor([0.6, 0.9, 1.0])
+    s, t = s.double(), t.double()
+    x_0, z_0 = torch.randint(MASK, (3, 30), generator=rng(0)), torch.randn(3, 30, 2, generator=rng(1)).double()
+    gen = rng(3)
+    u, eps = torch.rand(3, 30, generator=gen), torch.randn(3, 30, 2, generator=gen, dtype=torch.float64)
+    x_s, z_s = q_sample(x_0, z_0, s, schedule, MASK, generator=rng(3))
+    x_t, z_t = q_step(x_s, z_s, s, t, schedule, MASK, generator=rng(3))
+    kinds = set()
+    for b, i in itertools.product(range(3), range(30)):
+        alpha_s, alpha_t = float(schedule.alpha(s[b])), float(schedule.alpha(t[b]))
+        (a_s, n_s), (a_t, n_t) = ((schedule.signal(time), schedule.noise(time)) for time in (s[b], t[b]))
+        masked = bool(u[b, i] >= alpha_s)
+        assert x_s[b, i] == (MASK if masked else x_0[b, i])
+        torch.testing.assert_close(z_s[b, i], a_s * z_0[b, i] + n_s * eps[b, i] if masked else z_0[b, i])
+        later = masked or bool(u[b, i] >= alpha_t / alpha_s)
+        assert x_t[b, i] == (MASK if later else x_0[b, i])
+        if masked and t[b] == 1:
+            expected = z_s[b, i] if s[b] == 1 else eps[b, i]
+        elif masked:
+            c = a_t / a_s
+            expected = c * z_s[b, i] + (n_t**2 - c**2 * n_s**2).sqrt() * eps[b, i]
+        else:
+            expected = a_t * z_s[b, i] + n_t * eps[b, i] if later else z_s[b, i]
+        torch.testing.assert_close(z_t[b, i], expected)
+        kinds.add((masked, later))
+    assert kinds == {(True, True), (False, True), (False, False)}
