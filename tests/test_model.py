@@ -1,0 +1,155 @@
+"""The denoiser is its parts in order; its settings are checked; guidance is a straight line through two predictions."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from cadd_min.dit import PatchSize
+from cadd_min.latent import evidence_norm, ordered_rows
+from cadd_min.model import LARGEST, MODELS, Denoiser, Guided, ModelConfig
+from cadd_min.unet import UNetSize
+from cadd_min.utils.errors import InputError
+from tests.toys import NANO, images, nano, rng
+
+PATCHES = PatchSize(1, 8, 2, embed=6, patch=2, cond=8)
+UNET = UNetSize(embed=4, channels=4, mults=(1,), blocks=1, attention=(), cond=8)
+
+
+def lively(net: Denoiser) -> Denoiser:
+    for i, weight in enumerate(net.parameters()):
+        torch.nn.init.normal_(weight, std=0.3, generator=rng(i))
+    return net
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("options", [{}, {"latent_dim": 5}, {"bayes_head": True, "head_bias": True}], ids=str)
+def test_logits_are_made_of_the_parts(model, options):
+    """Write out the logits: the fused input times the root of the width, backbone, head, Bayes' term, and bias."""
+    net = lively(nano(model, **options))
+    x, t = torch.randint(12, (2, 12), generator=rng(0)), torch.tensor([0.3, 0.9])
+    z, w = torch.randn(2, 12, net.latent.dim, generator=rng(1)), net.table()
+    masked = x == 11
+    fused = net.latent.fuse(net.embedding.weight[x], z, masked, t, net.embedding.weight)
+    expected = net.backbone(math.sqrt(32) * fused, t) @ net.head.weight.T
+    if options.get("bayes_head") and net.latent.dim:
+        signal, noise = net.schedule.signal(t)[:, None, None], net.schedule.noise(t)[:, None, None]
+        expected = expected + signal / noise**2 * z @ w[:11].T
+    if options.get("head_bias"):
+        expected = expected + net.head.bias
+    torch.testing.assert_close(net(x, z, t), expected, rtol=1e-4, atol=1e-4)
+    rows = torch.tensor([3, 0, 23])
+    torch.testing.assert_close(net.logits_at(x, z, t, rows), expected.flatten(0, 1)[rows], rtol=1e-4, atol=1e-4)
+    assert net.device == w.device and net.mask_id == 11
+    assert len(net.blocks()) == 2 and all(block in net.backbone.blocks for block in net.blocks())
+
+
+@torch.no_grad()
+def test_bayes_term_is_held_where_there_is_no_noise():
+    """Check that at t = 0 the term is signal / 1e-4 z_t, and not infinite."""
+    net = nano(bayes_head=True)
+    z = torch.randn(1, 12, 32, generator=rng(0))
+    logits = net(torch.full((1, 12), 11), z, torch.zeros(1))
+    torch.testing.assert_close(logits, 1e4 * z @ net.table()[:11].T, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_new_model_has_its_latent_and_starts_with_equal_logits(model):
+    net = nano(model, vocab_size=500, latent_dim=7, evidence=0.3, hint_unit=0.5)
+    assert net.latent.dim == (7 if model in ("cadd", "cdm") else 0)
+    assert net.latent.norm == evidence_norm(500, net.schedule, 0.3, net.latent.dim) and net.latent.unit == 0.5
+    assert nano(model, latent_norm=1.5).latent.norm == 1.5
+    assert (net.head.weight == 0).all() and net.head.bias is None
+    assert (nano(model, head_bias=True).head.bias == 0).all()
+    lengths = net.embedding.weight.norm(dim=1)
+    assert net.embedding.weight.shape == (501, 32) and float(lengths.detach().mean()) == pytest.approx(1, abs=0.03)
+    assert nano("cadd").latent.dim == 32  # as wide as the embedding
+
+
+def test_a_model_of_images_starts_with_a_scale():
+    net = images(PATCHES, (4, 4, 2))
+    torch.testing.assert_close(net.embedding.weight[:-1].detach(), ordered_rows(17, 6))
+    assert not torch.equal(net.embedding.weight[-1], net.embedding.weight[0])
+
+
+@torch.no_grad()
+def test_guidance_is_the_line_through_two_predictions():
+    """Check logits = any + guidance (given - any) for two latents of two sequences, at all and at some positions."""
+    net, labels = lively(images(PATCHES, (4, 4, 1), classes=3)), torch.tensor([0, 2])
+    x, t = torch.randint(18, (4, 16), generator=rng(0)), torch.tensor([0.3, 0.9, 0.3, 0.9])
+    z, rows = torch.randn(4, 16, 6, generator=rng(1)), torch.tensor([1, 40])
+    given, anything = net(x, z, t, torch.tensor([0, 2, 0, 2])), net(x, z, t)
+    assert not torch.allclose(given, anything)
+    torch.testing.assert_close(net(x, z, t, torch.full((4,), 3)), anything)  # the label `classes` means any class
+    for guidance in (0.0, 0.5, 1.0, 3.0):
+        guided, expected = Guided(net, labels, guidance), anything + guidance * (given - anything)
+        torch.testing.assert_close(guided(x, z, t), expected)
+        torch.testing.assert_close(guided.logits_at(x, z, t, rows), expected.flatten(0, 1)[rows])
+    torch.testing.assert_close(Guided(net, labels)(x, z, t), given)
+    Guided(net, labels, LARGEST)
+    for wrong in (-0.1, math.inf, math.nan):
+        with pytest.raises(InputError, match="--guidance must be 0 or more, and not beyond float32, not"):
+            Guided(net, labels, wrong)
+
+
+TEXT = {"vocab_size": 11, "length": 12, "size": NANO}
+PICTURE = {"vocab_size": 17, "length": 16, "size": UNET, "image": (4, 4, 1), "latent_table": "ordered"}
+SHAPE = "a model of images has their height, width and colours and a backbone for images, and 0 classes or more, not"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (TEXT | {"model": "x"}, "model must be one of"),
+        *[(PICTURE | {"model": name}, f"model {name} is for text, not for images") for name in ("ar", "udm", "sedd")],
+        (TEXT | {"latent_table": "x"}, "latent_table must be one of"),
+        (TEXT | {"fusion": "x"}, "fusion must be one of"),
+        (TEXT | {"hint": "x"}, "hint must be one of"),
+        (TEXT | {"discrete": "x"}, "discrete schedule must be one of"),
+        (TEXT | {"continuous": "x"}, "continuous schedule must be one of"),
+        *[(TEXT | {"evidence": v}, f"evidence must be greater than 0, not {v}") for v in (0.0, math.inf, math.nan)],
+        *[
+            (TEXT | {"latent_norm": v}, f"latent_norm and latent_dim must be 0 or more, not {v}, 0")
+            for v in (-1.0, math.inf, math.nan)
+        ],
+        (TEXT | {"latent_dim": -1}, "latent_norm and latent_dim must be 0 or more, not 0.0, -1"),
+        (TEXT | {"latent_table": "free", "latent_dim": 8}, "latent dim 8: a free table has the width 32"),
+        (TEXT | {"latent_table": "free", "bayes_head": True}, "bayes_head needs rows of one length"),
+        (PICTURE | {"latent_dim": 1, "bayes_head": True}, "bayes_head needs rows of one length"),
+        (TEXT | {"size": UNET}, SHAPE),
+        (PICTURE | {"size": NANO}, SHAPE),
+        (PICTURE | {"image": (4, 0, 1), "length": 0}, SHAPE),
+        (TEXT | {"classes": -1}, SHAPE),
+        (PICTURE | {"length": 17}, r"images of \(4, 4, 1\) have 16 values, not the length 17"),
+        (TEXT | {"vocab_size": 1}, "a model needs 2 tokens and length 1 at least, not 1, 12"),
+        (TEXT | {"length": 0}, "a model needs 2 tokens and length 1 at least, not 11, 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(options, message):
+    with pytest.raises(InputError, match=f"^{message}"):
+        ModelConfig(**options)
+
+
+def test_settings_at_the_ends_of_their_ranges_are_settings():
+    for options in (
+        {"vocab_size": 2, "length": 1},
+        {"latent_dim": 1, "bayes_head": True},
+        {"latent_table": "free", "latent_dim": 32},
+    ):
+        ModelConfig(**TEXT | options)
+    for options in ({"classes": 1}, {"latent_dim": 2, "bayes_head": True}, {"image": (1, 16, 1)}, {"size": PATCHES}):
+        ModelConfig(**PICTURE | options)
+
+
+@pytest.mark.parametrize(
+    "model, discrete, continuous",
+    [*((name, "linear", "capped") for name in ("cadd", "mdlm", "ar")), ("cdm", "all-at-once", "linear")],
+)
+def test_auto_is_capped_and_for_a_cdm_linear(model, discrete, continuous):
+    config = ModelConfig(**TEXT, model=model)
+    schedule = config.schedule()
+    assert (schedule.discrete, schedule.continuous) == (discrete, continuous)
+    chosen = dataclasses.replace(config, discrete="cosine", continuous="flow").schedule()
+    assert (chosen.discrete, chosen.continuous) == ("all-at-once" if model == "cdm" else "cosine", "flow")
