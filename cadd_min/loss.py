@@ -68,6 +68,12 @@ def stratified_times(count: int, generator: Generator | None, device: torch.devi
     return 1 - (grid / count + shift) % 1
 
 
+def step_times(u: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Return the ends s < t, each of u's shape, of that of `steps` equal steps in which u on (0, 1] lies."""
+    number = (u * steps).ceil()  # from 1 to steps
+    return (number - 1) / steps, number / steps
+
+
 class Bound(NamedTuple):
     """The two parts of the bound, (B,) nats each: of the tokens, and of the latents."""
 
@@ -110,8 +116,7 @@ def nelbo_parts(
         ce, _, _ = errors_at(torch.full_like(t, T_MIN), *process)
         discrete = discrete + ce.sum(-1)
     else:  # one of the T steps
-        t = (u * steps).ceil() / steps
-        s = torch.where(t < 1.5 / steps, torch.zeros_like(t), t - 1 / steps)  # the last step ends at 0 exactly
+        s, t = step_times(u, steps)
         ce, z_hat, masked = errors_at(t, *process)
         keep = per_token(schedule.rho_keep(s, t), ce)
         kept = torch.where(keep > 0, keep * kl_continuous(z_0, z_hat, s, t, schedule), torch.zeros_like(ce))

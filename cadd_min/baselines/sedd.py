@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cadd_min.baselines.common import draw_tokens, features, logits_of, step_without_latents
 from cadd_min.kernels import philox
-from cadd_min.loss import T_MIN, Bound, check_steps, chunk_rows, stratified_times
+from cadd_min.loss import T_MIN, Bound, check_steps, chunk_rows, step_times, stratified_times
 from cadd_min.model import Model
 from cadd_min.objective import Batch, Loss, Objective
 from cadd_min.orders import Sampling, time_grid
@@ -133,8 +133,7 @@ def nelbo_parts(model: Model, x_0: Tensor, *, steps: int | None = None, generato
         discrete = (1 - T_MIN) * cost_at(zero, T_MIN + (1 - T_MIN) * u, rate)
         discrete = discrete + cost_at(zero, torch.full_like(u, T_MIN), step)
     else:
-        t = (u * steps).ceil() / steps
-        s = torch.where(t < 1.5 / steps, zero, t - 1 / steps)  # the last step ends at 0 exactly
+        s, t = step_times(u, steps)
         discrete = steps * cost_at(s, t, step)
     return Bound(discrete, torch.zeros_like(discrete))
 

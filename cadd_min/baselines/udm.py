@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cadd_min.baselines.common import features, logits_of, step_without_latents
 from cadd_min.kernels import philox
-from cadd_min.loss import T_MIN, Bound, check_steps, chunk_rows, stratified_times
+from cadd_min.loss import T_MIN, Bound, check_steps, chunk_rows, step_times, stratified_times
 from cadd_min.model import Model
 from cadd_min.objective import Batch, Loss, Objective
 from cadd_min.orders import Sampling, time_grid
@@ -225,8 +225,7 @@ def nelbo_parts(model: Model, x_0: Tensor, *, steps: int | None = None, generato
         total = (1 - T_MIN) * costs(model, x_0, t, t, rate, generator)[0]
         total = total + costs(model, x_0, zero, torch.full_like(u, T_MIN), step, generator)[0]
     else:
-        t = (u * steps).ceil() / steps
-        s = torch.where(t < 1.5 / steps, zero, t - 1 / steps)  # the last step ends at 0 exactly
+        s, t = step_times(u, steps)
         total = steps * costs(model, x_0, s, t, step, generator)[0]
     discrete = total.sum(-1)  # (B,)
     return Bound(discrete, torch.zeros_like(discrete))
