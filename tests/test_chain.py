@@ -15,11 +15,11 @@ from scipy import stats
 
 from cadd_min import ops, posterior
 from cadd_min.kernels import philox
-from cadd_min.orders import HITTING, TIME_GRIDS
+from cadd_min.orders import HITTING, ORDERS, TIME_GRIDS
 from cadd_min.reverse import ZHATS, nucleus, token_probs
 from cadd_min.sampler import Step
 from cadd_min.schedule import NoiseSchedule
-from tests.toys import ALPHA, MASK, chain, rng, toy
+from tests.toys import ALPHA, MASK, chain, nano, rng, toy
 
 X_0 = torch.tensor([[0, 1, 2, 1, 0, 2, 2], [2, 0, 0, 1, 1, 2, 0]])
 
@@ -73,6 +73,90 @@ def test_every_step_is_the_posterior_with_the_same_randomness(grid, continuous, 
         x, z = x_s[0], torch.stack(z_s)
         assert torch.equal(step.x, x) and (step.t, step.s) == pytest.approx((float(times[n]), float(times[n + 1])))
         torch.testing.assert_close(step.z, z, rtol=1e-5, atol=1e-5)
+
+
+PLANS = [{}, {"remask": 0.4}, {"block": 3}, {"block": 3, "remask": 0.4}, {"time_grid": HITTING}]
+PLANS += [{"order": order, "remask": remask} for order in ORDERS[1:] for remask in (0.0, 0.4)]
+
+
+@pytest.mark.parametrize("continuous", ["capped", "flow"])
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_latents_follow_their_tokens_under_every_plan(plan, continuous):
+    """Write out the latent of each position after each step: given what its token did, and the step's normals.
+
+    A position that is unmasked takes w[x_0]. One that stays masked moves by Prop. 2, at the times of its sequence. One
+    that is masked again is drawn from q(z_s | x_0). All others carry over.
+    """
+    schedule, table, seed = NoiseSchedule("linear", continuous), toy(), ops.draw_seed(rng(5))
+    seen, everywhere = [], torch.arange(28).view(2, 2, 7)
+    watch = lambda x, z, t: seen.append((x[:2].clone(), t[:2].double())) or knowing(X_0)(x, z, t)
+    prompt = torch.full_like(X_0, MASK)
+    prompt[0, 2:4] = X_0[0, 2:4]
+    _, steps, shown = recorded(
+        watch, (2, 7), table, schedule, steps=5, num_latents=2, zhat="soft", prompt=prompt, **plan
+    )  # fmt: skip
+    z, happened = shown[0].view(2, 2, 7, 4), set()
+    times = [t for _, t in seen]
+    for n, step in enumerate(steps):
+        s = times[n + 1] if plan.get("time_grid") == HITTING and n + 1 < len(times) else torch.full((2,), step.s)
+        eps = philox.normals(torch.stack([seed[0], torch.tensor(n + 1)]), everywhere, 4).double()
+        for b, i in itertools.product(range(2), range(7)):
+            was, now, w = int(seen[n][0][b, i]) == MASK, int(step.x[b, i]) == MASK, table[X_0[b, i]]
+            mean, variance = posterior.q_posterior_z(
+                z[:, b, i], w.expand(2, 4), s[b].expand(2), times[n][b].expand(2), schedule
+            )
+            kinds = {
+                (True, False): w.expand(2, 4),
+                (True, True): mean + variance.sqrt() * eps[:, b, i],
+                (False, True): schedule.signal(s[b]) * w + schedule.noise(s[b]) * eps[:, b, i],
+                (False, False): z[:, b, i],
+            }
+            happened.add((was, now))
+            if plan.get("time_grid") != HITTING or step.fresh[b].any():  # else the sequence is done
+                torch.testing.assert_close(step.z[:, b, i], kinds[was, now], rtol=1e-4, atol=1e-4)
+        z = step.z
+    assert ((False, True) in happened) == (plan.get("remask", 0) > 0) and len(happened) >= 3
+
+
+@pytest.mark.parametrize("remask", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("options", [{"block": 4}, {"order": "entropy"}, {"order": "margin", "block": 5}], ids=str)
+def test_an_order_leaves_the_schedules_number_of_masks(options, remask):
+    """Count the masks of each sequence after each step: round(free (1 - alpha_s)), of 12 or 9 free positions.
+
+    Where more tokens than that are masked again, nothing else stays masked.
+    """
+    schedule, net = NoiseSchedule("cosine"), nano("mdlm")
+    torch.nn.init.normal_(net.head.weight, std=0.3, generator=rng(0))
+    prompt = torch.full((2, 12), 11)
+    prompt[1, 3:6] = 4
+    steps = []
+    chain(net, (2, 12), net.table(), schedule, 11, steps=5, remask=remask, prompt=prompt, generator=rng(1),
+          callback=steps.append, **options)  # fmt: skip
+    before, again = prompt, 0
+    for step in steps:
+        left = 1 - schedule.alpha(torch.tensor(step.s, dtype=torch.float64))
+        remasked = ((before != 11) & (step.x == 11)).sum(1).tolist()
+        expected = [max(round(free * float(left)), count) for free, count in zip((12, 9), remasked)]
+        assert (step.x == 11).sum(1).tolist() == expected
+        before, again = step.x, again + sum(remasked)
+    assert (again > 0) == (remask > 0)
+
+
+@pytest.mark.parametrize("zhat", ZHATS)
+def test_the_belief_is_the_token_nearest_to_z0_hat(zhat):
+    """Write out the belief of each masked position at the step's temperature and top-p, for the first latent."""
+    schedule, table, seed, tau = NoiseSchedule(), toy(), ops.draw_seed(rng(5)), lambda t: 0.3 + t
+    given, calls = torch.randn(3, 6, 3, generator=rng(0), dtype=torch.float64), []
+    fixed = lambda x, z, t: calls.append(x.clone()) or given.repeat(len(x) // 3, 1, 1)
+    options = {"steps": 4, "zhat": zhat, "num_latents": 2, "temperature": tau, "top_p": 0.8}
+    _, steps, _ = recorded(fixed, (3, 6), table, schedule, **options)
+    for n, step in enumerate(steps):
+        p = nucleus((given / tau(step.t)).softmax(-1).flatten(0, 1), 0.8)
+        u = philox.hat_choice(torch.stack([seed[0], torch.tensor(n + 1)]), torch.arange(18))
+        drawn = (p.cumsum(-1) <= u[:, None]).sum(-1)
+        z_hat = {"hard": table[p.argmax(-1)], "soft": p @ table[:3], "sample": table[drawn]}[zhat]
+        nearest = torch.cdist(z_hat, table[:3]).argmin(-1).view(3, 6)
+        assert torch.equal(step.belief(), torch.where(calls[n][:3] == MASK, nearest, step.x))
 
 
 # ------------------------------------------------------------------------------------------------ independence
@@ -136,10 +220,14 @@ def test_the_tokens_of_z0_hat_are_independent_between_steps_and_latents():
     assert stats.binomtest(int(v.sum()), v.numel()).pvalue > ALPHA and independent(v) > ALPHA
 
 
-def test_when_a_token_comes_tells_nothing_of_the_token_nor_of_others():
-    """Check the step at which a position flips, and its token, at 3,000 positions of a masked model."""
+@pytest.mark.parametrize("plan", [{}, {"block": 1000}], ids=str)
+def test_when_a_token_comes_tells_nothing_of_the_token_nor_of_others(plan):
+    """Check the step at which a position flips, and its token, at 3,000 positions of a masked model.
+
+    Also where the chain chooses the positions in random order.
+    """
     fair = lambda x, z, t: torch.zeros(*x.shape, 3, dtype=torch.float64)
-    x, steps, _ = recorded(fair, (3, 1000), toy(dim=0), NoiseSchedule(), steps=4)
+    x, steps, _ = recorded(fair, (3, 1000), toy(dim=0), NoiseSchedule(), steps=4, **plan)
     when = sum(step.number * step.fresh.double() for step in steps)
     assert stats.chisquare(torch.bincount(when.long().flatten(), minlength=4).numpy()).pvalue > ALPHA
     assert stats.chisquare(torch.bincount(x.flatten(), minlength=3).numpy()).pvalue > ALPHA
