@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-slow test-oldest lint figures clean sanitize gpu-check
+.PHONY: train test test-slow test-oldest lint figures clean sanitize mutants gpu-check
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make test-slow   those that take longer: kill -9, many processes, fuzzing, trained comparisons"
 	@echo "make test-oldest   the fast tests on Python 3.10 with the oldest packages"
 	@echo "make figures   the figures of docs/, from the stored numbers there"
+	@echo "make mutants   change the code in thousands of small ways, and count what the tests catch (an hour)"
 	@echo "make sanitize   the C++ kernels' tests under ASan and UBSan"
 	@echo "make gpu-check PYTHON=python3   build for CUDA, test and measure on the GPU; installs nothing"
 
@@ -71,6 +72,12 @@ sanitize: $(VENV)/ready
 	CADD_BACKEND=cpp ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	../../$(BIN)/python -m pytest -m "not slow" tests/test_ops.py
+
+# mutmut writes its copies into the folder in which it runs. The kernels are not changed: they are tested against the code.
+mutants: $(VENV)/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check mutmut==3.8.1
+	rm -rf build/$@ && mkdir -p build/$@ && cp -r cadd_min csrc docs tests benchmarks *.py pyproject.toml README.md build/$@
+	cd build/$@ && OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE ../../$(BIN)/python tests/mutants.py
 
 # `make gpu-check CADD_CUDA=0` rehearses the same chain on the CPU, on small models.
 CADD_CUDA ?= 1

@@ -74,12 +74,11 @@ def test_presets_are_of_the_literatures_size():
 
 
 @pytest.mark.parametrize("size", [NANO, PATCHES])
-@pytest.mark.parametrize("model", ["cadd", "mdlm"])
-def test_overfits_one_batch(size, model):
+def test_overfits_one_batch(size):
     """Check that training on eight images of noise brings the CE far below log 17 = 2.83: only memory can do that."""
     x_0 = torch.randint(17, (8, 64), generator=rng(0))
     config = TrainConfig(steps=300, lr=5e-3, warmup=10, batch_size=8, wrong_hints=0, dtype="float32")
-    trainer = Trainer(images(size, model=model, latent_dim=2), lambda index: Batch(x_0), config)
+    trainer = Trainer(images(size, latent_dim=2), lambda index: Batch(x_0), config)
     first = trainer.train_step()["ce"]
     last = [trainer.train_step()["ce"] for _ in range(299)][-20:]
     assert first > 2.5 and sum(last) / 20 < 1.0
