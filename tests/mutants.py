@@ -5,14 +5,13 @@
 
 mutmut changes the files that pyproject.toml names, and runs the tests that reach the changed function. It leaves out
 every decorated function. Here it also changes those under `torch.no_grad()`: the chain, the bound, the evaluation.
-docs/mutants.md says of each change that no test catches why that is so.
+docs/mutants.md lists each change that no test catches, under a heading that says why.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from mutmut.mutation.diff_apply import get_diff_for_mutant
 from mutmut.mutation.file_mutation import MutationVisitor
 
 NO_GRAD = m.FunctionDef(decorators=[m.Decorator(m.Call(func=m.Attribute(m.Name("torch"), m.Name("no_grad"))))])
-MISSED = {0: "no test fails", 33: "no test reaches it", None: "not run"}  # by the exit code; other codes: caught
+MISSED = {0: "", 33: " (no test reaches it)", None: " (not run)"}  # by the exit code; all other codes: caught
 PAGE = Path("docs/mutants.md")
 
 
@@ -45,28 +44,38 @@ def changed_lines(name: str, path: Path) -> str:
     return f"{function}: `{old}` → `{new}`"
 
 
-def missed(meta: Path) -> Iterator[tuple[str, str]]:
-    """Yield each change of a file that no test caught, in one line, and why no test caught it."""
+def missed(meta: Path) -> Iterator[str]:
+    """Yield each change of a file that no test caught, in one line."""
     source = meta.relative_to("mutants").with_suffix("")
     for name, code in json.loads(meta.read_text())["exit_code_by_key"].items():
         if code in MISSED:
-            yield changed_lines(name, source), MISSED[code]
+            yield f"{source.relative_to('cadd_min')} {changed_lines(name, source)}{MISSED[code]}"
+
+
+def explanations() -> dict[str, str]:
+    """Read docs/mutants.md: the heading over each line that begins with a dash."""
+    heading, found = "", {}
+    for line in PAGE.read_text().splitlines() if PAGE.exists() else ():
+        if line.startswith("#"):
+            heading = line.strip("# ")
+        elif line.startswith("- "):
+            found[line[2:]] = heading
+    return found
 
 
 def report() -> int:
     """Print the score of each file, and every change that is neither caught nor explained. Returns their number."""
-    explained, unexplained = PAGE.read_text() if PAGE.exists() else "", []
-    print(f"{'file':32}{'changes':>8}{'caught':>8}{'score':>8}{'without equivalent changes':>30}")
+    explained, unexplained = explanations(), []
+    print(f"{'file':24}{'changes':>8}{'equivalent':>11}{'caught':>8}{'score':>8}")
     for meta in sorted(Path("mutants").rglob("*.meta")):
-        codes = Counter(json.loads(meta.read_text())["exit_code_by_key"].values())
-        if not codes:
+        total = len(json.loads(meta.read_text())["exit_code_by_key"])
+        if total == 0:
             continue
-        lines, total = list(missed(meta)), sum(codes.values())
-        same = sum(f"| {line} | equivalent" in explained for line, _ in lines)
-        caught = total - len(lines)
-        source = str(meta.relative_to("mutants/cadd_min").with_suffix(""))
-        print(f"{source:32}{total:8}{caught:8}{caught / total:8.1%}{caught / max(1, total - same):30.1%}")
-        unexplained += [f"{source} {line}: {why}" for line, why in lines if f"| {line} |" not in explained]
+        lines = list(missed(meta))
+        same = sum(explained.get(line, "").startswith("Equivalent") for line in lines)
+        caught, source = total - len(lines), str(meta.relative_to("mutants/cadd_min").with_suffix(""))
+        print(f"{source:24}{total:8}{same:11}{caught:8}{caught / max(1, total - same):8.1%}")
+        unexplained += [line for line in lines if line not in explained]
     print(*unexplained, f"{len(unexplained)} changes are neither caught nor explained in {PAGE}", sep="\n")
     return len(unexplained)
 
