@@ -35,7 +35,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 test: $(VENV)/ready
 	$(PYTEST) -m "not slow"
 	CADD_BACKEND=torch $(PYTEST) -m "not slow" tests/test_ops.py tests/test_sampler.py tests/test_orders.py \
-		tests/training/test_trainer.py \
+		tests/test_chain.py tests/training/test_step.py tests/training/test_trainer.py \
 		tests/scripts/test_cli.py::test_train_then_sample_by_changing_one_word
 
 test-slow: $(VENV)/ready
