@@ -76,7 +76,8 @@ sanitize: $(VENV)/ready
 # mutmut writes its copies into the folder in which it runs. The kernels are not changed: they are tested against the code.
 mutants: $(VENV)/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check mutmut==3.8.1
-	rm -rf build/$@ && mkdir -p build/$@ && cp -r cadd_min csrc docs tests benchmarks *.py pyproject.toml README.md build/$@
+	rm -rf build/$@ && mkdir -p build/$@
+	cp -r cadd_min csrc docs tests benchmarks *.py pyproject.toml README.md Makefile build/$@
 	cd build/$@ && OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE ../../$(BIN)/python tests/mutants.py
 
 # `make gpu-check CADD_CUDA=0` rehearses the same chain on the CPU, on small models.

@@ -69,7 +69,7 @@ def stratified_times(count: int, generator: Generator | None, device: torch.devi
 
 
 def step_times(u: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Return the ends s < t, each of u's shape, of that of `steps` equal steps in which u on (0, 1] lies."""
+    """Find the one of `steps` equal steps in which each u on (0, 1] lies. Returns its ends s < t, of u's shape."""
     number = (u * steps).ceil()  # from 1 to steps
     return (number - 1) / steps, number / steps
 

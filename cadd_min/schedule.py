@@ -113,9 +113,9 @@ class NoiseSchedule:
         return -self._alpha_prime(t) / (1 - self.alpha(t))
 
 
-def ratio(later: Tensor, earlier: Tensor) -> Tensor:
-    """Divide a curve's values at a later time by those at an earlier time, elementwise. 0 / 0 is 1: nothing changes."""
-    return torch.where(earlier > 0, later, 1) / torch.where(earlier > 0, earlier, 1)
+def ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """Divide a curve's values at two times, 0 <= part <= whole, elementwise. 0 / 0 is 1: the curve has not moved."""
+    return torch.where(whole > 0, part, 1) / torch.where(whole > 0, whole, 1)
 
 
 def per_token(value: Tensor, like: Tensor) -> Tensor:

@@ -10,14 +10,12 @@ from torch.nn import functional as F
 from cadd_min.dit import DiT, PatchDiT, PatchSize, Size, check_size
 from cadd_min.unet import UNet, UNetSize
 from cadd_min.utils.errors import InputError
-from tests.toys import rng
+from tests.toys import randomized, rng
 
 
 def scrambled(net: torch.nn.Module, std: float = 0.3) -> dict[str, torch.Tensor]:
-    """Make all weights random, and return them by name: new gates and new last layers are zero."""
-    for i, weight in enumerate(net.parameters()):
-        torch.nn.init.normal_(weight, std=std, generator=rng(i))
-    return dict(net.eval().named_parameters())
+    """Make all weights random, and return them by name."""
+    return dict(randomized(net, std).eval().named_parameters())
 
 
 def linear(w: dict, name: str, x: torch.Tensor) -> torch.Tensor:

@@ -8,19 +8,13 @@ import torch
 
 from cadd_min.dit import PatchSize
 from cadd_min.latent import evidence_norm, ordered_rows
-from cadd_min.model import LARGEST, MODELS, Denoiser, Guided, ModelConfig
+from cadd_min.model import LARGEST, MODELS, Guided, ModelConfig
 from cadd_min.unet import UNetSize
 from cadd_min.utils.errors import InputError
-from tests.toys import NANO, images, nano, rng
+from tests.toys import NANO, images, nano, randomized, rng
 
 PATCHES = PatchSize(1, 8, 2, embed=6, patch=2, cond=8)
 UNET = UNetSize(embed=4, channels=4, mults=(1,), blocks=1, attention=(), cond=8)
-
-
-def lively(net: Denoiser) -> Denoiser:
-    for i, weight in enumerate(net.parameters()):
-        torch.nn.init.normal_(weight, std=0.3, generator=rng(i))
-    return net
 
 
 @torch.no_grad()
@@ -28,7 +22,7 @@ def lively(net: Denoiser) -> Denoiser:
 @pytest.mark.parametrize("options", [{}, {"latent_dim": 5}, {"bayes_head": True, "head_bias": True}], ids=str)
 def test_logits_are_made_of_the_parts(model, options):
     """Write out the logits: the fused input times the root of the width, backbone, head, Bayes' term, and bias."""
-    net = lively(nano(model, **options))
+    net = randomized(nano(model, **options), 0.3)
     x, t = torch.randint(12, (2, 12), generator=rng(0)), torch.tensor([0.3, 0.9])
     z, w = torch.randn(2, 12, net.latent.dim, generator=rng(1)), net.table()
     masked = x == 11
@@ -77,7 +71,7 @@ def test_a_model_of_images_starts_with_a_scale():
 @torch.no_grad()
 def test_guidance_is_the_line_through_two_predictions():
     """Check logits = any + guidance (given - any) for two latents of two sequences, at all and at some positions."""
-    net, labels = lively(images(PATCHES, (4, 4, 1), classes=3)), torch.tensor([0, 2])
+    net, labels = randomized(images(PATCHES, (4, 4, 1), classes=3), 0.3), torch.tensor([0, 2])
     x, t = torch.randint(18, (4, 16), generator=rng(0)), torch.tensor([0.3, 0.9, 0.3, 0.9])
     z, rows = torch.randn(4, 16, 6, generator=rng(1)), torch.tensor([1, 40])
     given, anything = net(x, z, t, torch.tensor([0, 2, 0, 2])), net(x, z, t)
@@ -138,9 +132,9 @@ def test_settings_at_the_ends_of_their_ranges_are_settings():
         {"latent_dim": 1, "bayes_head": True},
         {"latent_table": "free", "latent_dim": 32},
     ):
-        ModelConfig(**TEXT | options)
+        assert ModelConfig(**TEXT | options).image is None
     for options in ({"classes": 1}, {"latent_dim": 2, "bayes_head": True}, {"image": (1, 16, 1)}, {"size": PATCHES}):
-        ModelConfig(**PICTURE | options)
+        assert ModelConfig(**PICTURE | options).image
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from cadd_min.baselines.dispatch import draw
 from cadd_min.orders import HITTING, ORDERS, SCORES, Sampling, first_in_order, hitting_times, remask_flip, remask_rate
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.utils.errors import InputError
-from tests.toys import ALPHA, LAW, MASK, chain, nano, oracle, rng, toy
+from tests.toys import ALPHA, LAW, MASK, chain, nano, oracle, randomized, rng, toy
 
 MODES = [{"order": order} for order in ORDERS[1:]]
 MODES += [{"block": 4}, {"block": 5, "order": "entropy"}, {"remask": 0.3}, {"remask": 0.2, "order": "confidence"}]
@@ -59,9 +59,7 @@ def test_the_surest_come_first(order, decoding):
     would be from left to right.
     """
     calls = []
-    net = nano("mdlm")
-    for i, weight in enumerate(net.parameters()):  # an untrained network is equally sure of all positions
-        torch.nn.init.normal_(weight, std=0.15, generator=rng(i))
+    net = randomized(nano("mdlm"), 0.15)  # an untrained network is equally sure of all positions
 
     def denoise(x, z, t):
         calls.append((x.clone(), net(x, z, t)))

@@ -20,21 +20,13 @@ from cadd_min.posterior import q_posterior_sample
 from cadd_min.reverse import token_probs
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.training.trainer import TrainConfig, Trainer
-from tests.toys import batch, nano, rng
-
-
-def lively(model: str):
-    """Make a network with random weights everywhere: the head of a new network is zero."""
-    net = nano(model)
-    for i, weight in enumerate(net.parameters()):
-        torch.nn.init.normal_(weight, std=0.1, generator=rng(i))
-    return net
+from tests.toys import batch, nano, randomized, rng
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_callback_sees_every_step(model):
     """Check a step's number, times, tokens, latents, what is fresh, and the belief, from a prompt with two tokens."""
-    net, steps, prompt = lively(model), [], torch.full((3, 12), 11)
+    net, steps, prompt = randomized(nano(model), 0.1), [], torch.full((3, 12), 11)
     prompt[:, 4:6] = torch.tensor([7, 2])
     settings = Sampling(steps=5, num_latents=1 if model in dispatch.MODULES else 2, temperature=2.0)
     x = dispatch.draw(net, 3, settings, prompt=prompt, generator=rng(0), callback=steps.append)
@@ -62,7 +54,7 @@ def test_a_callback_sees_every_step(model):
 
 def test_ar_draws_each_token_by_the_words_of_its_place():
     """Compare a sample with one that is made token by token: inverse CDF at the place's uniform, at the time's tau."""
-    net, seed, tau = lively("ar"), ops.draw_seed(rng(3)), lambda t: 0.5 + t
+    net, seed, tau = randomized(nano("ar"), 0.1), ops.draw_seed(rng(3)), lambda t: 0.5 + t
     x = dispatch.draw(net, 3, Sampling(temperature=tau, top_p=0.9), generator=rng(3))
     expected = torch.zeros(3, 0, dtype=torch.int64)
     for i in range(12):
@@ -122,7 +114,7 @@ def test_defaults_are_those_of_the_documentation():
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_number_of_steps_is_that_of_the_chain(model):
-    net, by_token = lively(model), 12
+    net, by_token = randomized(nano(model), 0.1), 12
     assert dispatch.steps_of(net, Sampling(steps=7)) == (by_token if model == "ar" else 7)
     assert dispatch.steps_of(net, Sampling(steps=7, time_grid=HITTING)) == by_token
 
@@ -137,7 +129,7 @@ def test_a_trainer_counts_its_weights_and_measures_its_table():
 @pytest.mark.parametrize("model", MODELS)
 def test_a_bound_is_that_of_its_model_and_steps(model, steps):
     """Compare with the model's own bound for the same noise. Power: one step more costs another bound."""
-    net, data = lively(model), batch(3)
+    net, data = randomized(nano(model), 0.1), batch(3)
     chain = (data.x_0,) if model in dispatch.MODULES else (data.x_0, net.table(), net.schedule, net.mask_id)
     own = dispatch.MODULES[model].nelbo_parts if model in dispatch.MODULES else nelbo_parts
     expected = own(net, *chain, steps=steps, generator=rng(4))

@@ -67,7 +67,7 @@ def test_unknown_names_are_listed():
 
 def test_a_ratio_of_zeros_is_one():
     """Check that a curve that is 0 at both times has the ratio 1, without NaN in the gradient."""
-    later, earlier = torch.tensor([1.0, 0.0, 0.0, 0.3], requires_grad=True), torch.tensor([2.0, 0.5, 0.0, 0.3])
-    assert ratio(later, earlier).tolist() == [0.5, 0.0, 1.0, 1.0]
-    ratio(later, earlier).sum().backward()
-    assert torch.isfinite(later.grad).all()
+    part, whole = torch.tensor([1.0, 0.0, 0.0, 0.3], requires_grad=True), torch.tensor([2.0, 0.5, 0.0, 0.3])
+    assert ratio(part, whole).tolist() == [0.5, 0.0, 1.0, 1.0]
+    ratio(part, whole).sum().backward()
+    assert torch.isfinite(part.grad).all()

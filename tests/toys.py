@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ def rng(seed: int) -> torch.Generator:
 
 # ------------------------------------------------------------------------------------------------ models and runs
 
+Net = TypeVar("Net", bound=torch.nn.Module)
+
 
 def nano(model: str = "cadd", vocab_size: int = 11, length: int = 12, seed: int = 0, **options: Any) -> Denoiser:
     """Make an untrained model of text."""
@@ -48,6 +50,16 @@ def images(size, shape=(8, 8, 1), levels=17, classes=0, seed=0, **options) -> De
     torch.manual_seed(seed)
     length = shape[0] * shape[1] * shape[2]
     return Denoiser(ModelConfig(levels, length, size, shape, classes, latent_table="ordered", **options))
+
+
+def randomized(net: Net, std: float, **stds: float) -> Net:
+    """Draw all weights from N(0, std^2), or the part that a keyword names with its own std. Returns the network.
+
+    A new network is an identity under a head of zeros, and tests nothing.
+    """
+    for i, (name, weight) in enumerate(net.named_parameters()):
+        torch.nn.init.normal_(weight, std=stds.get(name.split(".")[0], std), generator=rng(i))
+    return net
 
 
 def save_untrained(path: Path, config: ModelConfig, spec: dict[str, object], **settings: object) -> Path:

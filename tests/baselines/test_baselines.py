@@ -16,7 +16,7 @@ from cadd_min.sampler import first_tokens
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.utils.errors import InputError
 from tests.test_dit import first_attention
-from tests.toys import ALPHA, JOINT, NANO, nano, pairs, rng
+from tests.toys import ALPHA, JOINT, NANO, nano, pairs, randomized, rng
 
 MODULES = {"ar": ar, "udm": udm, "sedd": sedd}
 SCHEDULES = [NoiseSchedule("linear"), NoiseSchedule("cosine")]
@@ -87,14 +87,6 @@ def p_value(x: torch.Tensor, joint: torch.Tensor = JOINT) -> float:
     """Compute the p-value of the chi-square test of pairs of tokens (N, 2) against a joint law (3, 3)."""
     counts = torch.bincount(3 * x[:, 0] + x[:, 1], minlength=9)
     return float(stats.chisquare(counts.numpy(), (joint.flatten() * len(x)).numpy()).pvalue)
-
-
-def scrambled(model: str, **options):
-    """Make a small network with random weights everywhere: an untrained network is an identity, and tests nothing."""
-    net = nano(model, **options)
-    for i, parameter in enumerate(net.parameters()):
-        torch.nn.init.normal_(parameter, std=0.2, generator=rng(i))
-    return net
 
 
 # ------------------------------------------------------------------------------------------------ uniform states
@@ -387,7 +379,7 @@ def test_prompts_stay_seeds_repeat_and_no_mask_is_left(name):
 
     No mask may be left, and no drawn token may lie outside of the vocabulary.
     """
-    net, module = scrambled(name), MODULES[name]
+    net, module = randomized(nano(name), 0.2), MODULES[name]
     prompt = torch.randint(11, (3, 12), generator=rng(0))
     free = torch.rand(3, 12, generator=rng(1)) < 0.6
     prompt[free] = net.mask_id
@@ -424,7 +416,7 @@ def test_ar_is_causal():
     changed[:, 5] = (x[:, 5] + 1) % 11
 
     def affected(name: str) -> torch.Tensor:
-        net = scrambled(name)
+        net = randomized(nano(name), 0.2)
         inputs = (ar.shifted(tokens, net.mask_id) for tokens in (x, changed))
         before, after = (common.features(net, shifted, torch.zeros(2)) @ net.head_matrix().T for shifted in inputs)
         return (before != after).any(-1).any(0)  # (L,)

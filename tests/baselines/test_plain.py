@@ -11,17 +11,14 @@ from cadd_min.kernels import philox
 from cadd_min.loss import stratified_times
 from cadd_min.objective import Batch, Objective
 from cadd_min.orders import Sampling
-from tests.toys import batch, nano, rng
+from tests.toys import batch, nano, randomized, rng
 
 V, LOWEST = 11, 1e-4
 X_0 = batch(2).x_0[:4]
 
 
 def lively(model: str):
-    net = nano(model).double()
-    for i, weight in enumerate(net.parameters()):
-        torch.nn.init.normal_(weight, std=0.08 if model == "sedd" else 0.15, generator=rng(i))
-    return net
+    return randomized(nano(model), 0.08 if model == "sedd" else 0.15).double()
 
 
 def logits_of(net, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from cadd_min.loss import nelbo_parts, stratified_times
 from cadd_min.objective import Batch
 from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.utils.device import seeded
-from tests.toys import images, nano, rng
+from tests.toys import images, nano, randomized, rng
 from tests.training.plain import plain_loss, plain_steps
 
 COMMON = {"batch_size": 5, "steps": 8, "warmup": 1, "lr": 3e-3, "dtype": "float32"}
@@ -54,9 +54,7 @@ def network(model: str, data: str) -> torch.nn.Module:
         net = images(PatchSize(2, 16, 2, embed=8, patch=2, cond=16), (4, 4, 1), classes=3)
     else:
         net = nano(model, bayes_head=data == "bayes", head_bias=data == "bayes")
-    for i, (name, weight) in enumerate(net.named_parameters()):
-        torch.nn.init.normal_(weight, std=1.0 if name == "embedding.weight" else 0.2, generator=rng(i))
-    return net.double()
+    return randomized(net, 0.2, embedding=1.0).double()
 
 
 def both(model: str, data: str, settings: dict, steps: int = 3) -> list[tuple[dict, dict, list]]:
