@@ -159,7 +159,7 @@ class DiT(nn.Module):
 class PatchDiT(nn.Module):
     """The transformer for images: inputs (B, H W C, embed) to features of the same shape, patch by patch."""
 
-    def __init__(self, size: PatchSize, shape: tuple[int, ...], classes: int = 0):
+    def __init__(self, size: PatchSize, shape: tuple[int, ...], classes: int):
         super().__init__()
         height, width, colours = shape
         if height % size.patch or width % size.patch:

@@ -74,7 +74,7 @@ def q_step(
 
 
 def _check(x: Tensor, z: Tensor, t: Tensor) -> None:
-    if x.dim() != 2 or z.dim() != 3 or z.shape[:2] != x.shape or t.shape != x.shape[:1]:
+    if z.dim() != 3 or z.shape[:2] != x.shape or t.shape != x.shape[:1]:
         raise InputError(
             f"x must be (B, L), z (B, L, D) and t (B,) with the same B and L, "
             f"not {tuple(x.shape)}, {tuple(z.shape)} and {tuple(t.shape)}"

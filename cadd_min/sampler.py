@@ -164,6 +164,7 @@ def believed(
     p = token_probs(logits, mask_id, decoding.temperature, decoding.top_p)
     tokens = p.argmax(-1)
     if table.shape[1]:
+        table = table.to(torch.promote_types(table.dtype, torch.float32))  # torch has no cdist in half precision
         z_hat = estimate_z_0(p.to(table.dtype), table, decoding.zhat, u)[0]
         tokens = torch.cdist(z_hat, table[: p.shape[-1]]).argmin(-1)
     return x.flatten().index_copy(0, rows, tokens).view_as(x)

@@ -85,20 +85,20 @@ def test_the_transformer_is_the_plain_one(classes, causal):
 
 @torch.no_grad()
 def test_the_patch_transformer_is_the_plain_one():
-    """Cut 4 x 6 images of two colours into patches of 2 x 2 by hand, from left to right and from top to bottom."""
-    size = PatchSize(layers=1, width=12, heads=2, embed=5, patch=2, cond=16)
-    net = PatchDiT(size, (4, 6, 2), classes=3)
+    """Cut 6 x 9 images of two colours into patches of 3 x 3 by hand, from left to right and from top to bottom."""
+    size = PatchSize(layers=1, width=12, heads=2, embed=5, patch=3, cond=16)
+    net = PatchDiT(size, (6, 9, 2), classes=3)
     w, t, label = scrambled(net), torch.tensor([0.2, 0.9]), torch.tensor([1, 3])
-    x = torch.randn(2, 48, 5, generator=rng(0))
-    pixels = x.view(2, 4, 6, 10)
-    corners = list(itertools.product(range(0, 4, 2), range(0, 6, 2)))
-    patches = torch.stack([pixels[:, i : i + 2, j : j + 2].flatten(1) for i, j in corners], 1)
+    x = torch.randn(2, 108, 5, generator=rng(0))
+    pixels = x.view(2, 6, 9, 10)
+    corners = list(itertools.product(range(0, 6, 3), range(0, 9, 3)))
+    patches = torch.stack([pixels[:, i : i + 3, j : j + 3].flatten(1) for i, j in corners], 1)
     h = linear(w, "enter", patches) + w["position"]
     h = linear(w, "leave", plain_dit(w, "transformer.", size, h, t, label))
     expected = torch.empty_like(pixels)
     for n, (i, j) in enumerate(corners):
-        expected[:, i : i + 2, j : j + 2] = h[:, n].view(2, 2, 2, 10)
-    torch.testing.assert_close(net(x, t, label), expected.view(2, 48, 5), rtol=1e-3, atol=1e-3)
+        expected[:, i : i + 3, j : j + 3] = h[:, n].view(2, 3, 3, 10)
+    torch.testing.assert_close(net(x, t, label), expected.view(2, 108, 5), rtol=1e-3, atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------ the U-Net

@@ -77,7 +77,7 @@ def test_guidance_is_the_line_through_two_predictions():
     given, anything = net(x, z, t, torch.tensor([0, 2, 0, 2])), net(x, z, t)
     assert not torch.allclose(given, anything)
     torch.testing.assert_close(net(x, z, t, torch.full((4,), 3)), anything)  # the label `classes` means any class
-    for guidance in (0.0, 0.5, 1.0, 3.0):
+    for guidance in (0.0, 0.5, 1.0, 2.0):
         guided, expected = Guided(net, labels, guidance), anything + guidance * (given - anything)
         torch.testing.assert_close(guided(x, z, t), expected)
         torch.testing.assert_close(guided.logits_at(x, z, t, rows), expected.flatten(0, 1)[rows])

@@ -125,6 +125,7 @@ def test_remasking_keeps_the_masked_share(discrete):
     s[0] = 0
     for most in (0.0, 0.1, 1.0):
         sigma = remask_rate(most, s, t, schedule)
+        torch.testing.assert_close(sigma[:-1], ((1 - schedule.alpha(s)) / schedule.alpha(t))[:-1].clamp(max=most))
         flip = remask_flip(sigma, s, t, schedule)
         torch.testing.assert_close(
             schedule.alpha(t) * (1 - sigma) + (1 - schedule.alpha(t)) * flip, schedule.alpha(s), atol=1e-12, rtol=0

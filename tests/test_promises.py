@@ -4,12 +4,15 @@ import inspect
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from cadd_min import ops
 from cadd_min.baselines import dispatch, sedd, udm
 from cadd_min.data.batches import EpochShuffle, ImageBatches, PairBatches, TextBatches
+from cadd_min.data.pixels import Pixels
+from cadd_min.dit import PatchSize
 from cadd_min.forward import q_sample, q_step
 from cadd_min.kernels import philox
 from cadd_min.loss import nelbo_parts, stratified_times
@@ -17,10 +20,16 @@ from cadd_min.model import MODELS
 from cadd_min.objective import with_wrong_hints
 from cadd_min.orders import HITTING, Sampling, cosine_temperature
 from cadd_min.posterior import q_posterior_sample
-from cadd_min.reverse import token_probs
+from cadd_min.reverse import ZHATS, reverse_rows, token_probs
+from cadd_min.sampler import reverse_chain, sample
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.training.trainer import TrainConfig, Trainer
+from cadd_min.unet import UNetSize
+from cadd_min.utils.errors import InputError
 from tests.toys import batch, nano, randomized, rng
+
+PATCHES = PatchSize(1, 8, 2, embed=6, patch=2, cond=8)
+UNET = UNetSize(embed=4, channels=4, mults=(1,), blocks=1, attention=(), cond=8)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -104,12 +113,81 @@ def test_what_is_drawn_depends_on_the_generator_alone(name):
 
 
 def test_defaults_are_those_of_the_documentation():
-    for batches in (TextBatches, PairBatches, ImageBatches):
-        assert inspect.signature(batches).parameters["seed"].default == 0
+    stream, images = np.arange(96), np.arange(96, dtype=np.uint8).reshape(16, 2, 3, 1)
+    makers = [
+        lambda **seed: TextBatches(stream, 6, 4, **seed),
+        lambda **seed: PairBatches(stream.reshape(16, 6), np.zeros(16, int), 4, **seed),
+        lambda **seed: ImageBatches(images, None, Pixels((2, 3, 1)), 4, **seed),
+    ]
+    for make in makers:
+        first, chosen, other = (make(**seed)(0).x_0 for seed in ({}, {"seed": 0}, {"seed": 1}))
+        assert torch.equal(first, chosen) and not torch.equal(first, other)
     assert inspect.signature(ImageBatches).parameters["flip"].default is False
     assert EpochShuffle(9, 0)(3)[1] == 0  # no shift
+    for size in (PATCHES, UNET):
+        assert len(list(size.build((4, 4, 1)).parameters())) == len(list(size.build((4, 4, 1), 0).parameters()))
     tau = cosine_temperature()  # the paper's
     assert (tau(1.0), tau(0.0)) == (pytest.approx(2.5), pytest.approx(1.0))
+
+
+def test_sample_is_the_chain_with_these_settings():
+    """Compare with `reverse_chain` for other settings and for the defaults: hard, one latent, temperature 1."""
+    net = randomized(nano(), 0.1)
+    chain = (net, (3, 12), net.table(), net.schedule, 11)
+    for given in ({}, {"zhat": "soft", "num_latents": 3, "temperature": 0.3}):
+        settings = Sampling(6, **{"zhat": "hard", "num_latents": 1} | given)
+        expected = reverse_chain(*chain, settings, generator=rng(0))
+        assert torch.equal(sample(*chain, steps=6, **given, generator=rng(0)), expected)
+    other = reverse_chain(*chain, Sampling(6, num_latents=2), generator=rng(0))
+    assert not torch.equal(sample(*chain, steps=6, generator=rng(0)), other)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_one_free_place_is_filled_and_none_is_no_work(model):
+    net, prompt = randomized(nano(model), 0.1), torch.randint(11, (1, 12), generator=rng(0))
+    assert torch.equal(dispatch.draw(net, 1, Sampling(steps=4), prompt=prompt, generator=rng(1)), prompt)
+    gap = prompt.index_fill(1, torch.tensor([7]), 11)
+    x = dispatch.draw(net, 1, Sampling(steps=4), prompt=gap, generator=rng(1))
+    assert torch.equal(x == gap, gap != 11) and x[0, 7] < 11
+
+
+def test_a_step_per_token_is_refused_before_any_work():
+    for net in (nano("cdm"), nano("sedd", discrete="all-at-once")):
+        with pytest.raises(InputError, match="is not for cdm"):
+            dispatch.check(net, Sampling(time_grid=HITTING))
+
+
+def test_a_mask_without_a_row_in_the_table():
+    """Check that the last token has its own latent where the mask has no row, and the mask's own where it has."""
+    p = torch.eye(4)  # sure of a token at each of four places
+    u = (torch.tensor([0.0, 0.9, 0.0, 0.0]), torch.full((4,), 0.5), torch.full((1, 4), 0.5))
+    z = torch.zeros(1, 4, 3)
+    for rows in (4, 5):
+        table = torch.randn(rows, 3, generator=rng(0))
+        x, z_s = reverse_rows(p, z, table, torch.tensor([0.5, 1.0, 0.0, 0.0]), 4, "hard", u, z)
+        assert x.tolist() == [0, 4, 2, 3] and torch.equal(z_s[0], table[:4])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_latents_keep_the_dtype_of_the_table(dtype):
+    """Check a chain and a bound with latents of each dtype, and logits of another."""
+    table, logits = torch.randn(6, 3, generator=rng(0)).to(dtype), torch.randn(2, 7, 5, generator=rng(1))
+    shown, steps, schedule = [], [], NoiseSchedule()
+
+    def denoiser(x, z, t):
+        shown.extend([z, t])
+        return logits.repeat(len(x) // 2, 1, 1)
+
+    for zhat in ZHATS:
+        settings = Sampling(4, zhat, 2, remask=0.3)
+        reverse_chain(denoiser, (2, 7), table, schedule, 5, settings, generator=rng(2), callback=steps.append)
+    assert all((step.belief() <= 5).all() and step.z.dtype == dtype for step in steps)
+    x_0 = torch.randint(5, (2, 7), generator=rng(3))
+    bound = nelbo_parts(denoiser, x_0, table, schedule, 5, generator=rng(4))
+    assert bound.discrete.dtype == dtype and {part.dtype for part in shown} == {dtype}
+    t, z = torch.full((2,), 0.7), table[x_0]
+    _, z_s = q_posterior_sample(torch.full_like(x_0, 5), z, x_0, z, t / 2, t, schedule, 5, generator=rng(5))
+    assert z_s.dtype == dtype and q_sample(x_0, z, t, schedule, 5, generator=rng(5))[1].dtype == dtype
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -135,6 +135,15 @@ def test_evaluation_is_of_the_averages_without_wrong_hints(data):
     })  # fmt: skip
 
 
+def test_where_nothing_is_masked_the_error_is_zero():
+    """Evaluate one free token, which half of the seeds leave unmasked: a mean over nothing is 0."""
+    one, errors = Batch(tokens(1)[:1], free=torch.arange(12)[None] == 4), []
+    for seed in range(8):
+        fit = Trainer(network("cadd", "text"), lambda index: one, TrainConfig(**COMMON, seed=seed))
+        errors.append(fit.evaluate([one])["val_ce"])
+    assert 0 < errors.count(0.0) < 8 and min(errors) == 0
+
+
 def test_every_setting_is_among_the_cases():
     named = {name for _, _, settings in CASES for name in settings}
     assert named | {"dtype", "compile", "shard"} == {field.name for field in dataclasses.fields(TrainConfig)}
