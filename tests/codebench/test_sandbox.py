@@ -1,6 +1,7 @@
 """Hostile programs in the sandbox. Each is harmless without it: bounded, and aimed only at objects of the test."""
 
 import contextlib
+import dataclasses
 import os
 import socket
 import subprocess
@@ -22,15 +23,27 @@ MARK = f"/{uuid.uuid4().hex}"  # in the environment of every contained process: 
 
 
 @pytest.fixture(scope="module")
-def run():
+def runs():
+    """Open a sandbox of two seconds, for programs that do not end by themselves, and a sandbox of five minutes."""
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         patch.setitem(sandbox.ENVIRONMENT, "PATH", MARK)
         try:
-            yield stack.enter_context(sandbox.opened(LIMITS))
+            patient = dataclasses.replace(LIMITS, seconds=300)
+            yield [stack.enter_context(sandbox.opened(limits)) for limits in (LIMITS, patient)]
         except InputError as refused:  # skip where this machine lacks a wall; a leaking wall fails the tests
             if "cannot be contained on this machine" not in str(refused):
                 raise
             pytest.skip(str(refused))
+
+
+@pytest.fixture
+def run(runs):
+    return runs[0]
+
+
+@pytest.fixture
+def patient(runs):
+    return runs[1]
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +73,14 @@ def left_over() -> list[str]:
 
 
 HOSTILE = {
-    "fork bomb": "for _ in range(200):\n    if not os.fork():\n        time.sleep(20)\n        os._exit(0)",
-    "doubling fork bomb": "for _ in range(7):\n    with suppress(OSError):\n        os.fork()\ntime.sleep(20)",
-    "threads": "for _ in range(200):\n    threading.Thread(target=time.sleep, args=(20,), daemon=True).start()",
-    "endless loop": "end = time.time() + 60\nwhile time.time() < end: pass",
-    "sleep": "time.sleep(60)",
-    "deaf to signals": "for s in set(range(1, 65)) - {9, 19, 32, 33}: signal.signal(s, signal.SIG_IGN)\ntime.sleep(60)",
-    "leaves its session": "if not os.fork():\n    os.setsid()\n    if not os.fork(): time.sleep(60)\nos._exit(0)",
-    "endless output": "end = time.time() + 60\nwhile time.time() < end: [os.write(n, bytes(65536)) for n in (1, 2)]",
+    "fork bomb": "for _ in range(200):\n    if not os.fork():\n        time.sleep(600)\n        os._exit(0)",
+    "doubling fork bomb": "for _ in range(7):\n    with suppress(OSError):\n        os.fork()\ntime.sleep(600)",
+    "threads": "for _ in range(200):\n    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()",
+    "endless loop": "end = time.time() + 600\nwhile time.time() < end: pass",
+    "sleep": "time.sleep(600)",
+    "deaf to signals": "for s in {*range(1, 65)} - {9, 19, 32, 33}: signal.signal(s, signal.SIG_IGN)\ntime.sleep(600)",
+    "leaves its session": "if not os.fork():\n    os.setsid()\n    if not os.fork(): time.sleep(600)\nos._exit(0)",
+    "endless output": "end = time.time() + 600\nwhile time.time() < end: [os.write(n, bytes(65536)) for n in (1, 2)]",
     "endless output everywhere": "os.dup2(3, 1)\nfor _ in range(10**4): os.write(1, b'x' * 65536)",
     "huge allocation": "bytearray(1 << 30)",
     "growing list": "found = []\nfor _ in range(200): found.append(bytearray(b'x' * (10 << 20)))",
@@ -75,7 +88,7 @@ HOSTILE = {
     "families that grow": "for _ in range(3): os.fork()\nfound = [bytearray(b'x' * (10 << 20)) for _ in range(50)]",
     "memory without addresses": "for _ in range(9): os.write(os.memfd_create('m'), bytes(1 << 20))",
     "memory of all": "if ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) < 0: raise OSError('no')",
-    "deep recursion": "sys.setrecursionlimit(10**6)\ndef f(n): return n and f(n - 1) + 1\nf(10**6 - 9)\ntime.sleep(60)",
+    "deep recursion": "sys.setrecursionlimit(10**6)\ndef f(n): return n and f(n - 1) + 1\nf(10**6-9)\ntime.sleep(600)",
     "huge file": "with open('f', 'wb') as f:\n    for _ in range(64): f.write(bytes(1 << 20))",
     "hole of a file": "os.truncate(os.open('f', os.O_CREAT | os.O_RDWR), 1 << 30)",
     "many files": "for i in range(10**4): open(f'f{i}', 'w').close()",
@@ -95,7 +108,7 @@ HOSTILE = {
     "terminates its parent": "os.kill(os.getppid(), 15)",
     "kills its group": "os.kill(0, 9)",
     "kills another process": "os.kill(PID, 9)",
-    "stops itself": "os.kill(os.getpid(), 19)\ntime.sleep(60)",
+    "stops itself": "os.kill(os.getpid(), 19)\ntime.sleep(600)",
     "reads standard input": "input()",
     "opens a connection": "socket.create_connection(('127.0.0.1', PORT), timeout=5)",
     "asks the network": "socket.create_connection(('192.0.2.1', 80), timeout=5)",
@@ -121,7 +134,7 @@ for _ in range(9):
     "closes the channel": "os.closerange(0, 64)",
     "replaces the channel": "os.dup2(os.open('f', os.O_CREAT | os.O_RDWR), 3)",
     "leaves it to a child": "if os.fork(): os._exit(0)",
-    "lets a child speak": "if os.fork(): time.sleep(60)\ndef f(x): return x + 1",
+    "lets a child speak": "if os.fork(): time.sleep(600)\ndef f(x): return x + 1",
     "breaks the builtins": "import builtins\nbuiltins.compile = lambda *a, **k: (lambda: 0).__code__",
     "breaks the system": "os.write = os.read = lambda *a: b''\nos._exit = os.getpid = lambda *a: None",
     "breaks the exceptions": "import builtins\nbuiltins.BaseException = builtins.AssertionError = KeyError",
@@ -141,7 +154,9 @@ IMPORTS = (
 
 @pytest.mark.parametrize("name", [*HOSTILE, *FORGING])
 def test_hostile_programs_are_contained_and_fail(name, run, names, monkeypatch):
-    """Check that each program fails in seconds, leaves no process, and reaches none of its targets.
+    """Check that each program ends, leaves no process, and reaches none of its targets.
+
+    Programs that do not end by themselves run for ten minutes. A tenth of it means that the limit is not held.
 
     A right solution follows the hostile code, so only the hostile code can fail. Forging programs must fail without it.
     """
@@ -151,13 +166,13 @@ def test_hostile_programs_are_contained_and_fail(name, run, names, monkeypatch):
     start = time.monotonic()
     outcome = run(f"{IMPORTS}{constants}{(HOSTILE | FORGING)[name]}{right}", "assert f(1) == 2")
     assert outcome.status in ("wrong", "error", "timeout", "killed"), outcome
-    assert time.monotonic() - start < LIMITS.seconds + 6
+    assert time.monotonic() - start < 60
     assert left_over() == []
     assert Path(names["file"]).read_text() == "untouched" and os.listdir(names["folder"]) == ["file"]
     os.kill(names["pid"], 0)
 
 
-def test_what_went_wrong_is_told(run):
+def test_what_went_wrong_is_told(run, patient):
     cases = {
         "def f(x): return x + 1": ("passed", ""),
         "def f(x): return x": ("wrong", "AssertionError: not 2"),
@@ -168,11 +183,11 @@ def test_what_went_wrong_is_told(run):
         "import os\nos.kill(os.getpid(), 9)": ("killed", "ended without an answer"),
     }
     for program, (status, detail) in cases.items():
-        outcome = run(program, "assert f(1) == 2, 'not 2'")
+        outcome = (run if status == "timeout" else patient)(program, "assert f(1) == 2, 'not 2'")
         assert (outcome.status, detail in outcome.detail) == (status, True), outcome
 
 
-def test_what_programs_need_works(run):
+def test_what_programs_need_works(patient):
     """Check that the walls leave what solutions and tests need.
 
     That is dataclasses, pickles, threads, a child process, files, and a hash with a fixed seed.
@@ -195,23 +210,23 @@ def f(x):
     print("seen by nobody")
     return done[0] + int(child.stdout)
 """
-    assert run(program, "assert f(1) == 2 and hash('a') == hash('a') and __name__ != '__main__'").status == "passed"
-    texts = {run("raise ValueError(hash('a'))", "").detail for _ in range(2)}
+    assert patient(program, "assert f(1) == 2 and hash('a') == hash('a') and __name__ != '__main__'").status == "passed"
+    texts = {patient("raise ValueError(hash('a'))", "").detail for _ in range(2)}
     assert len(texts) == 1  # sets of strings have one order, so a program passes always or never
 
 
-def test_nothing_stays_from_one_program_to_the_next(run):
-    assert run("open('note', 'w').close()", "").status == "passed"
-    assert run("import os", "assert os.listdir('.') == []").status == "passed"
+def test_nothing_stays_from_one_program_to_the_next(patient):
+    assert patient("open('note', 'w').close()", "").status == "passed"
+    assert patient("import os", "assert os.listdir('.') == []").status == "passed"
 
 
-def test_what_may_be_read_may_not_be_written(run, names, monkeypatch):
+def test_what_may_be_read_may_not_be_written(patient, names, monkeypatch):
     """Check that writing fails even where the file's permissions allow it."""
     paths = [*sandbox.readable(), names["folder"]]
     monkeypatch.setattr(sandbox, "readable", lambda: paths)
-    assert run(f"assert open({names['file']!r}).read() == 'untouched'", "").status == "passed"
+    assert patient(f"assert open({names['file']!r}).read() == 'untouched'", "").status == "passed"
     for action in ("open(FILE, 'a')", "os.remove(FILE)", "os.mkdir(FILE + '.new')", "os.chmod(FILE, 0)"):
-        outcome = run(f"import os\nFILE = {names['file']!r}\n{action}", "")
+        outcome = patient(f"import os\nFILE = {names['file']!r}\n{action}", "")
         assert outcome.status == "error" and "Read-only file system" in outcome.detail, outcome
 
 
@@ -257,13 +272,13 @@ def test_a_killed_evaluation_leaves_no_program_behind(run):
     code = (
         "from cadd_min.codebench import sandbox\n"
         f"sandbox.ENVIRONMENT['PATH'] = {MARK!r}\n"
-        "with sandbox.opened(sandbox.Limits(seconds=60)) as run:\n"
+        "with sandbox.opened(sandbox.Limits(seconds=600)) as run:\n"
         "    print('opened', flush=True)\n"
-        "    run('import time; time.sleep(60)', '')\n"
+        "    run('import time; time.sleep(600)', '')\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None and parent.stdout.readline() == b"opened\n"
-        end = time.monotonic() + 20
+        end = time.monotonic() + 300
         while not left_over() and time.monotonic() < end:
             time.sleep(0.05)
         assert left_over()

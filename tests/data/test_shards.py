@@ -156,14 +156,14 @@ def test_killed_stopped_and_started_twice_at_once_it_makes_the_files_of_one_run(
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
         process.send_signal(sent)
-        _, err = process.communicate(timeout=20)  # waits for the workers too: they hold the same pipe
+        _, err = process.communicate(timeout=300)  # waits for the workers too: they hold the same pipe
         assert process.returncode == code, err
         finished = {file.with_suffix(".bin") for file in cache.glob("*/0*.json")}
         kept = {file.name: file.stat().st_mtime_ns for file in finished}
         assert kept and not list(cache.glob("*/index.json"))
     assert not list(cache.glob("*/*.tmp"))  # the second run removed the first run's leftovers and its own
     both = [start(tmp_path, *arguments) for _ in range(2)]  # one waits for the other
-    assert all(process.wait(timeout=60) == 0 for process in both)
+    assert all(process.wait(timeout=300) == 0 for process in both)
     (folder,) = cache.iterdir()
     assert {name: time for name, time in kept.items() if (folder / name).stat().st_mtime_ns != time} == {}
     monkeypatch.setattr(documents, "PART", 1 << 20)

@@ -215,7 +215,7 @@ def test_the_keyboard_alone_plays_steps_and_looks_at_masks(opened):
     keys.press("Escape")
     assert not opened.locator("#tip").is_visible()
     keys.press("Space")
-    opened.wait_for_function("document.getElementById('state').textContent.startsWith('step 8 of 8')", timeout=10_000)
+    opened.wait_for_function("document.getElementById('state').textContent.startsWith('step 8 of 8')", timeout=120_000)
     opened.wait_for_function("document.getElementById('play').textContent === 'Play'")
     keys.press("Tab"), keys.press("Tab")
     assert opened.evaluate("document.activeElement !== document.body")

@@ -177,9 +177,9 @@ def test_the_harness_notices_what_it_is_for(world):
     A command that does nothing must pass.
     """
 
-    def wrong(main) -> str:
+    def wrong(main, seconds: float = 60) -> str:
         with world.case() as folder:
-            return "\n".join(faults(run(main, seconds=0.2), world.before, folder, lambda path: False))
+            return "\n".join(faults(run(main, seconds), world.before, folder, lambda path: False))
 
     def harm() -> None:
         Path("text.pt").unlink()
@@ -187,7 +187,7 @@ def test_the_harness_notices_what_it_is_for(world):
         Path("new.7.tmp").touch()
 
     assert "ZeroDivisionError" in wrong(lambda: 1 // 0)
-    assert "not finished" in wrong(lambda: time.sleep(60))
+    assert "not finished" in wrong(lambda: time.sleep(600), seconds=0.2)
     assert {"harmed: text.pt", "harmed: text.txt", "left behind: new.7.tmp"} == set(wrong(harm).split("\n"))
     assert "exit code 1" in wrong(lambda: exit(1)) and "without a sentence" in wrong(lambda: exit(2))
     assert wrong(lambda: None) == ""

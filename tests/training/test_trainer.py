@@ -231,7 +231,7 @@ def test_ctrl_c_saves_and_resume_continues_as_if_nothing_had_happened(tmp_path):
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(number)
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=300)
         assert process.returncode == 130 and re.search(r"stopped after step \d+, saved", stderr)
         stopped = checkpoint.load(tmp_path / "b")["trainer"]["step"]
         assert before < stopped < 60
