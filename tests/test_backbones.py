@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from cadd_min.dit import DiT, PatchDiT, PatchSize, Size, check_size
-from cadd_min.unet import UNet, UNetSize
+from cadd_min.unet import UNet, UNetSize, norm
 from cadd_min.utils.errors import InputError
 from tests.toys import randomized, rng
 
@@ -93,6 +93,7 @@ def test_the_patch_transformer_is_the_plain_one():
     pixels = x.view(2, 6, 9, 10)
     corners = list(itertools.product(range(0, 6, 3), range(0, 9, 3)))
     patches = torch.stack([pixels[:, i : i + 3, j : j + 3].flatten(1) for i, j in corners], 1)
+    assert w["position"].shape == (6, 12)
     h = linear(w, "enter", patches) + w["position"]
     h = linear(w, "leave", plain_dit(w, "transformer.", size, h, t, label))
     expected = torch.empty_like(pixels)
@@ -170,6 +171,10 @@ def test_the_unet_is_the_plain_one(attention, shape):
     x = torch.randn(2, math.prod(shape), 4, generator=rng(0))
     torch.testing.assert_close(net(x, t, label), PlainUNet(w, size, shape)(x, t, label), rtol=1e-3, atol=1e-3)
     assert not torch.allclose(net.train()(x, t, label), net.eval()(x, t, label))  # dropout, in training alone
+    skips = [weight.shape for name, weight in w.items() if name.endswith("skip.weight")]
+    assert skips and all(shape[0] != shape[1] for shape in skips)  # where the width stays there is no layer
+    for channels, groups in {96: 32, 48: 16, 24: 8, 12: 4, 6: 2, 5: 1}.items():
+        assert norm(channels).num_groups == groups
 
 
 # ------------------------------------------------------------------------------------------------ new networks, sizes

@@ -82,6 +82,11 @@ def test_guidance_is_the_line_through_two_predictions():
         torch.testing.assert_close(guided(x, z, t), expected)
         torch.testing.assert_close(guided.logits_at(x, z, t, rows), expected.flatten(0, 1)[rows])
     torch.testing.assert_close(Guided(net, labels)(x, z, t), given)
+    for guidance, passes in ((0.0, 1), (1.0, 1), (2.0, 2)):
+        asked = []
+        with torch.nn.modules.module.register_module_forward_pre_hook(lambda m, _, asked=asked: asked.append(m)):
+            Guided(net, labels, guidance)(x, z, t)
+        assert asked.count(net) == passes
     Guided(net, labels, LARGEST)
     for wrong in (-0.1, math.inf, math.nan):
         with pytest.raises(InputError, match="--guidance must be 0 or more, and not beyond float32, not"):

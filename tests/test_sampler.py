@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from cadd_min.baselines.common import logits_of
 from cadd_min.orders import TIME_GRIDS, cosine_temperature
 from cadd_min.reverse import ZHATS, draw, estimate_z_0, token_probs
 from cadd_min.sampler import sample
@@ -142,13 +143,38 @@ def test_draw_never_returns_a_token_without_mass(size, seed, u):
     assert 0 <= token.item() < size and p[token] > 0
 
 
+def test_the_least_uniform_steps_over_blocks_without_mass():
+    p = torch.zeros(1, 600)
+    p[0, 500:] = 0.01
+    assert draw(p, torch.zeros(1)).item() == 500
+
+
+def test_probabilities_are_float32_at_least_and_cold_at_the_least_temperature():
+    logits = torch.tensor([[[0.0, 1e-6, -5.0, 9.0]]], dtype=torch.float64)
+    assert token_probs(logits, 3, 1e-6).tolist() == [[0, 1, 0, 0]] and token_probs(logits, 3, 2e-6)[0, 0] > 0.3
+    for dtype, precise in ((torch.bfloat16, torch.float32), (torch.float32,) * 2, (torch.float64,) * 2):
+        assert token_probs(logits.to(dtype), 3).dtype == precise
+        rows, head = torch.ones(2, 4, dtype=dtype), torch.ones(3, 4)
+        assert logits_of(rows, head).dtype == precise and logits_of(rows, head).tolist() == [[4.0] * 3] * 2
+
+
+def test_the_belief_of_a_single_place():
+    """Check that the nearest latent is sought among all tokens, for one place, and never the mask."""
+    for x_0 in range(3):
+        sure, steps, table = 1e4 * torch.nn.functional.one_hot(torch.tensor([[x_0]]), 4).double(), [], toy()
+        schedule = NoiseSchedule()
+        for zhat in ZHATS:
+            chain(lambda *_, sure=sure: sure, (1, 1), table, schedule, MASK, steps=1, zhat=zhat, callback=steps.append)
+        assert [step.belief().item() for step in steps] == [x_0] * 3
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
 def test_token_probs_refuse_logits_that_are_no_law(temperature, bad):
     logits = torch.zeros(1, 3, 8)
     token_probs(logits, 7, temperature)
     logits[0, 1] = bad
-    with pytest.raises(InputError, match="NaN or all minus infinity"):
+    with pytest.raises(InputError, match=r"^the denoiser returned logits that are NaN or all minus infinity$"):
         token_probs(logits, 7, temperature)
 
 

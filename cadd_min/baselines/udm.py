@@ -74,12 +74,9 @@ def posterior(x_t: Tensor, probs: Tensor, s: Tensor, t: Tensor, schedule: NoiseS
 
 
 def odds(t: Tensor, schedule: NoiseSchedule, vocab_size: int) -> Tensor:
-    """Compute c = V alpha_t / (1 - alpha_t), float64.
-
-    c is 0 at t = 1. It is also set to 0 at t = 0, where it would be infinite and is not used.
-    """
+    """Compute c = V alpha_t / (1 - alpha_t), float64: 0 at t = 1. At t = 0 it is V 1e20, and not used."""
     alpha = schedule.alpha(t.double())
-    return torch.where(alpha < 1, vocab_size * alpha / torch.where(alpha < 1, 1 - alpha, 1), 0)
+    return vocab_size * alpha / (1 - alpha).clamp(min=1e-20)
 
 
 def gain(law: Law, same: Tensor, c: Tensor) -> Tensor:
@@ -93,7 +90,7 @@ def gain(law: Law, same: Tensor, c: Tensor) -> Tensor:
 def kl_rate(law: Law, same: Tensor, t: Tensor, schedule: NoiseSchedule, vocab_size: int) -> Tensor:
     """Compute the KL rate between two reverse jump processes, given x_0 and by x_theta, in nats per unit of time.
 
-    Let i = x_t. From i, the process given x_0 jumps to j at the rate lambda_j, and the process by x_theta at mu_j:
+    Let i = x_t. The process given x_0 jumps from i to j at the rate lambda_j, and the process by x_theta at mu_j:
 
         lambda_j = r/V x_j / x_i,   x = V alpha x_0 + 1 - alpha,   r = -alpha' / alpha
         mu_j     = r/V y_j / y_i,   y = V alpha x_theta + 1 - alpha

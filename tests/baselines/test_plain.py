@@ -136,22 +136,29 @@ def inverse_cdf(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return (cdf <= (u * cdf[..., -1])[..., None]).sum(-1)
 
 
+def nucleus(p: torch.Tensor) -> torch.Tensor:
+    """Keep the most probable tokens until 0.8 of the mass is reached."""
+    falling = p.sort(-1, descending=True).values
+    least = falling.masked_fill(falling.cumsum(-1) - falling >= 0.8, 1).amin(-1, keepdim=True)
+    return p * (p >= least) / (p * (p >= least)).sum(-1, keepdim=True)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", METHODS)
 def test_chains(name):
-    """Make the samples of five steps by hand, with a temperature that falls, from a prompt with two tokens."""
+    """Make the samples of five steps by hand: top-p, a temperature that falls, and a prompt with two tokens."""
     net, method, tau = lively(name), METHODS[name], lambda t: 0.5 + t
     prompt = torch.full((4, 12), V)
     prompt[:, 3:5] = torch.tensor([9, 1])
     free, seed, place = prompt == V, ops.draw_seed(rng(7)), torch.arange(48).view(4, 12)
     u = philox.choices(seed, place)[1]
     x, steps = prompt if name == "sedd" else torch.where(free, (V * u).long(), prompt), []
-    drawn = method.module.sample(net, prompt, Sampling(steps=5, temperature=tau), seed, steps.append)
+    drawn = method.module.sample(net, prompt, Sampling(5, temperature=tau, top_p=0.8), seed, steps.append)
     for n, step in enumerate(steps):
         t, s = (torch.full((4,), 1 - k / 5, dtype=torch.float64) for k in (n, n + 1))
         u_flip, u_token = philox.choices(torch.stack([seed[0], torch.tensor(n + 1)]), place)
         logits = logits_of(net, x, t)
-        p = (logits / tau(float(t[0]))).softmax(-1)
+        p = nucleus((logits / tau(float(t[0]))).softmax(-1))
         if name == "sedd":
             flip = u_flip < 1 / (5 - n) * (logits - math.log(V)).exp().sum(-1)
             change, token = (x == V) & (flip if n < 4 else True), inverse_cdf(p, u_token)
