@@ -82,7 +82,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class Block(nn.Module):
     """Attention and MLP, each modulated and gated by the time. Gates start at zero, so a block starts as identity."""
 
-    def __init__(self, size: Size | PatchSize, causal: bool = False):
+    def __init__(self, size: Size | PatchSize, causal: bool):
         super().__init__()
         width = size.width
         self.heads, self.causal = size.heads, causal

@@ -47,6 +47,10 @@ def test_heads_start_by_looking_at_neighbours(size):
             rows = torch.arange(10, 50)
             assert torch.equal(attention[head, rows].argmax(-1), rows + offset)
             assert attention[head, rows, rows + offset].min() > 0.1
+            away = torch.arange(64)[:, None] + offset - torch.arange(64)
+            bands = net.rotary.frequency[:8]  # the logit is 6 at its maximum
+            logits = 6 * torch.cos(away[..., None] * bands).mean(-1)
+            torch.testing.assert_close(attention[head], logits.softmax(-1), rtol=1e-3, atol=1e-5)
         torch.nn.init.zeros_(block.qkv.bias)
         torch.testing.assert_close(first_attention(block, net.rotary, 64), torch.full((size.heads, 64, 64), 1 / 64))
 

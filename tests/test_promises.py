@@ -1,5 +1,6 @@
 """What holds of every model and every function that draws: the callback, the generator, the defaults."""
 
+import functools
 import inspect
 import itertools
 import math
@@ -12,7 +13,7 @@ from cadd_min import ops
 from cadd_min.baselines import dispatch, sedd, udm
 from cadd_min.data.batches import EpochShuffle, ImageBatches, PairBatches, TextBatches
 from cadd_min.data.pixels import Pixels
-from cadd_min.dit import PatchSize
+from cadd_min.dit import DiT, PatchSize
 from cadd_min.forward import q_sample, q_step
 from cadd_min.kernels import philox
 from cadd_min.loss import nelbo_parts, stratified_times
@@ -24,9 +25,9 @@ from cadd_min.reverse import ZHATS, reverse_rows, token_probs
 from cadd_min.sampler import reverse_chain, sample
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.training.trainer import TrainConfig, Trainer
-from cadd_min.unet import UNetSize
+from cadd_min.unet import UNet, UNetSize
 from cadd_min.utils.errors import InputError
-from tests.toys import batch, nano, randomized, rng
+from tests.toys import NANO, batch, nano, randomized, rng
 
 PATCHES = PatchSize(1, 8, 2, embed=6, patch=2, cond=8)
 UNET = UNetSize(embed=4, channels=4, mults=(1,), blocks=1, attention=(), cond=8)
@@ -124,8 +125,12 @@ def test_defaults_are_those_of_the_documentation():
         assert torch.equal(first, chosen) and not torch.equal(first, other)
     assert inspect.signature(ImageBatches).parameters["flip"].default is False
     assert EpochShuffle(9, 0)(3)[1] == 0  # no shift
-    for size in (PATCHES, UNET):
-        assert len(list(size.build((4, 4, 1)).parameters())) == len(list(size.build((4, 4, 1), 0).parameters()))
+    makes = [(size.build, (4, 4, 1)) for size in (PATCHES, UNET)]
+    makes += [(NANO.build, (12,)), (functools.partial(DiT, NANO), 12), (functools.partial(UNet, UNET), (4, 4, 1))]
+    for make, shape in makes:
+        names = [[name for name, _ in make(shape, *classes).named_parameters()] for classes in ((), (0,), (3,))]
+        assert names[0] == names[1] and len(names[2]) == len(names[0]) + 1
+    assert not any("rotary" in name for name in nano().state_dict())  # made anew from the sizes
     tau = cosine_temperature()  # the paper's
     assert (tau(1.0), tau(0.0)) == (pytest.approx(2.5), pytest.approx(1.0))
 

@@ -144,6 +144,15 @@ def test_where_nothing_is_masked_the_error_is_zero():
     assert 0 < errors.count(0.0) < 8 and min(errors) == 0
 
 
+@pytest.mark.parametrize("masked", [0, 1, 4])
+def test_what_is_logged_is_a_mean_over_the_masked(masked, monkeypatch):
+    fit = Trainer(network("cadd", "text"), lambda index: Batch(tokens(index)), TrainConfig(**COMMON))
+    sums = {"ce": torch.tensor(6.0), "mse": torch.tensor(3.0), "masked": torch.tensor(masked)}
+    monkeypatch.setattr(fit, "backward", lambda: sums)
+    logged, count = fit.train_step(), max(1, masked)
+    assert (logged["ce"], logged["mse"]) == (6 / count, 3 / count)
+
+
 def test_every_setting_is_among_the_cases():
     named = {name for _, _, settings in CASES for name in settings}
     assert named | {"dtype", "compile", "shard"} == {field.name for field in dataclasses.fields(TrainConfig)}
