@@ -16,7 +16,7 @@ from cadd_min.data.pixels import Pixels
 from cadd_min.dit import DiT, PatchSize
 from cadd_min.forward import q_sample, q_step
 from cadd_min.kernels import philox
-from cadd_min.loss import nelbo_parts, stratified_times
+from cadd_min.loss import nelbo_parts, stratified_times, time_weights, token_losses
 from cadd_min.model import MODELS
 from cadd_min.objective import with_wrong_hints
 from cadd_min.orders import HITTING, Sampling, cosine_temperature
@@ -162,6 +162,11 @@ def test_a_step_per_token_is_refused_before_any_work():
             dispatch.check(net, Sampling(time_grid=HITTING))
 
 
+def test_a_weighting_that_is_none_is_named():
+    with pytest.raises(InputError, match=r"^weighting must be one of"):
+        time_weights(torch.ones(2), NoiseSchedule(), "heavy")
+
+
 def test_a_mask_without_a_row_in_the_table():
     """Check that the last token has its own latent where the mask has no row, and the mask's own where it has."""
     p = torch.eye(4)  # sure of a token at each of four places
@@ -190,6 +195,8 @@ def test_latents_keep_the_dtype_of_the_table(dtype):
     x_0 = torch.randint(5, (2, 7), generator=rng(3))
     bound = nelbo_parts(denoiser, x_0, table, schedule, 5, generator=rng(4))
     assert bound.discrete.dtype == dtype and {part.dtype for part in shown} == {dtype}
+    rows, head, target = torch.ones(4, 3).to(dtype), torch.ones(5, 3).to(dtype), torch.zeros(4, dtype=torch.int64)
+    assert token_losses(rows, head, target)[0].dtype == torch.promote_types(dtype, torch.float32)
     t, z = torch.full((2,), 0.7), table[x_0]
     _, z_s = q_posterior_sample(torch.full_like(x_0, 5), z, x_0, z, t / 2, t, schedule, 5, generator=rng(5))
     assert z_s.dtype == dtype and q_sample(x_0, z, t, schedule, 5, generator=rng(5))[1].dtype == dtype

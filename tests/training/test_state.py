@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 
+from cadd_min.baselines import sedd
 from cadd_min.loss import stratified_times
 from cadd_min.training.distributed import World
 from cadd_min.training.trainer import TrainConfig, Trainer, check_settings, learning_rate
@@ -16,6 +17,21 @@ from cadd_min.utils.device import DTYPES, seeded
 from cadd_min.utils.errors import InputError
 from tests.toys import batch, nano, trainer
 from tests.training.plain import plain_loss
+
+
+@pytest.mark.parametrize("best", ["float32", "bfloat16"])
+def test_auto_is_the_best_dtype_of_the_device(best, monkeypatch):
+    monkeypatch.setattr("cadd_min.training.trainer.best_dtype", lambda device: best if device.type == "cpu" else None)
+    assert trainer(dtype="auto").dtype == best and trainer(dtype="float32").dtype == "float32"
+
+
+def test_a_trainer_asks_for_its_own_models_loss():
+    """Compare with the baseline's loss, and refuse what a cdm refuses."""
+    fit, u = trainer("sedd"), stratified_times(8, seeded(0, 0))
+    (total, *_), own = fit.training_loss(fit.model, batch(0), u, fit.config, seeded(0, 1)), sedd.training_loss
+    assert torch.equal(total, own(fit.model, batch(0), u, fit.config, seeded(0, 1)).total)
+    with pytest.raises(InputError, match="gives the CE of a cdm no weight"):
+        trainer("cdm", weighting="elbo")
 
 
 def test_the_state_is_all_that_a_step_depends_on():
