@@ -26,7 +26,7 @@ from mutmut.state import state
 
 NO_GRAD = m.FunctionDef(decorators=[m.Decorator(m.Call(func=m.Attribute(m.Name("torch"), m.Name("no_grad"))))])
 MISSED = {0: "", 33: " (no test reaches it)", None: " (not run)"}  # by the exit code; all other codes: caught
-LONGEST = 0.5  # seconds of a test: what no faster test catches is not counted as caught
+LONGEST = 1.0  # seconds of a test: what no faster test catches is not counted as caught
 PAGE = Path("docs/mutants.md")
 
 

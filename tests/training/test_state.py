@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import math
 import re
 import threading
@@ -11,7 +12,7 @@ import torch
 
 from cadd_min.baselines import sedd
 from cadd_min.loss import stratified_times
-from cadd_min.training.distributed import World
+from cadd_min.training.distributed import World, can_shard, world
 from cadd_min.training.trainer import TrainConfig, Trainer, check_settings, learning_rate
 from cadd_min.utils.device import DTYPES, seeded
 from cadd_min.utils.errors import InputError
@@ -32,6 +33,37 @@ def test_a_trainer_asks_for_its_own_models_loss():
     assert torch.equal(total, own(fit.model, batch(0), u, fit.config, seeded(0, 1)).total)
     with pytest.raises(InputError, match="gives the CE of a cdm no weight"):
         trainer("cdm", weighting="elbo")
+
+
+@pytest.mark.skipif(not can_shard(torch.device("cpu")), reason="shard on a CPU needs torch 2.7")
+@pytest.mark.parametrize("shard", [True, False])
+def test_a_world_of_one_process_makes_the_steps_of_no_world(shard, monkeypatch, tmp_path):
+    """Start one process as torchrun does: two steps, the state, and two more after it is taken over, are the same.
+
+    The weights of a sharded run are DTensors, and its checkpoint holds plain tensors.
+    """
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", functools.partial(
+        torch.distributed.init_process_group, init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1
+    ))  # fmt: skip
+    settings = {"batch_size": 8, "dtype": "float32", "accumulate": 3, "drop_latent": 0.2, "clip": 0.5}
+    plain, states = Trainer(nano(), batch, TrainConfig(**settings)), []
+    with world("cpu") as alone:
+        before, after = (Trainer(nano(), batch, TrainConfig(**settings, shard=shard), alone) for _ in range(2))
+        assert all(hasattr(p, "full_tensor") == shard for p in (*before.model.parameters(), *before.ema.parameters()))
+        before.train_step(), before.train_step()
+        after.load_state_dict(before.state_dict())
+        norms = [after.train_step()["grad_norm"] for _ in range(2)]
+        states, error = after.state_dict(), after.evaluate([batch(9)])["val_bound"]
+    expected = [plain.train_step()["grad_norm"] for _ in range(4)][2:]
+    torch.testing.assert_close(norms, expected)
+    whole = plain.state_dict()
+    for part in ("model", "ema"):
+        assert all(type(v) is torch.Tensor for v in states[part].values())
+        torch.testing.assert_close(dict(states[part]), dict(whole[part]))
+    torch.testing.assert_close(states["optimizer"]["state"], whole["optimizer"]["state"])
+    assert error == pytest.approx(plain.evaluate([batch(9)])["val_bound"], rel=1e-4)
 
 
 def test_the_state_is_all_that_a_step_depends_on():
