@@ -17,11 +17,10 @@ from pathlib import Path
 
 import libcst
 import libcst.matchers as m
-import pytest
 from mutmut.__main__ import cli
 from mutmut.mutation.diff_apply import get_diff_for_mutant
 from mutmut.mutation.file_mutation import MutationVisitor
-from mutmut.runners.harness import PytestRunner, change_cwd
+from mutmut.runners.harness import PytestRunner
 from mutmut.state import state
 
 NO_GRAD = m.FunctionDef(decorators=[m.Decorator(m.Call(func=m.Attribute(m.Name("torch"), m.Name("no_grad"))))])
@@ -40,24 +39,20 @@ def change_no_grad_functions() -> None:
     MutationVisitor._skip_node_and_children = skips_others  # type: ignore[method-assign]
 
 
-class FastestFirst:
-    """Run some tests, those that take the least time first, and none beyond LONGEST but the first. A pytest plugin."""
+def run_fastest_first() -> None:
+    """Let mutmut run the tests that reach a change in the order of their time, and none beyond LONGEST but the first.
 
-    def __init__(self, names: Iterable[str]):
-        self.names = set(names)
+    mutmut's own order is by chance where a server forks its processes.
+    """
+    run_tests = PytestRunner.run_tests
 
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+    def in_order(self: PytestRunner, *, mutant_name: str | None, tests: Iterable[str]) -> int:
         seconds = state().duration_by_test
-        some = sorted((item for item in items if item.nodeid in self.names), key=lambda item: seconds[item.nodeid])
-        items[:] = some[:1] + [item for item in some[1:] if seconds[item.nodeid] < LONGEST]
+        names = sorted(tests, key=seconds.__getitem__)
+        some = names[:1] + [name for name in names[1:] if seconds[name] < LONGEST]
+        return run_tests(self, mutant_name=mutant_name, tests=some)
 
-
-def run_fastest_first(self: PytestRunner, *, mutant_name: str | None, tests: Iterable[str]) -> int:
-    """Replace mutmut's own, which gives pytest the tests by name: pytest takes ten seconds to find hundreds of them."""
-    names = list(tests)
-    files = sorted({name.partition("::")[0] for name in names}) or self._pytest_add_cli_args_test_selection
-    with change_cwd("mutants"):
-        return int(self.execute_pytest(["-x", "-q", *files], plugins=[FastestFirst(names)] if names else []))
+    PytestRunner.run_tests = in_order  # type: ignore[method-assign]
 
 
 def changed_lines(name: str, path: Path) -> str:
@@ -106,7 +101,7 @@ def report() -> int:
 
 if __name__ == "__main__":
     change_no_grad_functions()
-    PytestRunner.run_tests = run_fastest_first  # type: ignore[method-assign]
+    run_fastest_first()
     if sys.argv[1:] != ["report"]:
         cli(["run", "--max-children", "2", *sys.argv[1:]], standalone_mode=False)
     sys.exit(min(1, report()))

@@ -6,15 +6,10 @@ import math
 import pytest
 import torch
 
-from cadd_min.dit import PatchSize
 from cadd_min.latent import evidence_norm, ordered_rows
 from cadd_min.model import LARGEST, MODELS, Guided, ModelConfig
-from cadd_min.unet import UNetSize
 from cadd_min.utils.errors import InputError
-from tests.toys import NANO, images, nano, randomized, rng
-
-PATCHES = PatchSize(1, 8, 2, embed=6, patch=2, cond=8)
-UNET = UNetSize(embed=4, channels=4, mults=(1,), blocks=1, attention=(), cond=8)
+from tests.toys import NANO, PATCHES, UNET, images, nano, randomized, rng
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from cadd_min import ops
 from cadd_min.baselines import dispatch, sedd, udm
 from cadd_min.data.batches import EpochShuffle, ImageBatches, PairBatches, TextBatches
 from cadd_min.data.pixels import Pixels
-from cadd_min.dit import DiT, PatchSize
+from cadd_min.dit import DiT
 from cadd_min.forward import q_sample, q_step
 from cadd_min.kernels import philox
 from cadd_min.loss import nelbo_parts, stratified_times, time_weights, token_losses
@@ -25,12 +25,9 @@ from cadd_min.reverse import ZHATS, reverse_rows, token_probs
 from cadd_min.sampler import reverse_chain, sample
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.training.trainer import TrainConfig, Trainer
-from cadd_min.unet import UNet, UNetSize
+from cadd_min.unet import UNet
 from cadd_min.utils.errors import InputError
-from tests.toys import NANO, batch, nano, randomized, rng
-
-PATCHES = PatchSize(1, 8, 2, embed=6, patch=2, cond=8)
-UNET = UNetSize(embed=4, channels=4, mults=(1,), blocks=1, attention=(), cond=8)
+from tests.toys import NANO, PATCHES, UNET, batch, nano, randomized, rng
 
 
 @pytest.mark.parametrize("model", MODELS)

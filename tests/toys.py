@@ -10,18 +10,21 @@ import torch
 from torch import Tensor
 
 from cadd_min.checkpoints import file as checkpoint
-from cadd_min.dit import Size
+from cadd_min.dit import PatchSize, Size
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.objective import Batch
 from cadd_min.orders import Sampling
 from cadd_min.sampler import reverse_chain
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.training.trainer import TrainConfig, Trainer
+from cadd_min.unet import UNetSize
 from cadd_min.utils.device import seeded
 
 ROOT = Path(__file__).parent.parent
 ALPHA = 1e-4  # a correct implementation fails a statistical check at one seed in 10,000; the seeds are fixed
 NANO = Size(layers=2, width=32, heads=2, cond=32)
+PATCHES = PatchSize(layers=1, width=8, heads=2, embed=6, patch=2, cond=8)
+UNET = UNetSize(embed=4, channels=4, mults=(1,), blocks=1, attention=(), cond=8)
 TINY = "--preset nano --length 16 --vocab-size 300 --batch-size 4 --steps 4 --eval-every 2 --sample-every 4"
 
 LAW = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)  # of independent tokens; its mask is MASK
