@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cadd_min.dit import PRESETS, Block, DiT, Rotary, Size
+from cadd_min.dit import PRESETS, Block, DiT, Rotary, Size, TimeEmbedding, attend
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.utils.errors import InputError
 from tests.toys import rng
@@ -18,6 +18,14 @@ def test_starts_as_identity_at_every_time():
     torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (128,)))
 
 
+def test_a_cpu_attends_in_float32():
+    """Check attention in bfloat16 bit for bit: computed in float32, then rounded. bfloat16 throughout differs."""
+    q, k, v = torch.randn(3, 2, 4, 50, 32, generator=rng(0)).bfloat16()
+    expected = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float()).bfloat16()
+    assert torch.equal(attend(q, k, v), expected)
+    assert not torch.equal(torch.nn.functional.scaled_dot_product_attention(q, k, v), expected)
+
+
 def test_rotary_sees_distances_only():
     """Check that q.k is the same at all pairs of positions of one distance, and depends on the distance's sign."""
     rotary, (q, k) = Rotary(32, 20), torch.randn(2, 32, generator=rng(0))
@@ -25,6 +33,10 @@ def test_rotary_sees_distances_only():
     for distance in (-7, 0, 3):
         torch.testing.assert_close(*torch.broadcast_tensors(dots.diagonal(distance), dots.diagonal(distance)[0]))
     assert dots.diagonal(1)[0] != pytest.approx(float(dots.diagonal(-1)[0]))
+
+
+def test_a_time_has_no_classes_and_no_table_in_the_checkpoint():
+    assert TimeEmbedding(8).state_dict().keys() == {f"mlp.{n}.{part}" for n in (0, 2) for part in ("weight", "bias")}
 
 
 def first_attention(block: Block, rotary: Rotary, length: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from benchmarks.sources import Source
 from cadd_min.dit import PRESETS
 from cadd_min.forward import q_sample
-from cadd_min.latent import FUSIONS, HINTS, Latent, evidence_norm, log_likelihood, ordered_rows
+from cadd_min.latent import FUSIONS, HINTS, Latent, evidence_norm, log_likelihood, ordered_rows, table_norm
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.objective import Batch
 from cadd_min.sampler import sample
@@ -20,6 +20,8 @@ from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.utils.device import seeded
 from cadd_min.utils.errors import InputError
 from tests.toys import nano, rng
+
+DEFAULTS = {"table": "tied", "fusion": "add", "hint": "linear", "unit": 1.0}
 
 
 @pytest.mark.parametrize("continuous", ["linear", "capped"])
@@ -208,6 +210,45 @@ def test_a_free_table_leaks_and_a_held_one_does_not():
     assert free_score["bad"] > 1.5 * held_score["bad"]
 
 
+def test_the_length_of_rows_is_exact_on_every_device_and_has_an_end():
+    """Check the formula to float64, the masked model's length 0, a model on no device, and the longest rows."""
+    schedule = NoiseSchedule(continuous="capped")
+    snr = float(schedule.gamma_bar(torch.tensor(0.5, dtype=torch.float64)))
+    expected = math.sqrt(7 * math.expm1(2 * 0.3 * math.log(500) / 7) * (1 - snr) / snr)
+    with torch.device("meta"):
+        assert evidence_norm(500, schedule, 0.3, 7) == pytest.approx(expected, rel=1e-12)
+    assert evidence_norm(500, schedule, 0.3, 0) == 0
+    assert table_norm(1e18, 500, schedule, 0.3, 7) == 1e18
+    with pytest.raises(InputError, match=r"^the latent.s rows would have the length 1\.1e\+18: lower evidence"):
+        table_norm(1.1e18, 500, schedule, 0.3, 7)
+
+
+def test_a_latent_is_tied_added_and_linear_unless_it_is_told():
+    """Compare with a latent of the documented defaults: its weights, its table, and what the network reads."""
+    e, t = torch.randn(12, 8, generator=rng(0)), torch.tensor([0.3, 0.9])
+    masked = torch.rand(2, 3, generator=rng(2)) < 0.7
+    for dim in (8, 5, 0):
+        latents = [Latent(11, 8, dim, 2.5, NoiseSchedule(), **told) for told in ({}, DEFAULTS)]
+        latents[0].load_state_dict(latents[1].state_dict())  # a latent of another width has a weight
+        z = torch.randn(2, 3, dim, generator=rng(1))
+        results = [(own.table(e), own.fuse(e[:6].view(2, 3, 8), z, masked, t, e)) for own in latents]
+        assert all(torch.equal(a, b) for a, b in zip(*results))
+        assert bool(latents[0].state_dict()) == (dim == 5)
+
+
+@pytest.mark.parametrize("table, dim", [("tied", 1), ("tied", 5), ("fixed", 1), ("fixed", 8), ("ordered", 1)])
+def test_directions_are_the_same_in_every_run_and_as_many_as_rows(table, dim):
+    """Check that torch's own seed does not move a table, and that a latent of another width is mapped."""
+    latents = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        latents.append(Latent(11, 8, dim, 2.5, NoiseSchedule(), table=table))
+    e = torch.randn(12, 8, generator=rng(0))
+    assert torch.equal(latents[0].table(e), latents[1].table(e)) and latents[0].table(e).shape == (12, dim)
+    names = {"tied": "mixing", "fixed": "directions", "ordered": "directions"}
+    assert latents[0].state_dict().keys() == {names[table]} | ({"project.weight"} if dim != 8 else set())
+
+
 @pytest.mark.parametrize("dim", [1, 2, 3, 4, 8])
 def test_ordered_rows_are_a_scale(dim):
     """Check that neighbours are nearest, the ends farthest, and rows of length 1 (of mean square 1 on a line)."""
@@ -217,6 +258,10 @@ def test_ordered_rows_are_a_scale(dim):
     for i in (0, 100, 255):
         nearest = distance[i].argsort()
         assert (nearest[:3] - i).abs().max() <= 2  # itself and its neighbours
+    at = 2 * math.pi * torch.arange(1, 5) / 5  # k pi u at u = 2 / 5, the third of six rows
+    wave = torch.stack([at.cos(), at.sin()], 1).flatten()[:dim]  # cos 1, sin 1, cos 2, sin 2, ...
+    if dim > 1:
+        torch.testing.assert_close(ordered_rows(6, dim)[2], wave / wave.norm())
     if dim <= 2:  # on a line and on half a circle every step leads away
         assert (distance[0].diff() > 0).all() and (distance[-1].diff() < 0).all()
     if dim > 1:

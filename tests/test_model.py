@@ -57,6 +57,13 @@ def test_a_new_model_has_its_latent_and_starts_with_equal_logits(model):
     assert nano("cadd").latent.dim == 32  # as wide as the embedding
 
 
+def test_a_text_model_passes_its_settings_on():
+    net = nano(fusion="reweight", hint="posterior", latent_table="fixed")
+    assert (net.latent.fusion, net.latent.hint, net.latent.kind) == ("reweight", "posterior", "fixed")
+    for model in MODELS:
+        assert nano(model, classes=3).backbone.time.label.weight.shape == (4, 32)
+
+
 def test_a_model_of_images_starts_with_a_scale():
     net = images(PATCHES, (4, 4, 2))
     torch.testing.assert_close(net.embedding.weight[:-1].detach(), ordered_rows(17, 6))
@@ -113,6 +120,7 @@ SHAPE = "a model of images has their height, width and colours and a backbone fo
         (TEXT | {"latent_table": "free", "bayes_head": True}, "bayes_head needs rows of one length"),
         (PICTURE | {"latent_dim": 1, "bayes_head": True}, "bayes_head needs rows of one length"),
         (TEXT | {"size": UNET}, SHAPE),
+        (TEXT | {"size": UNET}, ".*, not None, UNetSize, 0$"),
         (PICTURE | {"size": NANO}, SHAPE),
         (PICTURE | {"image": (4, 0, 1), "length": 0}, SHAPE),
         (TEXT | {"classes": -1}, SHAPE),

@@ -15,7 +15,7 @@ import torch
 from cadd_min import ops
 from cadd_min.kernels import philox
 from cadd_min.kernels.register import INSTALL
-from cadd_min.reverse import ZHATS, Decoding, draw, step_coefficients, token_probs
+from cadd_min.reverse import COLD, ZHATS, Decoding, draw, step_coefficients, token_probs
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.utils.errors import InputError
 from tests.toys import ALPHA, ROOT, rng
@@ -108,6 +108,26 @@ def test_reverse_step_matches_the_reference(latents, count, vocab, dim, top_p, z
     assert torch.equal(x_s, x_ref)
     tolerance = 2e-4 if top_p < 1 and zhat == "soft" else 1e-5  # rounding decides what is last in the nucleus
     torch.testing.assert_close(z_s, z_ref, rtol=1e-4, atol=tolerance)
+
+
+def test_an_ordinary_step_goes_to_the_active_backend(monkeypatch):
+    """Check which calls go to the reference directly: float64, temperatures up to COLD, coefficients per position."""
+    direct = []
+
+    def recorded(*arguments):
+        direct.append(arguments)
+        return ops.REFERENCE["reverse_step"](*arguments)
+
+    monkeypatch.setattr(ops, "_reverse_step", recorded)
+    logits, rows, z_t, table, step = reverse_case(1, 5, 7, 2)
+
+    def taken(logits=logits, step=step, temperature=1.0):
+        direct.clear()
+        ops.reverse_step(logits, rows, z_t, table, step, 7, SEED, Decoding("hard", temperature))
+        return len(direct)
+
+    assert taken() == 0 and taken(temperature=2 * COLD) == 0
+    assert taken(temperature=COLD) == 1 and taken(logits.double()) == 1 and taken(step=step[:, None].expand(4, 5)) == 1
 
 
 @pytest.mark.parametrize("dim", [0, 8])

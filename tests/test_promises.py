@@ -22,7 +22,7 @@ from cadd_min.objective import with_wrong_hints
 from cadd_min.orders import HITTING, Sampling, cosine_temperature
 from cadd_min.posterior import q_posterior_sample
 from cadd_min.reverse import ZHATS, reverse_rows, token_probs
-from cadd_min.sampler import reverse_chain, sample
+from cadd_min.sampler import first_tokens, reverse_chain, sample
 from cadd_min.schedule import NoiseSchedule
 from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.unet import UNet
@@ -173,6 +173,17 @@ def test_a_mask_without_a_row_in_the_table():
         table = torch.randn(rows, 3, generator=rng(0))
         x, z_s = reverse_rows(p, z, table, torch.tensor([0.5, 1.0, 0.0, 0.0]), 4, "hard", u, z)
         assert x.tolist() == [0, 4, 2, 3] and torch.equal(z_s[0], table[:4])
+
+
+def test_a_prompt_of_small_numbers_may_have_masks_without_a_row():
+    """Check that x_1 is a copy in int64, and that a table (V,) is named."""
+    prompt, table = torch.tensor([[1, 4, 0]], dtype=torch.int32), torch.zeros(4, 3)
+    x = first_tokens((1, 3), 4, prompt, table)
+    assert x.tolist() == prompt.tolist() and x.dtype == torch.int64
+    same = first_tokens((1, 3), 4, x, table)
+    assert same is not x and torch.equal(same, x)
+    with pytest.raises(InputError, match=r"^table must be \(V, D\), not \(4,\)$"):
+        first_tokens((1, 3), 4, prompt, table[:, 0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

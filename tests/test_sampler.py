@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from cadd_min.baselines.common import logits_of
-from cadd_min.orders import TIME_GRIDS, cosine_temperature
+from cadd_min.orders import TIME_GRIDS, Sampling, cosine_temperature
 from cadd_min.reverse import ZHATS, draw, estimate_z_0, token_probs
 from cadd_min.sampler import sample
 from cadd_min.schedule import NoiseSchedule
@@ -270,6 +270,8 @@ def test_temperature_decay_and_time_grids():
         ({"temperature": -1.0}, "temperature must be 0 or more"),
         ({"temperature": math.nan}, "temperature must be 0 or more"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\]"),
+        ({"temperature": math.inf}, "temperature must be 0 or more"),
         ({"zhat": "softer"}, "zhat must be one of hard, soft, sample"),
         ({"time_grid": "log"}, "time grid must be one of uniform, cosine"),
         ({"temperature": lambda t: -1.0}, "temperature must be 0 or more"),
@@ -281,6 +283,9 @@ def test_temperature_decay_and_time_grids():
 )
 def test_bad_arguments_are_named(options, message):
     net = nano()
+    if "top_p" in options:
+        with pytest.raises(InputError, match=message):
+            Sampling(**options)
     with pytest.raises(InputError, match=message):
         chain(net, (2, 12), net.table().detach(), net.schedule, 11, **({"steps": 4} | options))
 

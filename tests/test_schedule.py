@@ -65,6 +65,13 @@ def test_unknown_names_are_listed():
         NoiseSchedule(continuous="x")
 
 
+@pytest.mark.parametrize("discrete", ["linear", "cosine"])
+def test_a_step_to_zero_unmasks_all_however_short_the_step(discrete):
+    """Check rho_flip(0, t) = 1 where 1 - alpha_t is too small for float32."""
+    s, t = torch.zeros(3), torch.tensor([1e-12, 1e-6, 1.0])
+    assert NoiseSchedule(discrete).rho_flip(s, t).tolist() == [1.0, 1.0, 1.0]
+
+
 def test_a_ratio_of_zeros_is_one():
     """Check that a curve that is 0 at both times has the ratio 1, without NaN in the gradient."""
     part, whole = torch.tensor([1.0, 0.0, 0.0, 0.3], requires_grad=True), torch.tensor([2.0, 0.5, 0.0, 0.3])

@@ -356,9 +356,10 @@ def test_samples_follow_the_law(name):
 
 
 def test_sedd_stays_masked_by_its_scores():
-    """Check that the first of two steps unmasks the share min(1, rho_flip Z) = min(1, 0.5 Z), to five standard errors.
+    """Check that the first of two steps unmasks the share min(1, rho_flip Z) = min(1, 0.5 Z), and the last the rest.
 
-    Power: a sampler that ignores Z would unmask the share 0.5 for all three Z.
+    The share is compared to five standard errors. Power: a sampler that ignores Z would unmask the share 0.5 for all
+    three Z, and a last step like the others would leave four of ten masks at Z = 0.6.
     """
     for z, expected in ((1.0, 0.5), (0.6, 0.3), (3.0, 1.0)):
         shares = []
@@ -371,6 +372,7 @@ def test_sedd_stays_masked_by_its_scores():
             callback=lambda step, shares=shares: shares.append(float(step.fresh.double().mean())),
         )
         assert abs(shares[0] - expected) < 5 * (expected * (1 - expected) / 20_000) ** 0.5 + 1e-9
+        assert abs(sum(shares) - 1) < 1e-9
 
 
 @pytest.mark.parametrize("name", BASELINES)
