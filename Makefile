@@ -12,7 +12,7 @@ help:
 	@echo "make test-slow   those that take longer: kill -9, many processes, fuzzing, trained comparisons"
 	@echo "make test-oldest   the fast tests on Python 3.10 with the oldest packages"
 	@echo "make figures   the figures of docs/, from the stored numbers there"
-	@echo "make mutants   change the code in thousands of small ways, and count what the tests catch (hours)"
+	@echo "make mutants   change the code in thousands of small ways, and count what the tests catch (an hour)"
 	@echo "make sanitize   the C++ kernels' tests under ASan and UBSan"
 	@echo "make gpu-check PYTHON=python3   build for CUDA, test and measure on the GPU; installs nothing"
 
