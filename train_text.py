@@ -2,6 +2,7 @@
 
     python train_text.py                                   US presidents' messages, on a laptop, in minutes
     python train_text.py --dataset my.txt --model mdlm     your text; the masked model
+    python train_text.py --dataset names.txt --lines --length 24 --tokenizer chars    each line a sequence of its own
     python train_text.py --dataset owt --preset small --length 1024 --vocab-size 50257 --batch-size 32
     python train_text.py --resume                          continue the newest run
 
@@ -15,7 +16,7 @@ import dataclasses
 from pathlib import Path
 
 from cadd_min.data import corpus, tokenizer
-from cadd_min.data.batches import TextBatches
+from cadd_min.data.batches import text_batches
 from cadd_min.data.token_folder import TokenFolder, is_folder, prepare
 from cadd_min.dit import PRESETS
 from cadd_min.model import Denoiser, ModelConfig
@@ -34,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocab-size", type=integer, default=8192, help="tokens of the gpt2 tokenizer, 257 to 50257")
     parser.add_argument("--preset", default="tiny", help=f"size of the network: {', '.join(PRESETS)}")
     parser.add_argument("--length", type=integer, default=128, help="tokens in a sequence")
+    parser.add_argument("--lines", action="store_true", help="a sequence is one line: ended by EOT, padded with EOT")
     return parser
 
 
@@ -41,7 +43,7 @@ def open_tokens(args: argparse.Namespace) -> TokenFolder:
     """Open the data set as tokens: a folder of tokens, or a corpus that is tokenised now unless the cache has it."""
     if is_folder(args.dataset):
         return TokenFolder(Path(args.dataset))
-    source = corpus.open_corpus(args.dataset, args.cache)
+    source = corpus.open_corpus(args.dataset, args.cache, args.lines)
     name = choose("--tokenizer", args.tokenizer or source.tokenizer, tokenizer.TOKENIZERS)
     codec = tokenizer.chars(corpus.alphabet(source)) if name == "chars" else tokenizer.gpt2(args.vocab_size)
     tokens = prepare(source, codec, args.cache)
@@ -52,14 +54,16 @@ def open_tokens(args: argparse.Namespace) -> TokenFolder:
 def main() -> None:
     args, resumed = start.parse_args(build_parser(), "train_text.py")
     shape = start.network(args, PRESETS, resumed)
-    config = from_args(ModelConfig, args, vocab_size=args.vocab_size, length=args.length, **shape)
+    config = from_args(ModelConfig, args, vocab_size=args.vocab_size, length=args.length, rows=args.lines, **shape)
     tokens = open_tokens(args)
-    codec, training_tokens = tokens.tokenizer(), tokens.split("train")
+    codec, training_tokens = tokens.tokenizer(), tokens.split("train", whole=args.lines)
     config = dataclasses.replace(config, vocab_size=codec.vocab_size)  # only gpt2 has the size of --vocab-size
-    data = TextBatches(training_tokens, args.length, args.batch_size, args.seed, f"--dataset {args.dataset}")
-    eval_batch_size = max(1, HELD_OUT // args.length)
-    name = f"the held-out part of --dataset {args.dataset}"
-    held_out = TextBatches(tokens.split("val"), args.length, eval_batch_size, name=name)
+    name, eot_id = f"--dataset {args.dataset}", codec.eot_id if args.lines else None
+    data = text_batches(training_tokens, args.length, args.batch_size, args.seed, name, eot_id)
+    eval_batch_size, name = max(1, HELD_OUT // args.length), f"the held-out part of {name}"
+    held_out = text_batches(tokens.split("val", whole=args.lines), args.length, eval_batch_size, 0, name, eot_id)
+    for note in filter(None, (data.note, held_out.note)):
+        print(note)
     start.train(
         args,
         resumed,

@@ -34,7 +34,8 @@ from benchmarks.specs import parse, read_rows, run_all, spread
 from cadd_min.checkpoints import file as checkpoint
 from cadd_min.checkpoints.load import find, load_denoiser
 from cadd_min.evaluation.bound import held_out_bound, summary
-from cadd_min.evaluation.text import COLUMNS, REAL, Reader, held_out_tokens, plot, windows
+from cadd_min.evaluation.held_out import cut
+from cadd_min.evaluation.text import COLUMNS, REAL, Reader, plot
 from cadd_min.evaluation.text_judge import SMOLLM2, open_judge
 from cadd_min.objective import Batch
 from cadd_min.orders import Sampling
@@ -150,12 +151,11 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
     folder = trained(job)
     model, tokenizer, content = load_denoiser(folder, job["device"])
     own = argparse.Namespace(dataset=None, cache=Path(job["cache"]), anyway=False)
-    tokens = held_out_tokens(content, tokenizer, own)
     judge = open_judge(job["judge"], job["device"], job["judge_dtype"])
-    reader = Reader(tokenizer, judge, windows(tokens, 2 * job["num"], model.config.length))
+    reader = Reader(tokenizer, judge, cut(model, tokenizer, content, own, 2 * job["num"]))
     dtype = content["settings"]["dtype"]
     row = job | {"dtype": dtype, "length": model.config.length, "scores": {}, "real": reader.real_text()}
-    held_out = map(Batch, windows(tokens, job["num"], model.config.length).split(32))
+    held_out = map(Batch, cut(model, tokenizer, content, own, job["num"]).split(32))
     nats = held_out_bound(model, held_out, steps=None, repeat=4, seed=0, dtype=dtype)
     row["bound"] = summary(nats, model.config.length)
     speeds = [r["tokens_per_second"] for r in read_metrics(folder / "metrics.jsonl") if "tokens_per_second" in r]

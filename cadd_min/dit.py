@@ -121,14 +121,21 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """Map inputs (B, L, width), times (B,) and labels (B,) or None to features (B, L, width)."""
+    """Map inputs (B, L, width), times (B,) and labels (B,) or None to features (B, L, width).
 
-    def __init__(self, size: Size | PatchSize, length: int, classes: int = 0, causal: bool = False):
+    absolute: learn an embedding of each position. Rotary positions are relative: they do not tell the first position
+    from the last while all inputs are masks.
+    """
+
+    def __init__(
+        self, size: Size | PatchSize, length: int, classes: int = 0, causal: bool = False, absolute: bool = False
+    ):
         super().__init__()
         if size.width % (2 * size.heads):
             raise InputError(f"width must be a multiple of twice the heads ({size.heads}), not {size.width}")
         self.time = TimeEmbedding(size.cond, classes)
         self.rotary = Rotary(size.width // size.heads, length)
+        self.position = nn.Parameter(torch.zeros(length, size.width)) if absolute else None
         blocks = [Block(size, causal) for _ in range(size.layers)]
         self.blocks = nn.ModuleList(blocks)
         self.ada = nn.Linear(size.cond, 2 * size.width)
@@ -150,6 +157,8 @@ class DiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Return the features (B, L, width) of x (B, L, width) at times t (B,)."""
         c = self.time(t, label).to(x.dtype)
+        if self.position is not None:
+            x = x + self.position[: x.shape[1]]
         for block in self.blocks:
             x = block(x, c, self.rotary)
         shift, scale = self.ada(c)[:, None].chunk(2, -1)
@@ -211,9 +220,11 @@ class Size:
         """The width of a token's embedding, and of its features for the head."""
         return self.width
 
-    def build(self, shape: tuple[int, ...], classes: int = 0, causal: bool = False) -> nn.Module:
+    def build(
+        self, shape: tuple[int, ...], classes: int = 0, causal: bool = False, absolute: bool = False
+    ) -> nn.Module:
         """Make the backbone for inputs of this shape, (L,)."""
-        return DiT(self, shape[0], classes, causal)
+        return DiT(self, shape[0], classes, causal, absolute)
 
 
 @dataclass(frozen=True)

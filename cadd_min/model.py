@@ -39,6 +39,7 @@ class ModelConfig:
     classes: int = 0  # labels that the model is conditioned on; 0: none
     hint_unit: float = 1.0  # length of the hint that the network reads, where z_0 has length 1
     head_bias: bool = False  # the public MDLM's head has a bias; the models trained here have none
+    rows: bool = False  # a sequence is one line, padded with EOT: the network has absolute positions
     model: str = option(
         "cadd",
         "cadd, mdlm (no latent), cdm (everything masked, only latents); baselines for text: ar (autoregressive), "
@@ -86,6 +87,8 @@ class ModelConfig:
             raise InputError(
                 f"images of {self.image} have {math.prod(self.image)} values, not the length {self.length}"
             )
+        if self.rows and self.image is not None:
+            raise InputError("rows are lines of text, and this model is of images")
         if self.vocab_size < 2 or self.length < 1:
             raise InputError(f"a model needs 2 tokens and length 1 at least, not {self.vocab_size}, {self.length}")
 
@@ -102,7 +105,7 @@ class Model(nn.Module, ABC):
     Called, it maps x_t (B, L), z_t (B, L, D), t (B,) and a label (B,) or None to logits (B, L, V).
     """
 
-    config: Any  # its fields model, length, vocab_size, classes and image are those of ModelConfig
+    config: Any  # its fields model, length, vocab_size, classes, image and rows are those of ModelConfig
     schedule: NoiseSchedule
     mask_id: int
     latent: Latent
@@ -159,8 +162,8 @@ class Denoiser(Model):
         nn.init.normal_(self.embedding.weight, std=width**-0.5)  # rows of length about 1
         if config.image is not None:  # the values of a pixel are steps of one scale
             self.embedding.weight.data[:-1] = ordered_rows(config.vocab_size, width)
-        if config.model == "ar" and isinstance(config.size, Size):
-            self.backbone = config.size.build((config.length,), config.classes, causal=True)
+        if isinstance(config.size, Size):
+            self.backbone = config.size.build((config.length,), config.classes, config.model == "ar", config.rows)
         else:
             self.backbone = config.size.build(config.image or (config.length,), config.classes)
         self.head = nn.Linear(width, config.vocab_size, bias=config.head_bias)

@@ -165,6 +165,8 @@ def to_mdlm(model: Denoiser, t: float | None = None) -> dict[str, Tensor]:
         raise InputError(f"only a masked model of text has MDLM's form, and this is {model.config.model}")
     if model.config.classes:
         raise InputError("MDLM's form has no classes, and this model has")
+    if model.config.rows:
+        raise InputError("MDLM's form has no absolute positions, and this model of lines has")
     ours = {name: value.to(torch.float64, copy=True) for name, value in model.state_dict().items()}
     first = ours["backbone.time.mlp.0.weight"]
     if first.any():

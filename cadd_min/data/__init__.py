@@ -12,5 +12,5 @@ token_folder   a folder of token files, read one slice at a time
 pairs          prompts with responses
 image_files    pictures in PNG and JPEG files, and folders of them
 images         image data sets by name or path
-batches        micro-batches of text, pairs and images, shuffled in each epoch
+batches        micro-batches of text, lines, pairs and images, shuffled in each epoch
 """

@@ -1,6 +1,6 @@
-"""Micro-batches of text, of prompts with responses, and of images: batches(index) is a pure function of (seed, index).
+"""Micro-batches of text, lines, pairs and images: batches(index) is a pure function of (seed, index).
 
-All three take their items in an order that is shuffled anew in each epoch, without replacement.
+All four take their items in an order that is shuffled anew in each epoch, without replacement.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class TextBatches:
     Raises InputError where the stream is shorter than one sequence.
     """
 
+    note = ""  # all tokens are taken
+
     def __init__(
         self, tokens: np.ndarray | TokenView, length: int, batch_size: int, seed: int = 0, name: str = "the corpus"
     ):
@@ -62,6 +64,66 @@ class TextBatches:
             start = shift + place * self.length
             x_0.numpy()[row] = self.tokens[start : start + self.length]
         return Batch(x_0)
+
+
+class RowBatches:
+    """Lines of a stream as sequences (B, L): each ends with EOT, and is padded with EOT to `length` tokens.
+
+    A line of more than length - 1 tokens is left out, which `note` says. Tokens behind the last EOT are of no line.
+    Raises InputError where no line is left.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray | TokenView,
+        length: int,
+        batch_size: int,
+        eot_id: int,
+        seed: int = 0,
+        name: str = "the corpus",
+    ):
+        ends = _places(tokens, eot_id) + 1  # (lines,)
+        starts = np.concatenate([np.zeros(1, np.int64), ends])[:-1]  # (lines,)
+        fits = ends - starts <= length
+        self.starts, self.ends = starts[fits], ends[fits]  # (rows,)
+        self.tokens, self.length, self.batch_size, self.eot_id = tokens, length, batch_size, eot_id
+        self.per_epoch, longer = len(self.starts), len(ends) - len(self.starts)
+        left_out = f"{name}: {longer:,} of {len(ends):,} lines longer than {length - 1} tokens are left out"
+        self.note = left_out if longer else ""
+        if not self.per_epoch:
+            raise InputError(
+                f"{name}: none of its {len(ends):,} lines fits --length {length} with the token of its end"
+            )
+        self._shuffle = EpochShuffle(self.per_epoch, seed)
+
+    def __call__(self, index: int) -> Batch:
+        x_0 = torch.full((self.batch_size, self.length), self.eot_id)  # first: too large a batch must fail at once
+        for place in range(self.batch_size):
+            row, _ = self._shuffle(index * self.batch_size + place)
+            line = self.tokens[self.starts[row] : self.ends[row]]
+            x_0.numpy()[place, : len(line)] = line
+        return Batch(x_0)
+
+
+def _places(tokens: np.ndarray | TokenView, token: int, block: int = 1 << 20) -> np.ndarray:
+    """Return where a token stands in a stream, (N,) int64."""
+    starts = range(0, len(tokens), block)
+    found = [start + np.flatnonzero(tokens[start : start + block] == token) for start in starts]
+    return np.concatenate([np.zeros(0, np.int64), *found])
+
+
+def text_batches(
+    tokens: np.ndarray | TokenView,
+    length: int,
+    batch_size: int,
+    seed: int = 0,
+    name: str = "the corpus",
+    eot_id: int | None = None,
+) -> TextBatches | RowBatches:
+    """Make batches of a stream's lines, which end with `eot_id`, or without it of the stream itself."""
+    if eot_id is None:
+        return TextBatches(tokens, length, batch_size, seed, name)
+    return RowBatches(tokens, length, batch_size, eot_id, seed, name)
 
 
 class PairBatches:

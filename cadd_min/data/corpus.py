@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import os
@@ -28,25 +29,34 @@ class Corpus:
     """A source of documents.
 
     identity: a string that changes whenever the text may have changed; parts: a function that lists the parts, and may
-    need the network; shares: of train, val and test, where custom fixes them; tokenizer: the default, gpt2 or chars;
-    note: which files of a folder are read and which are left out, in words; by_folder: whether a file's folder, train
-    or test, decides what is held out.
+    need the network (with lines=True each line of a document is a document of its own); shares: of train, val and test,
+    where custom fixes them; tokenizer: the default, gpt2 or chars; note: which files of a folder are read and which are
+    left out, in words; by_folder: whether a file's folder, train or test, decides what is held out.
     """
 
     name: str
     identity: str
-    parts: Callable[[], list[Part]]
+    parts: Callable[..., list[Part]]
     shares: tuple[float, ...] | None = None
     tokenizer: str = "gpt2"
     note: str = ""
     by_folder: bool = False
 
 
-def open_corpus(dataset: str, cache: Path) -> Corpus:
+def open_corpus(dataset: str, cache: Path, lines: bool = False) -> Corpus:
     """Open the corpus with the name or the path `dataset`. A named corpus may be downloaded to the folder `cache`.
 
-    Raises InputError where there is no such corpus, where it is empty, or where its download or its package is missing.
+    lines: take each line of a document as a document of its own. Raises InputError where there is no such corpus, where
+    it is empty, or where its download or its package is missing.
     """
+    corpus = _open(dataset, cache)
+    if not lines:
+        return corpus
+    parts = functools.partial(corpus.parts, lines=True)
+    return dataclasses.replace(corpus, identity=f"{corpus.identity}, line by line", parts=parts)
+
+
+def _open(dataset: str, cache: Path) -> Corpus:
     if dataset == "sotu":
         return _files("sotu", _sotu_files())
     if dataset == "shakespeare":
@@ -117,18 +127,19 @@ def _files(name: str, files: list[Path], held_out: Sequence[Path] = ()) -> Corpu
     identity = f"{len(files)} files, {digest.hexdigest()}" + (f", {len(held_out)} held out" if held_out else "")
     apart = set(held_out)
     sides = {str(file): file in apart if apart else None for file in files}
-    return Corpus(name, identity, lambda: _parts(sides), by_folder=bool(apart))
+    return Corpus(name, identity, functools.partial(_parts, sides), by_folder=bool(apart))
 
 
-def _parts(paths: Mapping[str, bool | None]) -> list[Part]:
+def _parts(paths: Mapping[str, bool | None], lines: bool = False) -> list[Part]:
     """Gather files into parts of about 64 MB: a large file is cut, and small files share a part.
 
-    paths: for each file, whether its documents are held out, or None where each document's own text decides.
+    paths: for each file, whether its documents are held out, or None where each document's own text decides. lines: see
+    Span.
     """
     parts: list[list[Span]] = []
     total = 0
     for path, held_out in paths.items():
-        for span in documents.spans(path):
+        for span in documents.spans(path, lines):
             if not parts or total + span.size > 1.5 * documents.PART:
                 parts.append([])
                 total = 0
@@ -144,7 +155,7 @@ def _sotu_files() -> list[Path]:
     return sorted((Path(package.origin).parent / "data" / "speeches").glob("*.txt"))
 
 
-def _owt_parts() -> list[Part]:
+def _owt_parts(lines: bool = False) -> list[Part]:
     """List the parts of OpenWebText. Its parquet files are read from the Hugging Face hub, without a download.
 
     `datasets` finds the files of the current revision and runs no code from the hub. Its streaming is not used, because
@@ -156,7 +167,7 @@ def _owt_parts() -> list[Part]:
     except ImportError:
         raise InputError("--dataset owt needs the datasets library: pip install datasets") from None
     try:
-        return _parts(dict.fromkeys(load_dataset_builder(OWT).config.data_files["train"]))
+        return _parts(dict.fromkeys(load_dataset_builder(OWT).config.data_files["train"]), lines)
     except Exception as error:
         raise InputError(
             f"could not read {OWT} from the Hugging Face hub ({described(error)}); "

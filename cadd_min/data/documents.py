@@ -11,7 +11,7 @@ import io
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -41,7 +41,7 @@ class Span(NamedTuple):
     """The range [start, end) of a file, in bytes, or in row groups of a .parquet file.
 
     path: local, or a URL; size: bytes of text; held_out: whether its documents are held out, by the file's folder, or
-    None where each document's own text decides.
+    None where each document's own text decides; lines: whether each line of a document is a document of its own.
     """
 
     path: str
@@ -49,6 +49,7 @@ class Span(NamedTuple):
     end: int
     size: int
     held_out: bool | None = None
+    lines: bool = False
 
     @property
     def remote(self) -> bool:
@@ -61,15 +62,18 @@ def kind(path: str) -> str | None:
     return KINDS.get(Path(path).suffix.lower(), None if Path(path).suffix else "text")
 
 
-def spans(path: str) -> list[Span]:
+def spans(path: str, lines: bool = False) -> list[Span]:
     """Cut a file into spans of about PART bytes, each of which ends where a document ends.
 
-    Raises InputError where the file cannot be read.
+    lines: see Span. Raises InputError where the file cannot be read.
     """
-    if kind(path) == "parquet":
-        return _parquet_spans(path)
+    found = _parquet_spans(path) if kind(path) == "parquet" else _byte_spans(path, lines)
+    return [span._replace(lines=lines) for span in found]
+
+
+def _byte_spans(path: str, lines: bool) -> list[Span]:
     size = Path(path).stat().st_size
-    mark = b"\n" if kind(path) == "jsonl" else EOT.encode()
+    mark = b"\n" if lines or kind(path) == "jsonl" else EOT.encode()
     if size == 0:
         return [Span(path, 0, 0, 0)]  # an empty document, which is counted
     cuts = [0]
@@ -79,10 +83,11 @@ def spans(path: str) -> list[Span]:
 
 
 def pieces(span: Span) -> Iterator[Piece]:
-    """Yield the documents of a span, in pieces. The file's ending tells its format."""
+    """Yield the documents of a span, or their lines, in pieces. The file's ending tells its format."""
     readers = {"parquet": _parquet_texts, "jsonl": _jsonl_texts}
     reader = readers.get(kind(span.path) or "text")
-    return _text_pieces(span) if reader is None else _in_pieces(text if text.strip() else "" for text in reader(span))
+    found = _text_pieces(span) if reader is None else _in_pieces(text if text.strip() else "" for text in reader(span))
+    return _in_lines(found) if span.lines else found
 
 
 def _open(path: str) -> BinaryIO:
@@ -107,7 +112,25 @@ def _after(path: str, mark: bytes, at: int, size: int) -> int:
     return size
 
 
-def _in_pieces(texts: Iterator[str]) -> Iterator[Piece]:
+def _in_lines(found: Iterable[Piece]) -> Iterator[Piece]:
+    """Yield each line of documents that is not blank as a document of its own.
+
+    A line that goes on in the next piece of its document is whole, unless it is longer than a PIECE itself.
+    """
+    rest, begun = "", False  # of a line that has not ended: its text, and whether the text before it was yielded
+    for piece in found:
+        *complete, rest = (rest + piece.text + "\n" * piece.last).split("\n")
+        for line in complete:
+            if line.strip() or begun:
+                yield from _in_pieces([line.removesuffix("\r")])
+            begun = False
+        while len(rest) > 2 * PIECE:
+            cut = _cuts(rest)[0]
+            yield Piece(rest[:cut], False)
+            rest, begun = rest[cut:], True
+
+
+def _in_pieces(texts: Iterable[str]) -> Iterator[Piece]:
     """Yield whole documents in pieces."""
     for text in texts:
         cuts = [*_cuts(text), len(text)]

@@ -104,9 +104,23 @@ class TokenFolder:
         """Rebuild the tokenizer that made the folder."""
         return tokenizer_from_spec(self.header["tokenizer"])
 
-    def split(self, name: str) -> TokenView:
-        """Return the token ids of "train", "val" or, in text8, "test"."""
-        return TokenView(self, *self._splits[name])
+    def split(self, name: str, whole: bool = False) -> TokenView:
+        """Return the token ids of "train", "val" or, in text8, "test".
+
+        whole: where the split cuts a document in two, the document is of the later split.
+        """
+        start, end = self._splits[name]
+        return TokenView(self, self._begin(start), self._begin(end)) if whole else TokenView(self, start, end)
+
+    def _begin(self, at: int, block: int = 1 << 12) -> int:
+        """Return where the document begins that the token `at` is in."""
+        eot_id = self.tokenizer().eot_id
+        for end in range(at, 0, -block):
+            start = max(0, end - block)
+            found = np.flatnonzero(self.read(start, end) == eot_id)
+            if len(found):
+                return start + int(found[-1]) + 1
+        return 0
 
     def read(self, start: int, end: int) -> np.ndarray:
         """Read the tokens [start, end) in the folder's order, (end - start,) uint16 or uint32.

@@ -1,6 +1,7 @@
 """What evaluate.py measures of text and of images.
 
 bound        the likelihood bound of held-out data, with its standard error
+held_out     the held-out text of a model, in pieces or in lines
 text         the commands on text: bound, samples, frontier, infill
 text_judge   a pretrained language model that reads samples
 text_scores  the measures of samples of text: likelihood, variety, likeness to real text

@@ -16,14 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cadd_min.checkpoints.file import check_data
-from cadd_min.data import corpus
-from cadd_min.data.batches import TextBatches
-from cadd_min.data.pairs import holds_pairs
-from cadd_min.data.token_folder import TokenFolder, TokenView, is_folder, prepare
 from cadd_min.data.tokenizer import Tokenizer
 from cadd_min.evaluation import text_scores
 from cadd_min.evaluation.bound import Models, held_out_bound, report, summary
+from cadd_min.evaluation.held_out import cut, padding, written
 from cadd_min.evaluation.text_judge import SEPARATOR, SMOLLM2, LanguageJudge, open_judge
 from cadd_min.evaluation.text_scores import MAUVE_LEAST, score
 from cadd_min.model import Model
@@ -50,49 +46,13 @@ COLUMNS = {  # of score(): heading and digits
 }
 
 
-# ------------------------------------------------------------------------------------------------ held-out text
-
-
-def held_out_tokens(content: dict[str, Any], tokenizer: Tokenizer, args: argparse.Namespace) -> TokenView:
-    """Open the held-out tokens of a checkpoint's data set, or of --dataset under the checkpoint's tokenizer.
-
-    Raises InputError where the checkpoint's data set has changed since, unless --anyway accepts that.
-    """
-    own = content["settings"].get("dataset")
-    name = args.dataset or own
-    if not name:
-        raise InputError("--dataset must be given: the checkpoint does not say what it was trained on")
-    if holds_pairs(Path(name)):
-        raise InputError(f"--dataset must be given, a text: {name} holds prompts and responses")
-    if is_folder(name):
-        tokens = TokenFolder(Path(name))
-        if tokens.header["tokenizer"] != tokenizer.spec():
-            raise InputError(f"--dataset {name} was made by another tokenizer than the checkpoint's")
-    else:
-        tokens = prepare(corpus.open_corpus(name, args.cache), tokenizer, args.cache)
-    if name == own:
-        check_data(content, tokens.digest(), f"the data set {name}", args.anyway)
-    return tokens.split("val")
-
-
-def windows(tokens: np.ndarray | TokenView, count: int, length: int, why: str = "") -> Tensor:
-    """Cut (count, length) pieces out of held-out text. No two overlap, and they are the same at every call."""
-    batches = TextBatches(tokens, length, count, name="the held-out text")
-    if batches.per_epoch < count:
-        raise InputError(
-            f"--num: the held-out text has {batches.per_epoch} pieces of {length} tokens, and {count} are needed{why}"
-        )
-    return batches(0).x_0
-
-
 # ------------------------------------------------------------------------------------------------ the commands
 
 
 def bound(models: Models, args: argparse.Namespace) -> str:
     """Report the bound of held-out text under each model."""
     pieces = {  # of all, before the first is measured
-        path: windows(held_out_tokens(content, tokenizer, args), args.num, model.config.length)
-        for path, (model, tokenizer, content) in models.items()
+        path: cut(model, tokenizer, content, args, args.num) for path, (model, tokenizer, content) in models.items()
     }
     reports = []
     for path, (model, tokenizer, content) in models.items():
@@ -107,21 +67,22 @@ def bound_rows(model: Model, tokenizer: Tokenizer, held_out: Tensor, args: argpa
 
     The perplexity is the bound's, never that of CADD's cross-entropy.
     """
-    length = model.config.length
+    length, rows = model.config.length, model.config.rows
     batches = map(Batch, held_out.split(args.batch_size))
     nats = held_out_bound(model, batches, steps=args.T, repeat=args.repeat, seed=args.seed, dtype=args.dtype)
     found = summary(nats, length)
-    letters = sum(map(tokenizer.characters, held_out.tolist())) / len(held_out)
+    letters = tokenizer.characters(held_out[written(held_out, padding(model, tokenizer))].tolist()) / len(held_out)
     with np.errstate(over="ignore"):  # an untrained cdm's perplexity is beyond floats
         perplexity = float(np.exp(found["bound"]))
     return {
+        **({"bound, nats per line": found["bound"] * length} if rows else {}),
         "bound, nats per token": found["bound"],
         "its standard error over sequences": found["standard error"],
         "of it tokens": found["of it tokens"],
         "of it latents": found["of it latents"],
         "bound, perplexity per token": perplexity,
         "bound, bits per character": found["bound"] * length / letters / math.log(2),
-        "sequences of held-out text": len(held_out),
+        f"{'lines' if rows else 'sequences'} of held-out text": len(held_out),
         "draws for each": args.repeat,
     }
 
@@ -149,13 +110,16 @@ def frontier(models: Models, args: argparse.Namespace) -> str:
 
 def infill(models: Models, args: argparse.Namespace) -> str:
     """Count how many tokens, masked in held-out text, each model puts back. Returns a Markdown table."""
-    tokenizer, content, length = common(models)
-    x_0 = windows(held_out_tokens(content, tokenizer, args), args.num, length)
+    first, tokenizer, content = common(models)
+    x_0 = cut(first, tokenizer, content, args, args.num)
     lines = ["| model | " + " | ".join(f"{share:.0%} masked" for share in args.masked) + " |"]
     lines.append("|---" * (1 + len(args.masked)) + "|")
     names = short_names(models)
     for path, (model, _, content) in models.items():
-        shares = [infilled(model, x_0, masked, generate.sampling(args), args) for masked in args.masked]
+        shares = [
+            infilled(model, x_0, masked, generate.sampling(args), args, padding(model, tokenizer))
+            for masked in args.masked
+        ]
         cells = [f"{100 * each.mean():.1f}% ± {100 * each.std() / len(each) ** 0.5:.1f}" for each in shares]
         name = f"{model.config.model} at step {content['trainer']['step']} ({names[path]})"
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -176,6 +140,7 @@ class Reader:
     tokenizer: Tokenizer
     judge: LanguageJudge
     real: Tensor  # (2 num, L)
+    lines: bool = False  # a sample is the text before its first EOT
     reference: np.ndarray = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -183,7 +148,9 @@ class Reader:
 
     def texts(self, ids: Tensor) -> list[str]:
         """Decode tokens (N, L) for the judge."""
-        return [SEPARATOR.join(self.tokenizer.documents(row)) for row in ids.tolist()]
+        documents = [self.tokenizer.documents(row) for row in ids.tolist()]
+        # a judge cannot read a line without text, but it can read its end
+        return [found[0] or SEPARATOR if self.lines else SEPARATOR.join(found) for found in documents]
 
     def score(self, ids: Tensor) -> dict[str, float]:
         """Compute a row of the table."""
@@ -202,12 +169,13 @@ def scored(
     Returns the rows by name, the names of each model's rows, and how the rows were made. The judge is opened last,
     because that takes a while: whatever is wrong with the data is said before.
     """
-    tokenizer, content, length = common(models)
+    first, tokenizer, content = common(models)
+    length, of_lines = first.config.length, first.config.rows
     why = ": real text is scored beside the samples, and is MAUVE's reference"
-    real = windows(held_out_tokens(content, tokenizer, args), 2 * args.num, length, why)
+    real = cut(first, tokenizer, content, args, 2 * args.num, why)
     text_scores.check(real[::2])
     judge = open_judge(args.judge or SMOLLM2, args.device, args.judge_dtype)
-    reader = Reader(tokenizer, judge, real)
+    reader = Reader(tokenizer, judge, real, of_lines)
     rows = {REAL: reader.real_text()}
     curves: dict[str, list[str]] = {}
     names = short_names(models)
@@ -222,19 +190,25 @@ def scored(
             curves.setdefault(label, []).append(name)
     lines = [f"MAUVE is left out: it needs --num {MAUVE_LEAST} samples, not {args.num}"] * (args.num < MAUVE_LEAST)
     lines.append(
-        f"judge {judge.name} in {args.judge_dtype}; {args.num} samples of {length} tokens each, "
+        f"judge {judge.name} in {args.judge_dtype}; {args.num} samples of {length} tokens each"
+        f"{', of which it reads the lines; entropies count the padding' if of_lines else ''}, "
         f"{generate.describe(args, kinds(models), each)}; {args.num} pieces of held-out text as MAUVE's reference, "
         "others as real text"
     )
     return rows, curves, "\n\n".join(lines)
 
 
-def common(models: Models) -> tuple[Tokenizer, dict[str, Any], int]:
-    """Return the tokenizer and the length that all models share, and the first checkpoint's content."""
+def common(models: Models) -> tuple[Model, Tokenizer, dict[str, Any]]:
+    """Return the first model, the tokenizer that all models share, and the first checkpoint's content.
+
+    Raises InputError where the models' sequences are not alike.
+    """
     (first, tokenizer, content), *others = models.values()
     if any(t.spec() != tokenizer.spec() or m.config.length != first.config.length for m, t, _ in others):
         raise InputError("--ckpt: models that are compared must have one tokenizer and one length")
-    return tokenizer, content, first.config.length
+    if any(m.config.rows != first.config.rows for m, _, _ in others):
+        raise InputError("--ckpt: models of lines and of running text cannot be compared")
+    return first, tokenizer, content
 
 
 def kinds(models: Models) -> set[str]:
@@ -259,14 +233,17 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def infilled(model: Model, x_0: Tensor, share: float, settings: Sampling, args: argparse.Namespace) -> Tensor:
+def infilled(
+    model: Model, x_0: Tensor, share: float, settings: Sampling, args: argparse.Namespace, pad: int | None = None
+) -> Tensor:
     """Mask a share of x_0 (N, L) at random, fill in, and return the share of masked tokens put back, (N,).
 
-    The masks are the same for every model of one length.
+    The masks are the same for every model of one length. pad: see `padding`; the padding is never masked.
     """
-    count, length = x_0.shape
-    ranks = torch.rand(count, length, generator=torch.Generator().manual_seed(args.seed)).argsort(1).argsort(1)
-    masked = ranks < max(1, round(share * length))
+    text = written(x_0, pad)
+    noise = torch.rand(x_0.shape, generator=torch.Generator().manual_seed(args.seed))
+    ranks = noise.masked_fill(~text, 1.0).argsort(1).argsort(1)  # the padding has the last ranks
+    masked = ranks < (share * text.sum(1, keepdim=True).double()).round().clamp(min=1)
     prompt = torch.where(masked, model.mask_id, x_0)
     parts = [
         generate.samples(model, settings, len(part), seed=args.seed, dtype=args.dtype, index=index, prompt=part)

@@ -65,6 +65,11 @@ def frame(x: Tensor, fresh: Tensor, tokenizer: Tokenizer) -> str:
     return "".join(parts)
 
 
+def first_line(ids: list[int], tokenizer: Tokenizer) -> str:
+    """Return the text before the first EOT: of a sample that is one line, all of its text."""
+    return tokenizer.documents(ids)[0]
+
+
 class TextTask:
     """What sample.py does with a model of text. Raises InputError for options that are for models of images."""
 
@@ -109,12 +114,22 @@ class TextTask:
         """
         if zhat:
             print(f"--- {zhat}\n")
-        for row in x.tolist():
-            while row[-2:] == [self.tokenizer.eot_id] * 2:  # an answer is filled up with ends of text
-                row.pop()
-            print(self.tokenizer.decode(row), end="\n\n")
+        if self.model.config.rows:
+            self._show_lines(x)
+        else:
+            for row in x.tolist():
+                while row[-2:] == [self.tokenizer.eot_id] * 2:  # an answer is filled up with ends of text
+                    row.pop()
+                print(self.tokenizer.decode(row), end="\n\n")
         if self.film is not None:
             print(f"its path in {self.film.save(self.args.gif)}")
+
+    def _show_lines(self, x: Tensor) -> None:
+        """Print the lines of samples (B, L): the text before each first EOT. Say how many have no EOT."""
+        print(*(first_line(row, self.tokenizer) for row in x.tolist()), sep="\n", end="\n\n")
+        endless = int((x != self.tokenizer.eot_id).all(1).sum())
+        if endless:
+            print(f"note: {endless} of {len(x)} lines have no end within {x.shape[1]} tokens", file=sys.stderr)
 
     def settings(self) -> str:
         """Return what follows the sampler's settings: nothing for text."""
@@ -123,5 +138,5 @@ class TextTask:
 
 def preview(model: Model, tokenizer: Tokenizer, steps: int = 64) -> str:
     """Draw one sample of a model in training, as a single line."""
-    x = draw(model, 1, Sampling(steps), generator=torch.Generator().manual_seed(0))
-    return " ".join(tokenizer.decode(x[0].tolist()).split())
+    row = draw(model, 1, Sampling(steps), generator=torch.Generator().manual_seed(0))[0].tolist()
+    return " ".join((first_line(row, tokenizer) if model.config.rows else tokenizer.decode(row)).split())

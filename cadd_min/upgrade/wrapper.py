@@ -58,7 +58,7 @@ class UpgradeConfig:
     freeze_embedding: bool = option(False, "do not train the token embedding")
     anneal: int = option(0, "steps in which attention is opened to the right token by token; 0: at once")
 
-    image, classes = None, 0  # a model of text, without labels
+    image, classes, rows = None, 0, False  # a model of running text, without labels
 
     def __post_init__(self) -> None:
         choose("model", self.model, MODELS)
@@ -327,6 +327,8 @@ def upgrade_own(model: Denoiser, options: dict[str, Any]) -> Denoiser:
             raise InputError(f"{name} is for models of the Hugging Face library, and --from is one of this project")
     if model.config.model not in MODELS or model.config.image is not None:
         raise InputError(f"--from must be a masked model of text, not {model.config.model}")
+    if model.config.rows:
+        raise InputError("--from must be a model of running text, and this model is one of lines")
     changes = {name: options[name] for name in ("model", "discrete", "continuous", "latent_norm", "evidence", "hint")}
     config = dataclasses.replace(model.config, **changes)
     if model.config.model == "mdlm" and config.model == "cadd":  # the latent is new: scale its hint to the embedding
