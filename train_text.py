@@ -64,6 +64,8 @@ def main() -> None:
     held_out = text_batches(tokens.split("val", whole=args.lines), args.length, eval_batch_size, 0, name, eot_id)
     for note in filter(None, (data.note, held_out.note)):
         print(note)
+    words = f"{len(training_tokens):,} training tokens of {codec.vocab_size:,}"
+    words += f" in {data.per_epoch:,} lines" if args.lines else ""
     start.train(
         args,
         resumed,
@@ -72,7 +74,7 @@ def main() -> None:
         [held_out(i) for i in range(4)],
         codec,
         lambda trainer, _: trainer.averaged(preview, codec),
-        start.Source(f"{len(training_tokens):,} training tokens of {codec.vocab_size:,}", tokens.digest()),
+        start.Source(words, tokens.digest()),
     )
 
 

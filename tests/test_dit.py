@@ -6,7 +6,7 @@ import torch
 from cadd_min.dit import PRESETS, Block, DiT, Rotary, Size, TimeEmbedding, attend
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.utils.errors import InputError
-from tests.toys import rng
+from tests.toys import PATCHES, images, nano, randomized, rng
 
 SIZE = Size(layers=2, width=128, heads=4)
 
@@ -77,3 +77,31 @@ def test_small_is_the_papers_size():
 def test_heads_must_divide_the_width():
     with pytest.raises(InputError, match="twice the heads"):
         DiT(Size(layers=1, width=100, heads=3), 8)
+
+
+def test_absolute_positions_tell_masks_apart():
+    """Check that a network of lines can name another token at each position while all inputs are masks.
+
+    Power: without absolute positions the logits are equal at all positions, whatever the weights are.
+    """
+    x_t, z_t, t = torch.full((2, 12), 11), torch.zeros(2, 12, 0), torch.full((2,), 0.7)
+    lines, text = (randomized(nano("mdlm", rows=rows), 0.3)(x_t, z_t, t) for rows in (True, False))
+    torch.testing.assert_close(text, text[:, :1].expand_as(text))
+    assert torch.pdist(lines[0]).min() > 0.1  # each position differs from every other
+    torch.testing.assert_close(lines[0], lines[1])
+    new, old = nano("mdlm", rows=True), nano("mdlm")
+    assert new.state_dict().keys() - old.state_dict().keys() == {"backbone.position"}
+    assert old.state_dict().keys() < new.state_dict().keys() and not new.backbone.position.any()
+
+
+def test_a_causal_network_of_lines_takes_the_first_positions():
+    """Check that the logits at a position do not depend on how many positions follow."""
+    net = randomized(nano("ar", rows=True), 0.3)
+    x, t = torch.randint(11, (2, 12), generator=rng(0)), torch.zeros(2)
+    whole = net(x, torch.zeros(2, 12, 0), t)
+    torch.testing.assert_close(net(x[:, :5], torch.zeros(2, 5, 0), t), whole[:, :5])
+
+
+def test_images_have_no_lines():
+    with pytest.raises(InputError, match=r"^rows are lines of text, and this model is of images$"):
+        images(PATCHES, rows=True)

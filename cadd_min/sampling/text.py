@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cadd_min.baselines.dispatch import draw
 from cadd_min.data.hf_tokenizer import prompt_ids
-from cadd_min.data.tokenizer import Tokenizer
+from cadd_min.data.tokenizer import CharTokenizer, Tokenizer
 from cadd_min.model import Model
 from cadd_min.orders import Sampling
 from cadd_min.sampler import Step
@@ -50,7 +50,7 @@ def lone_spaces(prompt: str, tokenizer: Tokenizer) -> list[str]:
 
     No word follows such a space in the text that the model has learned.
     """
-    if len(tokenizer.encode_inside(" a")) > 1:
+    if tokenizer.kind == CharTokenizer.kind or len(tokenizer.encode_inside(" a")) > 1:
         return []
     parts = GAP.split(prompt)
     return [f"[{gap}]" for text, gap in zip(parts[::2], parts[1::2]) if text.endswith(" ")]

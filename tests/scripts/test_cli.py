@@ -87,6 +87,7 @@ def test_watch_shows_masks_dim_and_fresh_tokens_bright(call, text):
 
 
 PAGES = ("README.md", "docs/commands.md")
+LETTERS = str.maketrans("01234567", "abdeikmu")  # of digits, in names
 
 
 def commands_of(page: str) -> list[str]:
@@ -139,6 +140,7 @@ def test_every_command_shown_works(call, text, photos, monkeypatch, tmp_path):
     test_code.write(tmp_path / "mbpp.jsonl", test_code.MBPP)
     write("llama", tmp_path / "causal", mask=False)  # in the place of the hub's models
     write("bert", tmp_path / "masked")
+    (tmp_path / "names.txt").write_text("\n".join(f"Ka{n:o}mi".translate(LETTERS) for n in range(600)))
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 30)
     for script in ("sample.py", "train_text.py", "train_image.py", "evaluate.py", "finetune.py"):
         assert sum(script in c for c in commands) >= 2
