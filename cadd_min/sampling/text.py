@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cadd_min.baselines.dispatch import draw
 from cadd_min.data.hf_tokenizer import prompt_ids
-from cadd_min.data.tokenizer import CharTokenizer, Tokenizer
+from cadd_min.data.tokenizer import EOT, CharTokenizer, Tokenizer
 from cadd_min.model import Model
 from cadd_min.orders import Sampling
 from cadd_min.sampler import Step
@@ -102,7 +102,8 @@ class TextTask:
 
     def callback(self, steps: int) -> Callable[[Step], None] | None:
         """Return a callback that serves --watch and --gif, or None without either."""
-        draw = lambda step: frame(step.x[0], step.fresh[0], self.tokenizer)
+        end = "↵" if self.model.config.rows else EOT  # a line has many
+        draw = lambda step: frame(step.x[0], step.fresh[0], self.tokenizer).replace(EOT, end)
         watch = Watch(self.tokenizer.mask_id, steps, draw) if self.args.watch else None
         self.film = TextFilm(self.model, self.tokenizer, steps) if self.args.gif else None
         return together(watch, self.film)

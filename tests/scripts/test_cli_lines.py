@@ -63,6 +63,8 @@ def test_a_model_of_lines_is_trained_resumed_sampled_and_measured(call, names):
     assert all(set(line) <= set("kalomisunrtdeu") for line in lines)
     code, out, err = call('sample.py --ckpt run --steps 3 --prompt "ka[2]do"')
     assert code == 0 and out.startswith("ka"), err
+    code, out, err = call("sample.py --ckpt run --steps 3 --watch")
+    assert code == 0 and "endoftext" not in out and "step 3/3" in out, err
     code, out, err = call("evaluate.py bound --ckpt run --num 9 --repeat 1")
     assert code == 0, err
     found = dict(line.rsplit("  ", 1) for line in out.splitlines()[:-1])
@@ -73,6 +75,10 @@ def test_a_model_of_lines_is_trained_resumed_sampled_and_measured(call, names):
     assert code == 0 and "9 held-out sequences of 9 tokens" in out, err
     code, _, err = call("train_text.py --resume --out run --steps 8 --length 10")
     assert code == 2 and "another shape" in err
+    code, _, err = call(f"train_text.py --dataset {names} {NANO.replace('--lines', '')} --out text")
+    assert code == 0 and not checkpoint.load(Path("text"))["model_config"]["rows"], err
+    code, _, err = call("train_text.py --resume --out text --lines --steps 8 --anyway")
+    assert code == 2 and len(err.splitlines()[-1:]) == 1 and ("other tokens" in err or "another shape" in err)
     for command in ("sample.py --ckpt run --length 30", 'sample.py --ckpt run --prompt "[10]"'):
         code, _, err = call(command)
         assert code == 2 and len(err.splitlines()) == 1, err
