@@ -2,10 +2,11 @@
 
     B <- momentum B + (1 - momentum) G             the average of the gradients of a matrix
     U  = U V^T of the SVD of Nesterov's (1 - momentum) G + momentum B
-    W <- W - lr sqrt(max(1, rows / columns)) U     each step is orthogonal: all its singular values are about 1
+    W <- W - lr 0.2 sqrt(max(rows, columns)) U     each step is orthogonal: all its singular values are equal
 
 A gradient has a few large singular values. Adam's step has too. The orthogonal step also moves in the many directions
-in which the gradient is small.
+in which the gradient is small. The factor makes its entries as large as those of AdamW's step (Liu et al. 2025,
+arXiv:2502.16982), so that both take one learning rate.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cadd_min.training.distributed import share_of
+from cadd_min.training.distributed import share_of, whole
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # a, b, c of the step s -> a s + b s^3 + c s^5, from the page above
 
@@ -53,6 +54,10 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
 
+    def averages(self) -> list[Tensor]:
+        """List the averages of the gradients, in the order of the parameters: the state that a resumed run needs."""
+        return [self.state[p]["momentum"] for group in self.param_groups for p in group["params"]]
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Make one step with the gradients in the parameters. Parameters without a gradient stay as they are."""
@@ -73,12 +78,7 @@ class Muon(torch.optim.Optimizer):
             average.add_((gradient - average) * ((1 - momentum) * good))
         nesterov = torch.stack([whole(g.lerp(b, momentum)) for g, b in zip(gradients, averages)])
         matrices = nesterov.unflatten(1, (stack, -1))  # (params, stack, m, n)
-        scale = math.sqrt(max(1, matrices.shape[-2] / matrices.shape[-1]))
+        scale = 0.2 * math.sqrt(max(matrices.shape[-2:]))
         steps = (orthogonalized(matrices) * (lr * scale * good)).flatten(1, 2)
         for p, step in zip(params, steps):
             p.mul_(1 - lr * weight_decay * good).sub_(share_of(step, p))
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Gather a tensor that is sharded over processes (FSDP2), or return it as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
