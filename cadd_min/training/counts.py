@@ -3,8 +3,8 @@
     head's bias   log p(v), the best prediction without a context
     embedding     U sqrt(S) of the singular value decomposition of PPMI, with rows of length 1
 
-PPMI(v, w) = max(0, log p(v, w) / (p(v) p(w))) compares how often w stands next to v with chance, for w before v and again
-for w behind v. Tokens with the same neighbours get close vectors (Levy & Goldberg 2014). Gradient steps find both
+PPMI(v, w) = max(0, log p(v, w) / (p(v) p(w))) compares with chance how often w stands next to v: once for w before v,
+once for w behind v. Tokens with the same neighbours get close vectors (Levy & Goldberg 2014). Gradient steps find both
 laws too, but slowly: a network that cannot tell tokens apart stays at the unigram law. Counting takes seconds.
 """
 
