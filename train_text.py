@@ -22,6 +22,7 @@ from cadd_min.dit import PRESETS
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.sampling.text import preview
 from cadd_min.training import start
+from cadd_min.training.counts import start_at_counts
 from cadd_min.utils.cli import expanded, from_args, integer, run
 from cadd_min.utils.errors import choose
 
@@ -35,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocab-size", type=integer, default=8192, help="tokens of the gpt2 tokenizer, 257 to 50257")
     parser.add_argument("--preset", default="tiny", help=f"size of the network: {', '.join(PRESETS)}")
     parser.add_argument("--length", type=integer, default=128, help="tokens in a sequence")
+    parser.set_defaults(time_power=2.0)
     parser.add_argument("--lines", action="store_true", help="a sequence is one line: ended by EOT, padded with EOT")
     return parser
 
@@ -69,7 +71,7 @@ def main() -> None:
     start.train(
         args,
         resumed,
-        lambda: Denoiser(config),
+        lambda: Denoiser(config) if resumed else start_at_counts(Denoiser(config), training_tokens),
         data,
         [held_out(i) for i in range(4)],
         codec,

@@ -38,7 +38,7 @@ class ModelConfig:
     image: tuple[int, int, int] | None = None  # (H, W, C) where the tokens are the values of pixels
     classes: int = 0  # labels that the model is conditioned on; 0: none
     hint_unit: float = 1.0  # length of the hint that the network reads, where z_0 has length 1
-    head_bias: bool = False  # the public MDLM's head has a bias; the models trained here have none
+    head_bias: bool = False  # of models of text
     rows: bool = False  # a sequence is one line, padded with EOT: the network has absolute positions
     model: str = option(
         "cadd",

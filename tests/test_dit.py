@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cadd_min.dit import PRESETS, Block, DiT, Rotary, Size, TimeEmbedding, attend
+from cadd_min.dit import PRESETS, Block, DiT, PatchSize, Rotary, Size, TimeEmbedding, attend
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.utils.errors import InputError
 from tests.toys import PATCHES, images, nano, randomized, rng
@@ -11,11 +11,23 @@ from tests.toys import PATCHES, images, nano, randomized, rng
 SIZE = Size(layers=2, width=128, heads=4)
 
 
-def test_starts_as_identity_at_every_time():
+def test_a_backbone_for_images_starts_as_identity_at_every_time():
     """Check adaLN-Zero: the untrained backbone is one LayerNorm at every t."""
-    x = torch.randn(3, 10, 128, generator=rng(0))
-    y = DiT(SIZE, 10)(x, torch.tensor([0.0, 0.4, 1.0]))
+    x, size = torch.randn(3, 10, 128, generator=rng(0)), PatchSize(layers=2, width=128, heads=4, embed=8, patch=1)
+    y = DiT(size, 10)(x, torch.tensor([0.0, 0.4, 1.0]))
     torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (128,)))
+
+
+def test_a_backbone_for_text_starts_as_a_transformer_without_time():
+    """Check the formula of a block whose gates are 1: its attention and its MLP are added, at every t."""
+    x, norm = torch.randn(3, 10, 128, generator=rng(0)), lambda x: torch.nn.functional.layer_norm(x, (128,))
+    net, h = DiT(SIZE, 10), x
+    for block in net.blocks:
+        q, k, v = block.qkv(norm(h)).unflatten(-1, (3, 4, 32)).permute(2, 0, 3, 1, 4)
+        h = h + block.out(attend(net.rotary(q), net.rotary(k), v).transpose(1, 2).flatten(2))
+        h = h + block.mlp(norm(h))
+    torch.testing.assert_close(net(x, torch.tensor([0.0, 0.4, 1.0])), norm(h))
+    assert (h - x).norm() > 0.3 * x.norm()
 
 
 def test_a_cpu_attends_in_float32():

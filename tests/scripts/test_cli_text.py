@@ -12,12 +12,16 @@ import pytest
 import torch
 
 from benchmarks import text as benchmark
+from cadd_min.checkpoints import file as checkpoint
+from cadd_min.data.corpus import open_corpus
+from cadd_min.data.token_folder import prepare
 from cadd_min.data.tokenizer import chars, gpt2
 from cadd_min.dit import PRESETS
 from cadd_min.evaluation import text as assess_text
 from cadd_min.evaluation import text_judge
 from cadd_min.model import BASELINES, MODELS, Denoiser, ModelConfig
 from cadd_min.orders import Sampling
+from cadd_min.training.counts import log_frequencies
 from cadd_min.utils.errors import InputError
 from tests.toys import ROOT, TINY, save_untrained
 
@@ -42,6 +46,24 @@ def test_the_bound_of_every_model(call, text):
         assert (value["of it latents"] > 0.001) == (model in ("cadd", "cdm"))
     code, out, _ = call("evaluate.py bound --num 6 --ckpt cadd --T 4")
     assert code == 0 and "T 4," in out
+
+
+def test_a_new_run_starts_at_the_counts_of_its_corpus(call, text):
+    """Check the head and the embedding after a step that is too small to change them, and after a resumed one."""
+    torch.manual_seed(0)
+    plain = Denoiser(ModelConfig(300, 16, PRESETS["nano"], head_bias=True))
+    assert call(f"train_text.py --dataset {text} {TINY} --steps 1 --lr 1e-12 --weight-decay 0 --out run")[0] == 0
+    content = checkpoint.load(Path("run"))
+    args = argparse.Namespace(dataset=content["settings"]["dataset"], cache=Path(content["settings"]["cache"]))
+    tokens = prepare(open_corpus(args.dataset, args.cache), gpt2(300), args.cache).split("train")
+    counted = torch.from_numpy(tokens[0 : len(tokens)].astype(np.int64))
+    state = content["trainer"]["model"]
+    torch.testing.assert_close(state["head.bias"], log_frequencies(counted, 300))
+    assert (state["embedding.weight"][:300] - plain.embedding.weight[:300]).norm() > 10
+    state["head.bias"][5] = 7.0
+    checkpoint.save(Path("run") / checkpoint.FILE, content)
+    assert call("train_text.py --resume --out run --steps 2")[0] == 0
+    assert checkpoint.load(Path("run"))["trainer"]["model"]["head.bias"][5] == pytest.approx(7.0)
 
 
 def test_the_bounds_units_of_short_documents(monkeypatch):
