@@ -2,6 +2,7 @@
 
     head's bias   log p(v), the best prediction without a context
     embedding     U sqrt(S) of the singular value decomposition of PPMI, with rows of length 1
+    head          0.3 times the embedding: a token is expected where its neighbours' neighbours are
 
 PPMI(v, w) = max(0, log p(v, w) / (p(v) p(w))) compares with chance how often w stands next to v: once for w before v,
 once for w behind v. Tokens with the same neighbours get close vectors (Levy & Goldberg 2014). Gradient steps find both
@@ -20,6 +21,7 @@ from cadd_min.model import Denoiser
 
 MOST = 2**23  # tokens that are counted, from the start of the corpus
 WINDOW = 2  # neighbours on each side; the second counts half
+HEAD = 0.3  # length of the head's rows
 
 
 def log_frequencies(tokens: Tensor, vocab_size: int) -> Tensor:
@@ -57,10 +59,10 @@ def word_vectors(tokens: Tensor, vocab_size: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def start_at_counts(model: Denoiser, tokens: np.ndarray | TokenView) -> Denoiser:
-    """Set the head's bias and the embedding of a new model by the tokens of its corpus, and return the model.
+    """Set the head and the embedding of a new model by the tokens of its corpus, and return the model.
 
-    A model on the meta device, which has no values, stays as it is. So does the embedding of a vocabulary that is not
-    larger than the width: its random rows are nearly orthogonal.
+    A model on the meta device, which has no values, stays as it is. A vocabulary that is not larger than the width gets
+    no word vectors: the random rows of its embedding are nearly orthogonal.
     """
     weight, vocab_size = model.embedding.weight, model.config.vocab_size
     if weight.is_meta:
@@ -70,4 +72,5 @@ def start_at_counts(model: Denoiser, tokens: np.ndarray | TokenView) -> Denoiser
         model.head.bias.copy_(log_frequencies(counted, vocab_size))
     if vocab_size > weight.shape[1]:
         weight[:vocab_size] = word_vectors(counted, vocab_size, weight.shape[1])
+        model.head.weight.copy_(HEAD * weight[:vocab_size])
     return model

