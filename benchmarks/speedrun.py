@@ -92,9 +92,11 @@ def shuffled(path: Path, cache: Path) -> Path:
 
     A file of molecules is often sorted by their size, and its end, which is held out, would be of another law.
     """
+    copy = cache / f"{path.stem}-shuffled.txt"
+    if copy.exists() and copy.stat().st_mtime > path.stat().st_mtime:
+        return copy
     lines = path.read_text().splitlines()
     random.Random(0).shuffle(lines)
-    copy = cache / f"{path.stem}-shuffled.txt"
     texts = ["\n".join(lines[i : i + 100]) for i in range(0, len(lines), 100)]
     with atomic_write(copy) as part_file:
         part_file.write_text(f"\n{tokenizer.EOT}\n".join(texts))
