@@ -159,7 +159,7 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
         clock += time.perf_counter() - start
         if trainer.step in marks:
             curve.append((round(clock, 1), trainer.evaluate(held_out)["val_bound"]))
-    result = {"steps": steps, "tokens": steps * batch_size * length, "clock": clock, "curve": curve}
+    result = {"budget": seconds, "updates": steps, "tokens": steps * batch_size * length, "clock": clock, "curve": curve}
     result |= {"bound": curve[-1][1], "parameters": trainer.parameters()}
     return job | result | ({} if job["model"] in BASELINES else {"by_t": by_time(trainer, held_out)})
 
@@ -187,7 +187,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         mean = lambda name, group=group: statistics.mean(r[name] for r in group)
         ce = " ".join(f"{statistics.mean(v):.2f}" for v in zip(*(r.get("by_t", ()) for r in group)))
         cells = [track, model, f"{row} ({len(group)})", spread([r["bound"] for r in group]), f"{mean('clock'):.0f}"]
-        lines.append("| " + " | ".join([*cells, f"{mean('steps'):,.0f}", f"{mean('tokens') / 1e6:.2f}", ce]) + " |")
+        lines.append("| " + " | ".join([*cells, f"{mean('updates'):,.0f}", f"{mean('tokens') / 1e6:.2f}", ce]) + " |")
     said = f"{rows[0]['preset']}, {rows[0]['threads']} threads, {rows[0]['dtype']}, {rows[0]['seconds']:g} seconds"
     return "\n".join([*lines, "", f"(n): seeds, ± their standard deviation; {said}; torch {rows[0]['torch']}"])
 
