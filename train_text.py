@@ -36,7 +36,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocab-size", type=integer, default=8192, help="tokens of the gpt2 tokenizer, 257 to 50257")
     parser.add_argument("--preset", default="tiny", help=f"size of the network: {', '.join(PRESETS)}")
     parser.add_argument("--length", type=integer, default=128, help="tokens in a sequence")
-    parser.set_defaults(time_power=2.0)
     parser.add_argument("--lines", action="store_true", help="a sequence is one line: ended by EOT, padded with EOT")
     return parser
 

@@ -159,7 +159,13 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
         clock += time.perf_counter() - start
         if trainer.step in marks:
             curve.append((round(clock, 1), trainer.evaluate(held_out)["val_bound"]))
-    result = {"budget": seconds, "updates": steps, "tokens": steps * batch_size * length, "clock": clock, "curve": curve}
+    result = {
+        "budget": seconds,
+        "updates": steps,
+        "tokens": steps * batch_size * length,
+        "clock": clock,
+        "curve": curve,
+    }
     result |= {"bound": curve[-1][1], "parameters": trainer.parameters()}
     return job | result | ({} if job["model"] in BASELINES else {"by_t": by_time(trainer, held_out)})
 

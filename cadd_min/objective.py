@@ -4,10 +4,6 @@
 
 a_t and b_t are 1 in the paper's loss, and Lemma 1's weights under "elbo".
 
-The paper draws t uniformly. Its loss counts masked positions, so most of it is at large t, where nearly all is masked
-and there is little to learn but the unigram law. Here t = u ** time_power, with u uniform: 2 has the density
-1 / (2 sqrt(t)), and the loss's expectation is halfway between the paper's and the bound's, whose weight is 1 / t.
-
 Wrong hints are an addition to the paper. A network that trains only on true latents learns to trust the latent over the
 other tokens. In sampling, the latent moves towards the network's own earlier estimates, which are often wrong. So in
 training a share of the latents are those of random tokens.
@@ -67,7 +63,6 @@ class Objective:
     """What is minimised. The model's shape is in ModelConfig, the optimiser in TrainConfig."""
 
     weighting: str = option("uniform", "weights of the loss over t: uniform (the paper's) or elbo")
-    time_power: float = option(1.0, "t = u ** this, u uniform: 1 is the paper's; above 1, more steps with few masks")
     mse: float = option(0.0, "weight of the squared error of z0_hat beside the CE (CE + MSE)")
     wrong_hints: float = option(0.1, "share of the latents that are a random token's: the network learns to doubt them")
     drop_latent: float = option(0.0, "share of the sequences that train without their latent")
@@ -80,8 +75,6 @@ class Objective:
                 raise InputError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
         if not 0 <= self.mse < float("inf"):
             raise InputError(f"mse must be 0 or more, not {self.mse}")
-        if not 0 < self.time_power < float("inf"):
-            raise InputError(f"time_power must be greater than 0, not {self.time_power}")
 
 
 def with_wrong_hints(x_0: Tensor, share: float, vocab_size: int, generator: Generator) -> Tensor:
@@ -97,10 +90,10 @@ def training_loss(model: Model, batch: Batch, u: Tensor, objective: Objective, g
     """Compute the loss L of the module's docstring, with one time per sequence.
 
     The sum is divided by B L, not by the number of masked positions, so that equal batches weigh the same.
-    Args: u (B,) on (0, 1], of which the times are made; generator: of the masks, the noise and the wrong hints.
+    Args: u (B,) on (0, 1], the times; generator: of the masks, the noise and the wrong hints.
     """
     x_0, label, free = batch
-    t = T_MIN + (1 - T_MIN) * u**objective.time_power  # the elbo weights grow like 1/t, and faster, as t goes to 0
+    t = T_MIN + (1 - T_MIN) * u  # the elbo weights grow like 1/t, and faster, as t goes to 0
     schedule, table = model.schedule, model.table()
     hinted = with_wrong_hints(x_0, objective.wrong_hints, model.config.vocab_size, generator)
     x_t, z_t = ops.forward_noising(x_0, hinted, table, t, schedule, model.mask_id, ops.draw_seed(generator))
@@ -116,9 +109,6 @@ def training_loss(model: Model, batch: Batch, u: Tensor, objective: Objective, g
     w = table if objective.mse > 0 else None  # z0_hat is computed only for the MSE
     ce, mse = token_losses(features, model.head_matrix(), x_0.flatten()[rows], table=w, mask_id=model.mask_id)
     weights = time_weights(t, schedule, objective.weighting)  # (B,) each
-    if objective.weighting == "elbo":  # of an integral over t: dt = dt/du du
-        slope = objective.time_power * u ** (objective.time_power - 1)
-        weights = (weights[0] * slope, weights[1] * slope)
     ce_weight, mse_weight = (weight[rows // x_0.shape[1]].float() for weight in weights)  # (N,) each
     total = (ce_weight * ce + objective.mse * mse_weight * mse).sum() / x_0.numel()
     return Loss(total, ce.detach().sum(), masked.sum(), mse.detach().sum())

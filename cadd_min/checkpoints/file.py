@@ -108,16 +108,11 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def with_new_names(content: dict[str, Any]) -> dict[str, Any]:
-    """Return a content of an earlier version as one of today.
-
-    The schedule that was called "gone" has its new name. A run from before time_power drew its times uniformly.
-    """
+    """Return a content in which the schedule that was called "gone" has the name that it has today."""
     for part in ("model_config", "settings"):
         values = content.get(part)
         if isinstance(values, dict) and values.get("discrete") == "gone":
             values["discrete"] = "all-at-once"
-    if isinstance(settings := content.get("settings"), dict):
-        settings.setdefault("time_power", 1.0)
     return content
 
 

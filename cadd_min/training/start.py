@@ -44,9 +44,9 @@ LATENT = (
 UNHEEDED = {  # options without effect on a model
     "mdlm": LATENT,
     "cdm": ("discrete",),
-    "ar": (*LATENT, "discrete", "weighting", "time_power"),
-    "udm": (*LATENT, "weighting", "time_power"),
-    "sedd": (*LATENT, "weighting", "time_power"),
+    "ar": (*LATENT, "discrete", "weighting"),
+    "udm": (*LATENT, "weighting"),
+    "sedd": (*LATENT, "weighting"),
 }
 
 

@@ -245,7 +245,7 @@ class Trainer:
 
         The noise is the same at every call, and no hint is wrong. Compare models by the bound, not by the CE.
         """
-        objective = dataclasses.replace(self.config, time_power=1.0, wrong_hints=0.0, drop_latent=0.0, drop_label=0.0)
+        objective = dataclasses.replace(self.config, wrong_hints=0.0, drop_latent=0.0, drop_label=0.0)
         ce, masked, discrete, continuous, tokens = 0.0, 0, 0.0, 0.0, 0
         for i, held_out in enumerate(batches):
             batch, gen = held_out.to(self.device), seeded(self.config.seed + 1, i, self.device)

@@ -61,15 +61,6 @@ def test_a_renamed_schedule_is_found_under_its_old_name(tmp_path):
     assert load_denoiser(tmp_path / "folder")[0].schedule.discrete == "all-at-once"
 
 
-def test_an_old_run_goes_on_with_the_times_that_it_had(tmp_path):
-    """Check that a run from before time_power drew t uniformly, and that a later run keeps its own power."""
-    content = checkpoint.load(OLD / "text.pt")
-    assert content["settings"]["time_power"] == 1.0
-    content["settings"]["time_power"] = 3.0
-    checkpoint.save(tmp_path / "new.pt", content)
-    assert checkpoint.load(tmp_path / "new.pt")["settings"]["time_power"] == 3.0
-
-
 def test_a_resumed_run_keeps_a_size_that_has_no_name_today(tmp_path):
     """Check that a resumed run has its own size and head, and that another --preset is still looked up by its name."""
     content = checkpoint.load(OLD / "text.pt")

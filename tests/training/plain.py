@@ -30,7 +30,7 @@ def plain_loss(model: Model, batch: Batch, u: Tensor, c: TrainConfig, gen: torch
     """Compute the loss of a micro-batch, and the sums of its CE, its masked positions and its squared error."""
     x_0, label, free = batch
     (count, length), mask, w = x_0.shape, model.mask_id, model.table()
-    t, hinted = 1e-4 + (1 - 1e-4) * u**c.time_power, x_0
+    t, hinted = 1e-4 + (1 - 1e-4) * u, x_0
     if c.wrong_hints > 0:
         random, chance = torch.randint(mask, x_0.shape, generator=gen), torch.rand(x_0.shape, generator=gen)
         hinted = torch.where(chance < c.wrong_hints, random, x_0)
@@ -49,8 +49,6 @@ def plain_loss(model: Model, batch: Batch, u: Tensor, c: TrainConfig, gen: torch
     ce = -log_p.gather(-1, x_0.clamp(max=mask - 1)[..., None])[..., 0]
     squared = (w[x_0] - log_p.exp() @ w[:mask]).square().sum(-1)
     a, b = ELBO[model.config.model](t) if c.weighting == "elbo" else (torch.ones_like(t), torch.ones_like(t))
-    if c.weighting == "elbo":
-        a, b = (weight * c.time_power * u ** (c.time_power - 1) for weight in (a, b))
     total = ((a[:, None] * ce + c.mse * b[:, None] * squared) * masked).sum() / (count * length)
     return total, (ce * masked).sum(), masked.sum(), (squared * masked).sum()
 

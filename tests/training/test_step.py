@@ -16,7 +16,7 @@ from tests.toys import images, nano, randomized, rng
 from tests.training.plain import plain_loss, plain_steps
 
 COMMON = {"batch_size": 5, "steps": 8, "warmup": 1, "lr": 3e-3, "dtype": "float32"}
-LARGER = {"mse": 0.5, "time_power": 2.0, "wrong_hints": 0.5, "drop_latent": 0.3, "accumulate": 3}
+LARGER = {"mse": 0.5, "wrong_hints": 0.5, "drop_latent": 0.3, "accumulate": 3}
 CASES = [  # model, data, settings
     *[(model, "text", settings) for model in ("cadd", "mdlm") for settings in ({}, {"weighting": "elbo", **LARGER})],
     ("cdm", "text", {}),
@@ -30,7 +30,7 @@ CASES = [  # model, data, settings
         for name, value in {
             "wrong_hints": 0.0, "lr": 1e-3, "warmup": 0, "final_lr": 0.5, "weight_decay": 2.0, "clip": 0.02, "ema": 0.2,
             "seed": 3, "steps": 4, "batch_size": 3, "optimizer": "muon",
-            "time_power": 2.5,
+            
         }.items()
     ],
 ]  # fmt: skip
@@ -120,7 +120,7 @@ def test_evaluation_is_of_the_averages_without_wrong_hints(data):
     with torch.no_grad():
         for weight in fit.model.parameters():
             weight.fill_(math.nan)
-    quiet, sums, bounds = dataclasses.replace(config, time_power=1, wrong_hints=0, drop_latent=0, drop_label=0), [], []
+    quiet, sums, bounds = dataclasses.replace(config, wrong_hints=0, drop_latent=0, drop_label=0), [], []
     for index, (x_0, label, free) in enumerate(held_out):
         gen = seeded(config.seed + 1, index)
         u = stratified_times(5, gen)
