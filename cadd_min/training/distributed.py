@@ -199,11 +199,6 @@ def unsharded(value: Any, keep: bool = True) -> Any:
     return full.cpu() if keep else None
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor, gathered where it is sharded. All processes must call at the same time."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def share_of(value: Tensor, like: Tensor) -> Tensor:
     """Return this process's share of a whole tensor if `like` is sharded, else the tensor itself."""
     mesh: Any = getattr(like, "device_mesh", None)

@@ -23,14 +23,11 @@ from cadd_min.baselines import dispatch
 from cadd_min.loss import stratified_times
 from cadd_min.model import Model
 from cadd_min.objective import Batch, Objective
-from cadd_min.training.distributed import World, accumulate_only, share_of, shared, unsharded, whole
-from cadd_min.training.muon import Muon
+from cadd_min.training.distributed import World, accumulate_only, share_of, shared, unsharded
 from cadd_min.utils import device as devices
 from cadd_min.utils.cli import option
 from cadd_min.utils.device import DTYPES, best_dtype, seeded
 from cadd_min.utils.errors import InputError, choose, described
-
-OPTIMIZERS = ("muon", "adamw")
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,6 @@ class TrainConfig(Objective):
     steps: int = option(4000, "optimiser steps")
     batch_size: int = option(8, "sequences in a micro-batch")
     accumulate: int = option(0, "micro-batches in a step, shared out among the processes; 0: one for each process")
-    optimizer: str = option("adamw", "of the blocks' matrices: muon or adamw (all else is trained by adamw)")
     lr: float = option(2e-3, "peak learning rate")
     warmup: int = option(100, "steps of linear warm-up")
     final_lr: float = option(0.1, "share of lr that the cosine decay ends at")
@@ -67,7 +63,6 @@ class TrainConfig(Objective):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be greater than 0, not {getattr(self, name)}")
         choose("dtype", self.dtype, ("auto", *DTYPES))
-        choose("optimizer", self.optimizer, OPTIMIZERS)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -110,7 +105,7 @@ class Trainer:
         # steps without a finite gradient, in all and in a row: on the device, so that counting does not wait for it
         self.skipped, self.in_a_row = torch.zeros(2, device=self.device).unbind()
         self.dtype = self._common_dtype()
-        self.muon, self.optimizer = self._make_optimizers()
+        self.optimizer = self._make_optimizer()
         self._reader, self._ahead = ThreadPoolExecutor(1), dict[int, Future[Batch]]()
 
     def _compile(self) -> None:
@@ -133,27 +128,12 @@ class Trainer:
             return self.config.dtype
         return "float32" if self.world.any(best_dtype(self.device) == "float32") else "bfloat16"
 
-    def _make_optimizers(self) -> tuple[Muon | None, torch.optim.AdamW]:
-        """Make Muon for the blocks' matrices, if the settings ask for it, and AdamW for all other parameters.
-
-        Only the backbone's matrices decay. The matrices that map the time (`ada`) start at zero, and AdamW trains them.
-        """
-        config, muon = self.config, None
-        decay = {id(p): p for p in self.model.backbone.parameters() if p.dim() >= 2 and p.requires_grad}
-        rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in decay]
-        if config.optimizer == "muon":
-            named = [pair for block in self.model.blocks() for pair in block.named_parameters()]
-            named = [(name, p) for name, p in named if id(p) in decay and p.dim() == 2 and not name.startswith("ada.")]
-            stacks = {3: [p for n, p in named if n == "qkv.weight"], 1: [p for n, p in named if n != "qkv.weight"]}
-            groups = [{"params": params, "stack": n} for n, params in stacks.items() if params]
-            muon = Muon(groups, config.lr, weight_decay=config.weight_decay) if groups else None
-            decay = {key: p for key, p in decay.items() if not any(p is matrix for _, matrix in named)}
-        groups = [{"params": [*decay.values()], "weight_decay": config.weight_decay}]
-        groups.append({"params": rest, "weight_decay": 0.0})
-        return muon, torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
-
-    def _optimizers(self) -> list[torch.optim.Optimizer]:
-        return [self.optimizer] if self.muon is None else [self.optimizer, self.muon]
+    def _make_optimizer(self) -> torch.optim.AdamW:
+        """Make AdamW. Only the backbone's matrices decay."""
+        decay = [p for p in self.model.backbone.parameters() if p.dim() >= 2 and p.requires_grad]
+        rest = [p for p in self.model.parameters() if p.requires_grad and not any(p is d for d in decay)]
+        groups = [{"params": decay, "weight_decay": self.config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=self.config.lr, betas=(0.9, 0.98), fused=True)
 
     def parameters(self) -> int:
         """Count the model's parameters."""
@@ -169,17 +149,17 @@ class Trainer:
         Nothing here waits for the device but the count of masked positions. Returns the CE per masked token (nats) and
         the squared error of this process's share, and the gradient's norm.
         """
-        for group in [group for optimizer in self._optimizers() for group in optimizer.param_groups]:
+        for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config)
         for model in (self.model, self.ema):
             model.at_step(self.step)
         sums = self.backward()
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip))
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         bad = (~torch.isfinite(norm)).float()
-        for optimizer in self._optimizers():
-            optimizer.found_inf = bad  # type: ignore[attr-defined]  # Muon and the fused AdamW then change nothing
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # the fused AdamW then changes nothing
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         self.skipped, self.in_a_row = self.skipped + bad, (self.in_a_row + 1) * bad
         self._update_ema()
         self.step, self.sequences = self.step + 1, self.sequences + self.accumulate * self.config.batch_size
@@ -272,7 +252,6 @@ class Trainer:
         model = self._whole(self.model, {})
         ema = self._whole(self.ema, {name: model[name] for name, p in named.items() if not p.requires_grad})
         state = {"model": model, "ema": ema, "optimizer": unsharded(self.optimizer.state_dict(), self.world.first)}
-        state["muon"] = unsharded([] if self.muon is None else self.muon.averages(), self.world.first)
         return state | {"step": self.step, "seen": self.sequences, "skipped": int(self.skipped)}
 
     def _whole(self, module: torch.nn.Module, known: dict[str, Any]) -> dict[str, Any]:
@@ -292,12 +271,6 @@ class Trainer:
         for module, part in ((self.model, state["model"]), (self.ema, state["ema"])):
             own = module.state_dict()
             module.load_state_dict({key: share_of(v, own[key]) if key in own else v for key, v in part.items()})
-        averages: list[Tensor] = [] if self.muon is None else self.muon.averages()
-        saved = state.get("muon", [])
-        if [a.shape for a in averages] != [a.shape for a in saved]:
-            raise ValueError(f"it has {len(saved)} averages of Muon's, not the {len(averages)} of these settings")
-        for average, value in zip(averages, saved):
-            average.copy_(share_of(value, average))
         self._load_moments(state["optimizer"]["state"])
         for name in ("step", "seen", "skipped"):
             if type(state[name]) is not int or not 0 <= state[name] < 2**63:

@@ -61,20 +61,6 @@ def learning_rate(step: int, c: TrainConfig) -> float:
     return c.lr * (c.final_lr + (1 - c.final_lr) * (1 + math.cos(math.pi * share)) / 2)
 
 
-def orthogonal(g: Tensor) -> Tensor:
-    """Make five Newton-Schulz steps on one matrix, whose singular values then are about 1."""
-    x = g / (torch.linalg.matrix_norm(g) + 1e-7)
-    for _ in range(5):
-        x = 3.4445 * x - 4.775 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
-    return x
-
-
-def muon_step(g: Tensor, average: Tensor, stack: int) -> Tensor:
-    """Return the step of a parameter that stacks matrices: orthogonal, with entries of about AdamW's size, 0.2."""
-    matrices = (0.05 * g + 0.95 * average).chunk(stack)
-    return torch.cat([0.2 * max(m.shape) ** 0.5 * orthogonal(m) for m in matrices])
-
-
 def plain_steps(
     model: Model, data: Callable[[int], Batch], c: TrainConfig, steps: int
 ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
@@ -95,14 +81,9 @@ def plain_steps(
             lr, beta = learning_rate(k, c), min(c.ema, (1 + k) / (10 + k))
             for name, p in weights.items():
                 g = gradients[name] * min(1.0, c.clip / float(norm + 1e-6))
-                kind = name.split(".")[-2] if "." in name else ""
-                by_muon = c.optimizer == "muon" and "blocks" in name and p.dim() == 2 and kind != "ada"
-                beta_1 = 0.95 if by_muon else 0.9
-                first[name] = beta_1 * first[name] + (1 - beta_1) * g
+                first[name] = 0.9 * first[name] + 0.1 * g
                 second[name] = 0.98 * second[name] + 0.02 * g**2
                 step = first[name] / (1 - 0.9 ** (k + 1)) / ((second[name] / (1 - 0.98 ** (k + 1))).sqrt() + 1e-8)
-                if by_muon:
-                    step = muon_step(g, first[name], 3 if kind == "qkv" else 1)
                 decay = c.weight_decay if name.startswith("backbone.") and p.dim() > 1 else 0
                 p.copy_(p - lr * (decay * p + step))
                 average[name] = beta * average[name] + (1 - beta) * p

@@ -23,14 +23,12 @@ CASES = [  # model, data, settings
     ("cdm", "text", {"weighting": "elbo", **LARGER}),
     ("cadd", "given", {"mse": 0.5, "accumulate": 2}),
     ("cadd", "labels", {"drop_label": 0.4}),
-    ("cadd", "labels", {"optimizer": "muon"}),
     ("cadd", "bayes", {"mse": 0.5}),
     *[
         ("cadd", "text", {name: value})
         for name, value in {
             "wrong_hints": 0.0, "lr": 1e-3, "warmup": 0, "final_lr": 0.5, "weight_decay": 2.0, "clip": 0.02, "ema": 0.2,
-            "seed": 3, "steps": 4, "batch_size": 3, "optimizer": "muon",
-            
+            "seed": 3, "steps": 4, "batch_size": 3,
         }.items()
     ],
 ]  # fmt: skip
