@@ -13,8 +13,8 @@ line (--molecules): as running text, and each line a sequence of its own.
     third      `now`, in a third of the seconds
     no-counts, no-gates, ...   `now`, with one change undone
 
-The clock runs while steps are made, and not while the bound is measured. A run's number of steps is chosen from the
-time of its first steps, so that its learning rate ends its decay at the end.
+The clock runs while steps are made, and not while the bound is measured. The number of steps that the seconds allow is
+estimated again and again from the pace, so that the learning rate ends its decay with the clock.
 bound: nats per token of held-out text in continuous time, by the averaged weights and the same noise for every run. For
 "ar" it is the exact likelihood.
 """
@@ -22,6 +22,7 @@ bound: nats per token of held-out text in continuous time, by the averaged weigh
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import random
 import re
 import statistics
@@ -59,7 +60,7 @@ ROWS = ("before", "now", "third", *(f"no-{change}" for change in CHANGES))
 TIMES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95, 1.0)  # of the CE by t
 MARKS = (1 / 8, 1 / 4, 1 / 2, 1)  # shares of the time at which the bound is measured
 HELD_OUT = 16384  # tokens
-TIMED = 12  # steps, of which the last two thirds are timed
+PACE = 10  # steps, after which the number of steps that the seconds allow is estimated again
 
 
 def open_track(name: str, job: dict[str, Any]) -> TokenFolder:
@@ -124,16 +125,6 @@ def build(model: str, row: str, job: dict[str, Any], tokens: TokenFolder) -> Den
     return net
 
 
-def steps_in(seconds: float, make: Any) -> int:
-    """Return how many steps fit into the seconds, by the median time of a few steps of another trainer."""
-    trainer, times = make(1000), []
-    for _ in range(TIMED):
-        start = time.perf_counter()
-        trainer.train_step()
-        times.append(time.perf_counter() - start)
-    return max(1, round(seconds / statistics.median(times[TIMED // 3 :])))
-
-
 def one_run(job: dict[str, Any]) -> dict[str, Any]:
     """Train one model, and return the job with its bounds over seconds, and the CE by t of a masked model."""
     torch.set_num_threads(job["threads"])
@@ -146,27 +137,20 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
     val = text_batches(tokens.split("val", whole=rows), length, count, eot_id=eot_id)
     held_out = [val(i) for i in range(4)]
 
-    def make(steps: int) -> Trainer:
-        config = TrainConfig(steps=steps, batch_size=batch_size, seed=job["seed"], dtype=job["dtype"])
-        return Trainer(build(job["model"], job["row"], job, tokens), data, config)
-
-    steps = steps_in(seconds, make)
-    trainer, clock, curve = make(steps), 0.0, []
-    marks = {max(1, round(share * steps)) for share in MARKS}
-    while trainer.step < steps:
+    config = TrainConfig(batch_size=batch_size, seed=job["seed"], dtype=job["dtype"])
+    trainer, clock, curve = Trainer(build(job["model"], job["row"], job, tokens), data, config), 0.0, []
+    marks = [share * seconds for share in MARKS]
+    while marks:
         start = time.perf_counter()
         trainer.train_step()
         clock += time.perf_counter() - start
-        if trainer.step in marks:
+        if trainer.step % PACE == 0:  # the learning rate follows the number of steps that the pace allows
+            trainer.config = dataclasses.replace(config, steps=max(trainer.step, round(trainer.step * seconds / clock)))
+        if clock >= marks[0]:
+            marks = [mark for mark in marks if mark > clock]
             curve.append((round(clock, 1), trainer.evaluate(held_out)["val_bound"]))
-    result = {
-        "budget": seconds,
-        "updates": steps,
-        "tokens": steps * batch_size * length,
-        "clock": clock,
-        "curve": curve,
-    }
-    result |= {"bound": curve[-1][1], "parameters": trainer.parameters()}
+    result = {"budget": seconds, "updates": trainer.step, "tokens": trainer.step * batch_size * length, "clock": clock}
+    result |= {"curve": curve, "bound": curve[-1][1], "parameters": trainer.parameters()}
     return job | result | ({} if job["model"] in BASELINES else {"by_t": by_time(trainer, held_out)})
 
 

@@ -28,7 +28,7 @@ def test_the_rows_of_ten_seconds(tmp_path, monkeypatch, capsys):
     rows = measured(tmp_path, monkeypatch, *"--tracks lines --models mdlm ar --rows before third".split())
     assert [(r["model"], r["row"]) for r in rows] == [(m, row) for m in ("mdlm", "ar") for row in ("before", "third")]
     for r in rows:
-        assert r["updates"] > 1 and r["tokens"] == r["updates"] * 32 * 32 and len(r["curve"]) == len(speedrun.MARKS)
+        assert r["updates"] > 1 and r["tokens"] == r["updates"] * 32 * 32
         times, bounds = zip(*r["curve"])
         assert list(times) == sorted(times) and bounds[-1] == r["bound"] and 0 < r["bound"] < 10
         assert ("by_t" in r) == (r["model"] == "mdlm")
