@@ -80,7 +80,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and MLP, each modulated and gated by the time. The gates start at 1, or at 0: see `open_gates`."""
+    """Attention and MLP, each modulated and gated by the time. See `open_gates` for where the gates start."""
 
     def __init__(self, size: Size | PatchSize, causal: bool):
         super().__init__()
@@ -152,7 +152,7 @@ class DiT(nn.Module):
         self.ada = nn.Linear(size.cond, 2 * size.width)
         self.initialize_weights()
         for block in blocks:
-            block.open_gates(1.0 if isinstance(size, Size) else 0.0)
+            block.open_gates(size.gate if isinstance(size, Size) else 0.0)
             block.look_nearby(self.rotary.frequency)
 
     def initialize_weights(self) -> None:
@@ -207,7 +207,8 @@ DEEPEST = 1000  # layers
 def check_size(size: Any) -> None:
     """Raise InputError where a number of a Size, PatchSize or UNetSize is out of range for any network."""
     for name, value in vars(size).items():
-        least, most = 0 if name in ("attention", "dropout") else 1, DEEPEST if name in ("layers", "blocks") else LARGEST
+        least = 0 if name in ("attention", "dropout", "gate") else 1
+        most = DEEPEST if name in ("layers", "blocks") else LARGEST
         for number in value if isinstance(value, tuple) else (value,):
             if not least <= number <= most:
                 raise InputError(f"{name} must be from {least} to {most}, not {number}")
@@ -215,12 +216,13 @@ def check_size(size: Any) -> None:
 
 @dataclass(frozen=True)
 class Size:
-    """The size of a transformer for text."""
+    """The size of a transformer for text, and where its blocks' gates start."""
 
     layers: int
     width: int
     heads: int
     cond: int = 128  # width of the time conditioning
+    gate: float = 0.0
 
     def __post_init__(self) -> None:
         check_size(self)
@@ -257,9 +259,9 @@ class PatchSize:
 
 
 PRESETS = {
-    "nano": Size(layers=2, width=64, heads=2, cond=64),  # tests and benchmarks/markov.py
-    "tiny": Size(layers=3, width=128, heads=4),
-    "small": Size(layers=12, width=768, heads=12),
+    "nano": Size(layers=2, width=64, heads=2, cond=64, gate=1.0),  # tests and benchmarks/markov.py
+    "tiny": Size(layers=3, width=128, heads=4, gate=1.0),
+    "small": Size(layers=12, width=768, heads=12),  # the paper's
 }
 PATCH_PRESETS = {
     "tiny": PatchSize(layers=4, width=128, heads=4, embed=32, patch=1),  # 8x8 digits
