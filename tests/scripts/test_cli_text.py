@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import text as benchmark
 from cadd_min.checkpoints import file as checkpoint
+from cadd_min.data.batches import text_batches
 from cadd_min.data.corpus import open_corpus
 from cadd_min.data.token_folder import prepare
 from cadd_min.data.tokenizer import chars, gpt2
@@ -21,7 +22,7 @@ from cadd_min.evaluation import text as assess_text
 from cadd_min.evaluation import text_judge
 from cadd_min.model import BASELINES, MODELS, Denoiser, ModelConfig
 from cadd_min.orders import Sampling
-from cadd_min.training.counts import log_frequencies
+from cadd_min.training.counts import log_frequencies, sequences
 from cadd_min.utils.errors import InputError
 from tests.toys import ROOT, TINY, save_untrained
 
@@ -56,8 +57,8 @@ def test_a_new_run_starts_at_the_counts_of_its_corpus(call, text):
     content = checkpoint.load(Path("run"))
     args = argparse.Namespace(dataset=content["settings"]["dataset"], cache=Path(content["settings"]["cache"]))
     tokens = prepare(open_corpus(args.dataset, args.cache), gpt2(300), args.cache).split("train")
-    counted = torch.from_numpy(tokens[0 : len(tokens)].astype(np.int64))
-    state = content["trainer"]["model"]
+    state, counted = content["trainer"]["model"], sequences(text_batches(tokens, 16, 4, seed=0))
+    assert counted.numel() > 0.9 * len(tokens)
     torch.testing.assert_close(state["head.bias"], log_frequencies(counted, 300))
     assert (state["embedding.weight"][:300] - plain.embedding.weight[:300]).norm() > 10
     state["head.bias"][5] = 7.0
