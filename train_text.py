@@ -54,7 +54,9 @@ def open_tokens(args: argparse.Namespace) -> TokenFolder:
 
 def main() -> None:
     args, resumed = start.parse_args(build_parser(), "train_text.py")
-    shape = {"head_bias": True} | start.network(args, PRESETS, resumed)
+    shape = start.network(args, PRESETS, resumed)
+    counted = not resumed and shape["size"].gate > 0  # behind closed gates the counts do harm
+    shape = {"head_bias": counted} | shape
     config = from_args(ModelConfig, args, vocab_size=args.vocab_size, length=args.length, rows=args.lines, **shape)
     tokens = open_tokens(args)
     codec, training_tokens = tokens.tokenizer(), tokens.split("train", whole=args.lines)
@@ -70,7 +72,7 @@ def main() -> None:
     start.train(
         args,
         resumed,
-        lambda: Denoiser(config) if resumed else start_at_counts(Denoiser(config), data),
+        lambda: start_at_counts(Denoiser(config), data) if counted else Denoiser(config),
         data,
         [held_out(i) for i in range(4)],
         codec,

@@ -6,7 +6,9 @@
 
 PPMI(v, w) = max(0, log p(v, w) / (p(v) p(w))) compares with chance how often w stands next to v: once for w before v,
 once for w behind v. Tokens with the same neighbours get close vectors (Levy & Goldberg 2014). Gradient steps find both
-laws too, but slowly: a network that cannot tell tokens apart stays at the unigram law. Counting takes seconds.
+laws too, but slowly: a network that cannot tell tokens apart stays at the unigram law.
+
+The counts are for networks whose gates start open (dit.py). Behind closed gates they do harm.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """evaluate.py on models of text, with a stub and with the real judge; and benchmarks/text.py from end to end."""
 
 import argparse
+import dataclasses
 import json
 import math
 import re
@@ -49,7 +50,7 @@ def test_the_bound_of_every_model(call, text):
     assert code == 0 and "T 4," in out
 
 
-def test_a_new_run_starts_at_the_counts_of_its_corpus(call, text):
+def test_a_new_run_starts_at_the_counts_of_its_corpus(call, text, monkeypatch):
     """Check the head and the embedding after a step that is too small to change them, and after a resumed one."""
     torch.manual_seed(0)
     plain = Denoiser(ModelConfig(300, 16, PRESETS["nano"], head_bias=True))
@@ -61,6 +62,11 @@ def test_a_new_run_starts_at_the_counts_of_its_corpus(call, text):
     assert counted.numel() > 0.9 * len(tokens)
     torch.testing.assert_close(state["head.bias"], log_frequencies(counted, 300))
     assert (state["embedding.weight"][:300] - plain.embedding.weight[:300]).norm() > 10
+    with monkeypatch.context() as patch:
+        patch.setitem(PRESETS, "nano", dataclasses.replace(PRESETS["nano"], gate=0.0))
+        assert call(f"train_text.py --dataset {text} {TINY} --steps 1 --lr 1e-12 --weight-decay 0 --out closed")[0] == 0
+    start = checkpoint.load(Path("closed"))["trainer"]["model"]
+    assert "head.bias" not in start and start["head.weight"].abs().max() < 1e-9, "the gates of `closed` are closed"
     state["head.bias"][5] = 7.0
     checkpoint.save(Path("run") / checkpoint.FILE, content)
     assert call("train_text.py --resume --out run --steps 2")[0] == 0
