@@ -109,16 +109,17 @@ def build(job: dict[str, Any], vocab_size: int, data: TextBatches | RowBatches) 
     """Make the untrained model of a row."""
     undone = CHANGES if job["row"] == "before" else (job["row"].removeprefix("no-"),)
     size = PRESETS[job["preset"]]
+    counted = "counts" not in undone and size.gate > 0  # as train_text.py does
     config = ModelConfig(
         vocab_size,
         data.length,
         dataclasses.replace(size, gate=0.0) if "gates" in undone else size,
         model=job["model"],
         rows=isinstance(data, RowBatches),
-        head_bias="counts" not in undone,
+        head_bias=counted,
     )
     seed_torch(job["seed"])
-    return Denoiser(config) if "counts" in undone else start_at_counts(Denoiser(config), data)
+    return start_at_counts(Denoiser(config), data) if counted else Denoiser(config)
 
 
 def one_run(job: dict[str, Any]) -> dict[str, Any]:
