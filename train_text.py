@@ -22,7 +22,7 @@ from cadd_min.dit import PRESETS
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.sampling.text import preview
 from cadd_min.training import start
-from cadd_min.training.counts import start_at_counts
+from cadd_min.training.counts import fast_start, start_at_counts
 from cadd_min.utils.cli import expanded, from_args, integer, run
 from cadd_min.utils.errors import choose
 
@@ -55,12 +55,14 @@ def open_tokens(args: argparse.Namespace) -> TokenFolder:
 def main() -> None:
     args, resumed = start.parse_args(build_parser(), "train_text.py")
     shape = start.network(args, PRESETS, resumed)
-    counted = not resumed and shape["size"].gate > 0  # behind closed gates the counts do harm
-    shape = {"head_bias": counted} | shape
-    config = from_args(ModelConfig, args, vocab_size=args.vocab_size, length=args.length, rows=args.lines, **shape)
+    config = from_args(
+        ModelConfig, args, vocab_size=args.vocab_size, length=args.length, rows=args.lines, size=shape["size"]
+    )
     tokens = open_tokens(args)
     codec, training_tokens = tokens.tokenizer(), tokens.split("train", whole=args.lines)
-    config = dataclasses.replace(config, vocab_size=codec.vocab_size)  # only gpt2 has the size of --vocab-size
+    config = dataclasses.replace(config, vocab_size=codec.vocab_size, **shape)  # only gpt2 has that of --vocab-size
+    config = config if resumed else fast_start(config)
+    counted = config.head_bias and not resumed
     name, eot_id = f"--dataset {args.dataset}", codec.eot_id if args.lines else None
     data = text_batches(training_tokens, args.length, args.batch_size, args.seed, name, eot_id)
     eval_batch_size, name = max(1, HELD_OUT // args.length), f"the held-out part of {name}"

@@ -13,11 +13,13 @@ line (--molecules): as running text, and each line a sequence of its own.
     third      `now`, in a third of the seconds
     no-counts, no-gates, ...   `now`, with one change undone
 
+--models gpt2 is the library's GPT-2 of the same layers and width, for reference: no row changes anything in it.
+
 The clock runs while steps are made, and not while the bound is measured. The number of steps that the seconds allow is
 estimated again and again from the pace, so that the learning rate ends its decay with the clock.
 bound: nats per token of held-out text in continuous time, by the averaged weights and the same noise for every run. For
-"ar" it is the exact likelihood. A token of `lines` may be padding: 32 times the bound is nats a line. The CE by t of
-cadd is not a likelihood: its input has seen the answer.
+"ar" and "gpt2" it is the exact likelihood. A token of `lines` may be padding: 32 times the bound is nats a line. The CE
+by t of cadd is not a likelihood: its input has seen the answer.
 """
 
 from __future__ import annotations
@@ -30,10 +32,12 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.specs import read_rows, run_all, spread
 from cadd_min.data import corpus, tokenizer
@@ -42,7 +46,7 @@ from cadd_min.data.token_folder import TokenFolder, prepare
 from cadd_min.dit import PRESETS
 from cadd_min.model import BASELINES, MODELS, Denoiser, ModelConfig
 from cadd_min.objective import Batch, Objective, training_loss
-from cadd_min.training.counts import start_at_counts
+from cadd_min.training.counts import fast_start, start_at_counts
 from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.utils.cli import as_path, expanded, run
 from cadd_min.utils.device import DTYPES, seed_torch, seeded
@@ -56,7 +60,9 @@ TRACKS: dict[str, dict[str, Any]] = {
     "molecules": {"length": 64, "batch_size": 16},
     "lines": {"length": 32, "batch_size": 32},
 }
-CHANGES = ("counts", "gates")  # each can be undone
+CHANGES = ("counts", "gates", "neighbours")  # each can be undone
+FIELDS = {"counts": "head_bias", "neighbours": "neighbours"}  # of ModelConfig
+GPT2 = "gpt2"
 ROWS = ("before", "now", "third", *(f"no-{change}" for change in CHANGES))
 TIMES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95, 1.0)  # of the CE by t
 MARKS = (1 / 8, 1 / 4, 1 / 2, 1)  # shares of the time at which the bound is measured
@@ -107,19 +113,39 @@ def shuffled(path: Path, cache: Path) -> Path:
 
 def build(job: dict[str, Any], vocab_size: int, data: TextBatches | RowBatches) -> Denoiser:
     """Make the untrained model of a row."""
+    if job["model"] == GPT2:
+        seed_torch(job["seed"])
+        return Gpt2(ModelConfig(vocab_size, data.length, PRESETS[job["preset"]], model="ar"))
     undone = CHANGES if job["row"] == "before" else (job["row"].removeprefix("no-"),)
-    size = PRESETS[job["preset"]]
-    counted = "counts" not in undone and size.gate > 0  # as train_text.py does
-    config = ModelConfig(
-        vocab_size,
-        data.length,
-        dataclasses.replace(size, gate=0.0) if "gates" in undone else size,
-        model=job["model"],
-        rows=isinstance(data, RowBatches),
-        head_bias=counted,
-    )
+    size, rows = PRESETS[job["preset"]], isinstance(data, RowBatches)
+    config = fast_start(ModelConfig(vocab_size, data.length, size, model=job["model"], rows=rows))
+    kept = {"size": dataclasses.replace(size, gate=0.0)} if "gates" in undone else {}
+    kept |= {name: False for change, name in FIELDS.items() if change in undone}
+    config = dataclasses.replace(config, **kept)
     seed_torch(job["seed"])
-    return start_at_counts(Denoiser(config), data) if counted else Denoiser(config)
+    return start_at_counts(Denoiser(config), data) if config.head_bias else Denoiser(config)
+
+
+class Gpt2(Denoiser):
+    """The library's GPT-2 as an autoregressive model: its own embedding, tied to its head, positions and start."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(dataclasses.replace(config, model="ar", head_bias=False, neighbours=False))
+        size, tokens = config.size, config.vocab_size + 1
+        from transformers import GPT2Config, GPT2Model
+
+        self.backbone = GPT2Model(GPT2Config(
+            vocab_size=tokens, n_positions=config.length, n_embd=size.width, n_layer=size.layers, n_head=size.heads,
+            attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, use_cache=False, bos_token_id=None, eos_token_id=None,
+        ))  # fmt: skip
+        self.embedding = self.backbone.wte
+        del self.head
+
+    def features(self, x_t: Tensor, z_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.backbone(x_t).last_hidden_state
+
+    def head_matrix(self) -> Tensor:
+        return self.embedding.weight[: self.mask_id]
 
 
 def one_run(job: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +176,7 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
             curve.append((round(clock, 1), trainer.evaluate(held_out)["val_bound"]))
     result = {"budget": seconds, "updates": trainer.step, "tokens": trainer.step * batch_size * length, "clock": clock}
     result |= {"curve": curve, "bound": curve[-1][1], "parameters": trainer.parameters()}
-    return job | result | ({} if job["model"] in BASELINES else {"by_t": by_time(trainer, held_out)})
+    return job | result | ({} if job["model"] in (*BASELINES, GPT2) else {"by_t": by_time(trainer, held_out)})
 
 
 def by_time(trainer: Trainer, held_out: Sequence[Batch]) -> list[float]:
@@ -170,12 +196,23 @@ def table(rows: list[dict[str, Any]]) -> str:
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for r in rows:
         groups.setdefault((r["track"], r["model"], r["row"]), []).append(r)
-    heads = ("track", "model", "row", "bound, nats/token", "seconds", "steps", "million tokens", "CE at t = .05 .. 1")
+    heads = ("track", "model", "row", "bound, nats/token", "seconds", "after 1/8, 1/4, 1/2 of them")
+    heads += ("steps", "million tokens", "CE at t = .05 .. 1")
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for (track, model, row), group in groups.items():
         mean = lambda name, group=group: statistics.mean(r[name] for r in group)
         ce = " ".join(f"{statistics.mean(v):.2f}" for v in zip(*(r.get("by_t", ()) for r in group)))
-        cells = [track, model, f"{row} ({len(group)})", spread([r["bound"] for r in group]), f"{mean('clock'):.0f}"]
+        way = " ".join(
+            f"{statistics.mean(v):.3f}" for v in zip(*([bound for _, bound in r["curve"][:-1]] for r in group))
+        )
+        cells = [
+            track,
+            model,
+            f"{row} ({len(group)})",
+            spread([r["bound"] for r in group]),
+            f"{mean('clock'):.0f}",
+            way,
+        ]
         lines.append("| " + " | ".join([*cells, f"{mean('updates'):,.0f}", f"{mean('tokens') / 1e6:.2f}", ce]) + " |")
     said = f"{rows[0]['preset']}, {rows[0]['threads']} threads, {rows[0]['dtype']}, {rows[0]['seconds']:g} seconds"
     return "\n".join([*lines, "", f"(n): seeds, ± their standard deviation; {said}; torch {rows[0]['torch']}"])
@@ -184,7 +221,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tracks", nargs="+", default=["text-4096", "text", "letters"], help=", ".join(TRACKS))
-    parser.add_argument("--models", nargs="+", default=["mdlm", "cadd"], help="mdlm, cadd, cdm, ar, udm or sedd")
+    parser.add_argument("--models", nargs="+", default=["mdlm", "cadd"], help=f"{', '.join(MODELS)} or {GPT2}")
     parser.add_argument("--rows", nargs="+", default=["before", "now", "third"], help=", ".join(ROWS))
     parser.add_argument("--molecules", type=expanded, help="a file with one molecule a line, as SMILES")
     parser.add_argument("--seconds", type=float, default=300.0, help="of training")
@@ -200,11 +237,13 @@ def main() -> None:
     if args.table:
         print(table(read_rows(args.table)))
         return
-    for name, known in (("tracks", TRACKS), ("models", MODELS), ("rows", ROWS)):
+    for name, known in (("tracks", TRACKS), ("models", (*MODELS, GPT2)), ("rows", ROWS)):
         for value in getattr(args, name):
             choose(f"--{name}", value, known)
     if min(args.seeds, args.threads, args.jobs) < 1 or not 0 < args.seconds < float("inf"):
         raise InputError("--seeds, --threads, --jobs and --seconds must be greater than 0")
+    if GPT2 in args.models and find_spec("transformers") is None:
+        raise InputError("--models gpt2 needs transformers: pip install transformers, or leave it out")
     shared = {k: v for k, v in vars(args).items() if k not in ("tracks", "models", "rows", "seeds", "out", "table")}
     shared["torch"] = torch.__version__
     cells = [(seed, track, model, row) for seed in range(args.seeds) for track in args.tracks for model in args.models

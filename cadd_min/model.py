@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadd_min.dit import Block, PatchSize, Size
@@ -25,6 +26,7 @@ from cadd_min.utils.errors import InputError, choose
 BASELINES = ("ar", "udm", "sedd")  # for text: autoregressive, uniform-state diffusion, score entropy
 MODELS = ("cadd", "mdlm", "cdm", *BASELINES)
 SIZES = {cls.__name__: cls for cls in (Size, PatchSize, UNetSize)}
+ALPHABET = 127  # tokens: more have too many pairs
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -40,6 +42,7 @@ class ModelConfig:
     hint_unit: float = 1.0  # length of the hint that the network reads, where z_0 has length 1
     head_bias: bool = False  # of models of text
     rows: bool = False  # a sequence is one line, padded with EOT: the network has absolute positions
+    neighbours: bool = False  # the embeddings of the pairs of tokens around a position are added to its own
     model: str = option(
         "cadd",
         "cadd, mdlm (no latent), cdm (everything masked, only latents); baselines for text: ar (autoregressive), "
@@ -87,8 +90,10 @@ class ModelConfig:
             raise InputError(
                 f"images of {self.image} have {math.prod(self.image)} values, not the length {self.length}"
             )
-        if self.rows and self.image is not None:
-            raise InputError("rows are lines of text, and this model is of images")
+        if (self.rows or self.neighbours) and self.image is not None:
+            raise InputError("rows and neighbours are of text, and this model is of images")
+        if self.neighbours and self.vocab_size > ALPHABET:
+            raise InputError(f"neighbours are for alphabets of at most {ALPHABET} tokens, not {self.vocab_size}")
         if self.vocab_size < 2 or self.length < 1:
             raise InputError(f"a model needs 2 tokens and length 1 at least, not {self.vocab_size}, {self.length}")
 
@@ -97,6 +102,28 @@ class ModelConfig:
         cdm = self.model == "cdm"
         continuous = self.continuous if self.continuous != "auto" else "linear" if cdm else "capped"
         return NoiseSchedule("all-at-once" if cdm else self.discrete, continuous)
+
+
+class Neighbours(nn.Module):
+    """Embed the pairs of tokens around each position. The mask is a token too, and stands beyond both ends.
+
+    Each pair of tokens at each of `places` has a row, so the network need not learn first to join two characters. There
+    are (V + 1)^2 rows for each of the places, so neighbours are for alphabets. A causal network sees none to its right.
+    """
+
+    def __init__(self, vocab_size: int, width: int, causal: bool = False):
+        super().__init__()
+        self.tokens = vocab_size + 1
+        self.places = ((-1, 0), (-2, -1)) if causal else ((-1, 1), (-2, -1), (1, 2))
+        self.table = nn.Embedding(len(self.places) * self.tokens**2, width)
+        nn.init.zeros_(self.table.weight)
+
+    def forward(self, x_t: Tensor) -> Tensor:
+        """Sum the embeddings of the pairs around each token of x_t (B, L): (B, L, width)."""
+        length, padded = x_t.shape[1], F.pad(x_t, (2, 2), value=self.tokens - 1)
+        at = {i: padded[:, 2 + i : 2 + i + length] for i in range(-2, 3)}
+        rows = [(k * self.tokens + at[i]) * self.tokens + at[j] for k, (i, j) in enumerate(self.places)]
+        return self.table(torch.stack(rows)).sum(0)
 
 
 class Model(nn.Module, ABC):
@@ -162,8 +189,10 @@ class Denoiser(Model):
         nn.init.normal_(self.embedding.weight, std=width**-0.5)  # rows of length about 1
         if config.image is not None:  # the values of a pixel are steps of one scale
             self.embedding.weight.data[:-1] = ordered_rows(config.vocab_size, width)
+        causal = config.model == "ar"
+        self.neighbours = Neighbours(config.vocab_size, width, causal) if config.neighbours else None
         if isinstance(config.size, Size):
-            self.backbone = config.size.build((config.length,), config.classes, config.model == "ar", config.rows)
+            self.backbone = config.size.build((config.length,), config.classes, causal, config.rows)
         else:
             self.backbone = config.size.build(config.image or (config.length,), config.classes)
         self.head = nn.Linear(width, config.vocab_size, bias=config.head_bias)
@@ -194,6 +223,8 @@ class Denoiser(Model):
     def features(self, x_t: Tensor, z_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         e = self.embedding(x_t)  # (B, L, width)
         z_tilde = self.latent.fuse(e, z_t, x_t == self.mask_id, t, self.embedding.weight)
+        if self.neighbours is not None:
+            z_tilde = z_tilde + self.neighbours(x_t)
         h = self.backbone(math.sqrt(self.config.size.embed) * z_tilde, t, label)  # entries of about 1 (Vaswani et al.)
         columns = [h]
         if self.config.bayes_head and self.latent.dim:

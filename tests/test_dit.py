@@ -8,7 +8,7 @@ import torch
 from cadd_min.dit import PRESETS, Block, DiT, PatchSize, Rotary, Size, TimeEmbedding, attend
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.utils.errors import InputError
-from tests.toys import PATCHES, images, nano, randomized, rng
+from tests.toys import nano, randomized, rng
 
 SIZE = Size(layers=2, width=128, heads=4)
 
@@ -90,6 +90,11 @@ def test_small_is_the_papers_size():
     assert PRESETS["small"].gate == 0
 
 
+def test_a_backbone_of_text_sees_both_sides_and_no_absolute_positions():
+    net = SIZE.build((8,))
+    assert net.position is None and not any(block.causal for block in net.blocks)
+
+
 def test_heads_must_divide_the_width():
     with pytest.raises(InputError, match="twice the heads"):
         DiT(Size(layers=1, width=100, heads=3), 8)
@@ -116,8 +121,3 @@ def test_a_causal_network_of_lines_takes_the_first_positions():
     x, t = torch.randint(11, (2, 12), generator=rng(0)), torch.zeros(2)
     whole = net(x, torch.zeros(2, 12, 0), t)
     torch.testing.assert_close(net(x[:, :5], torch.zeros(2, 5, 0), t), whole[:, :5])
-
-
-def test_images_have_no_lines():
-    with pytest.raises(InputError, match=r"^rows are lines of text, and this model is of images$"):
-        images(PATCHES, rows=True)

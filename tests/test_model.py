@@ -36,6 +36,32 @@ def test_logits_are_made_of_the_parts(model, options):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("model", ["cadd", "mdlm", "ar"])
+def test_a_row_of_its_own_for_each_pair_of_neighbours(model):
+    """Compare with loops over positions, where a mask stands beyond both ends, and count the rows.
+
+    Power: each row of the table is drawn at random, so that two rows that are exchanged give another sum.
+    """
+    net = randomized(nano(model, vocab_size=4, neighbours=True), 0.3)
+    places = [(-1, 0), (-2, -1)] if model == "ar" else [(-1, 1), (-2, -1), (1, 2)]
+    assert net.neighbours.table.weight.shape == (25 * len(places), 32)
+    table = net.neighbours.table.weight.view(len(places), 5, 5, 32)
+    x = torch.randint(5, (3, 12), generator=rng(0))
+    token = lambda row, i: row[i] if 0 <= i < 12 else 4
+    pairs = lambda row, n: [table[k, token(row, n + i), token(row, n + j)] for k, (i, j) in enumerate(places)]
+    expected = torch.stack([torch.stack([sum(pairs(row, n)) for n in range(12)]) for row in x])
+    torch.testing.assert_close(net.neighbours(x), expected)
+    t, z = torch.tensor([0.2, 0.5, 0.9]), torch.randn(3, 12, net.latent.dim, generator=rng(1))
+    fused = net.latent.fuse(net.embedding.weight[x], z, x == 4, t, net.embedding.weight)
+    logits = net.backbone(math.sqrt(32) * (fused + expected), t) @ net.head.weight.T
+    torch.testing.assert_close(net(x, z, t), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_neighbours_start_at_nothing():
+    assert nano().neighbours is None and not nano(neighbours=True).neighbours.table.weight.any()
+
+
+@torch.no_grad()
 def test_bayes_term_is_held_where_there_is_no_noise():
     """Check that at t = 0 the term is signal / 1e-4 z_t, and not infinite."""
     net = nano(bayes_head=True)
@@ -126,6 +152,9 @@ SHAPE = "a model of images has their height, width and colours and a backbone fo
         (TEXT | {"classes": -1}, SHAPE),
         (PICTURE | {"length": 17}, r"images of \(4, 4, 1\) have 16 values, not the length 17"),
         (TEXT | {"vocab_size": 1}, "a model needs 2 tokens and length 1 at least, not 1, 12"),
+        (PICTURE | {"rows": True}, "rows and neighbours are of text, and this model is of images"),
+        (PICTURE | {"neighbours": True}, "rows and neighbours are of text, and this model is of images"),
+        (TEXT | {"vocab_size": 128, "neighbours": True}, "neighbours are for alphabets of at most 127 tokens, not 128"),
         (TEXT | {"length": 0}, "a model needs 2 tokens and length 1 at least, not 11, 0"),
     ],
 )
@@ -137,6 +166,7 @@ def test_settings_that_cannot_be_are_named(options, message):
 def test_settings_at_the_ends_of_their_ranges_are_settings():
     for options in (
         {"vocab_size": 2, "length": 1},
+        {"vocab_size": 127, "neighbours": True},
         {"latent_dim": 1, "bayes_head": True},
         {"latent_table": "free", "latent_dim": 32},
     ):

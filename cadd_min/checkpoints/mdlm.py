@@ -167,6 +167,8 @@ def to_mdlm(model: Denoiser, t: float | None = None) -> dict[str, Tensor]:
         raise InputError("MDLM's form has no classes, and this model has")
     if model.config.rows:
         raise InputError("MDLM's form has no absolute positions, and this model of lines has")
+    if model.config.neighbours:
+        raise InputError("MDLM's form has no pairs of neighbours, and this model of characters has")
     ours = {name: value.to(torch.float64, copy=True) for name, value in model.state_dict().items()}
     first = ours["backbone.time.mlp.0.weight"]
     if first.any():

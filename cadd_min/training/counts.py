@@ -4,6 +4,8 @@
     embedding     U sqrt(S) of the singular value decomposition of PPMI, with rows of length 1
     head          0.3 times the embedding (docs/speedrun.md has what each part gains)
 
+An alphabet is too small for word vectors. Its models get embeddings of pairs of neighbours, which start at zero.
+
 PPMI(v, w) = max(0, log p(v, w) / (p(v) p(w))) compares with chance how often w stands next to v: once for w before v,
 once for w behind v. Tokens with the same neighbours get close vectors (Levy & Goldberg 2014). Gradient steps find both
 laws too, but slowly: a network that cannot tell tokens apart stays at the unigram law.
@@ -13,16 +15,31 @@ The counts are for networks whose gates start open (dit.py). Behind closed gates
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cadd_min.data.batches import RowBatches, TextBatches
-from cadd_min.model import Denoiser
+from cadd_min.dit import Size
+from cadd_min.model import ALPHABET, Denoiser, ModelConfig
 
 MOST = 2**23  # tokens that are counted: of a larger corpus, a random part
 WINDOW = 2  # neighbours on each side; the second counts half
 HEAD = 0.3  # length of the head's rows
+
+
+def fast_start(config: ModelConfig) -> ModelConfig:
+    """Return the configuration of a new model of text that learns fast: with a bias of the head, and with neighbours.
+
+    Neighbours are for alphabets, and not for a cdm, which sees masks alone. A network whose gates start closed stays as
+    it is.
+    """
+    if not isinstance(config.size, Size) or config.size.gate == 0:
+        return config
+    near = config.vocab_size <= ALPHABET and config.model != "cdm"
+    return dataclasses.replace(config, head_bias=True, neighbours=near)
 
 
 def sequences(data: TextBatches | RowBatches) -> Tensor:

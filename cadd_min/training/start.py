@@ -134,13 +134,13 @@ def unheeded(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
 def network(args: argparse.Namespace, presets: dict[str, Any], resumed: dict[str, Any] | None) -> dict[str, Any]:
     """Return the size that --preset names, as a field of ModelConfig.
 
-    A resumed run keeps its own size and head, which may have no name or option today. Raises InputError.
+    A resumed run keeps its own size, head and neighbours, which may have no name or option today. Raises InputError.
     """
     if resumed and all(getattr(args, name, None) == resumed["settings"].get(name) for name in ("preset", "backbone")):
         where = checkpoint.find(args.out or RUNS)
         with blaming(where):
             own = model_config(resumed, where)
-        return {"size": own.size, "head_bias": own.head_bias}
+        return {"size": own.size, "head_bias": own.head_bias, "neighbours": own.neighbours}
     return {"size": presets[choose("--preset", args.preset, presets)]}
 
 

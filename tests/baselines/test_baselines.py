@@ -408,7 +408,8 @@ def test_prompts_stay_seeds_repeat_and_no_mask_is_left(name):
 # ------------------------------------------------------------------------------------------------ the network
 
 
-def test_ar_is_causal():
+@pytest.mark.parametrize("neighbours", [False, True])
+def test_ar_is_causal(neighbours):
     """Check that token 5 changes no logits up to position 5, and all after it.
 
     Power: in the bidirectional network it changes logits before position 5, too.
@@ -418,7 +419,7 @@ def test_ar_is_causal():
     changed[:, 5] = (x[:, 5] + 1) % 11
 
     def affected(name: str) -> torch.Tensor:
-        net = randomized(nano(name), 0.2)
+        net = randomized(nano(name, neighbours=neighbours), 0.2)
         inputs = (ar.shifted(tokens, net.mask_id) for tokens in (x, changed))
         before, after = (common.features(net, shifted, torch.zeros(2)) @ net.head_matrix().T for shifted in inputs)
         return (before != after).any(-1).any(0)  # (L,)

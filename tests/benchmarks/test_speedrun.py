@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from benchmarks import speedrun
+from cadd_min.baselines.ar import nelbo_parts
 from cadd_min.data import corpus
-from cadd_min.data.batches import text_batches
+from cadd_min.data.batches import TextBatches, text_batches
 from cadd_min.utils.errors import InputError
 
 MOLECULES = ["CC", "CCO", "C1CC1", "CC=O", "N", "OCC#N", "CCN", "C=C"] * 60
@@ -26,16 +27,17 @@ def measured(tmp_path, monkeypatch, *options: str) -> list[dict]:
 
 
 def test_the_rows_of_ten_seconds(tmp_path, monkeypatch, capsys):
-    rows = measured(tmp_path, monkeypatch, *"--tracks lines --models mdlm ar --rows before third".split())
-    assert [(r["model"], r["row"]) for r in rows] == [(m, row) for m in ("mdlm", "ar") for row in ("before", "third")]
+    models = ("mdlm", "ar", "gpt2")
+    rows = measured(tmp_path, monkeypatch, *f"--tracks lines --models {' '.join(models)} --rows before third".split())
+    assert [(r["model"], r["row"]) for r in rows] == [(m, row) for m in models for row in ("before", "third")]
     for r in rows:
         assert r["updates"] > 1 and r["tokens"] == r["updates"] * 32 * 32
         times, bounds = zip(*r["curve"])
         assert list(times) == sorted(times) and bounds[-1] == r["bound"] and 0 < r["bound"] < 10
         assert ("by_t" in r) == (r["model"] == "mdlm")
-    assert [r["budget"] for r in rows] == [2, 2 / 3] * 2
+    assert [r["budget"] for r in rows] == [2, 2 / 3] * 3
     shown = capsys.readouterr().out
-    assert shown.count("| lines |") == 4 and "(n): seeds" in shown
+    assert shown.count("| lines |") == 6 and "(n): seeds" in shown
     monkeypatch.setattr(sys, "argv", ["speedrun", "--table", str(tmp_path / "rows.jsonl")])
     speedrun.main()
     assert capsys.readouterr().out.strip() == shown.strip()
@@ -61,6 +63,29 @@ def test_a_change_that_is_undone_is_gone(tmp_path, monkeypatch):
     assert ce["no-gates"] < ce["before"] - 1, "the unigram law costs less than log V"
 
 
+def test_gpt2_is_the_librarys_and_predicts_from_the_left():
+    """Compare the likelihood with the library's own loss, where the mask stands before the first token."""
+    data = TextBatches(torch.arange(4000).remainder(20).numpy().astype("uint16"), 16, 4)
+    net = speedrun.build({"row": "now", "preset": "nano", "model": "gpt2", "seed": 0}, 20, data).eval()
+    x_0 = data(0).x_0
+    logits = (
+        net.backbone(torch.nn.functional.pad(x_0[:, :-1], (1, 0), value=20)).last_hidden_state
+        @ net.backbone.wte.weight[:20].T
+    )
+    nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), x_0, reduction="none").sum(1)
+    torch.testing.assert_close(nelbo_parts(net, x_0).discrete, nats)
+    assert len(net.backbone.h) == 2 and net.backbone.config.n_embd == 64
+
+
+def test_an_alphabet_has_neighbours_until_they_are_undone():
+    data = TextBatches(torch.arange(4000).remainder(20).numpy().astype("uint16"), 16, 4)
+    for row in ("before", "now", "no-gates", "no-counts", "no-neighbours"):
+        for model in ("mdlm", "cdm"):
+            net = speedrun.build({"row": row, "preset": "nano", "model": model, "seed": 0}, 20, data)
+            assert (net.neighbours is not None) == (row in ("now", "no-gates", "no-counts") and model == "mdlm")
+            assert (net.head.bias is not None) == (row in ("now", "no-gates", "no-neighbours"))
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -69,7 +94,7 @@ def test_a_change_that_is_undone_is_gone(tmp_path, monkeypatch):
             "--tracks lines --molecules nothere.txt",
             "needs --molecules, a file with one molecule a line, not nothere.txt",
         ),
-        ("--models gpt2", "--models must be one of"),
+        ("--models gpt3", "--models must be one of"),
         ("--seconds 0", "must be greater than 0"),
     ],
 )

@@ -62,14 +62,15 @@ def test_a_renamed_schedule_is_found_under_its_old_name(tmp_path):
 
 
 def test_a_resumed_run_keeps_a_size_that_has_no_name_today(tmp_path):
-    """Check that a resumed run has its own size and head, and that another --preset is still looked up by its name."""
+    """Check that a resumed run keeps its size, head and neighbours, and that another --preset is looked up by name."""
     content = checkpoint.load(OLD / "text.pt")
-    content["settings"]["preset"], content["model_config"]["head_bias"] = "medium", True
+    content["settings"]["preset"] = "medium"
+    content["model_config"] |= {"head_bias": True, "neighbours": True, "vocab_size": 20}
     checkpoint.save(tmp_path / checkpoint.FILE, content)
     args = argparse.Namespace(out=tmp_path, preset="medium")
     own = network(args, PRESETS, content)
     size = content["model_config"]["size"] | {"gate": 0.0}  # older than gates that start open
-    assert dataclasses.asdict(own["size"]).items() <= size.items() and own["head_bias"]
+    assert dataclasses.asdict(own["size"]).items() <= size.items() and own["head_bias"] and own["neighbours"]
     assert network(argparse.Namespace(out=tmp_path, preset="tiny"), PRESETS, content) == {"size": PRESETS["tiny"]}
     with pytest.raises(InputError, match="--preset"):
         network(args, PRESETS, None)

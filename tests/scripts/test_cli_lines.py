@@ -36,8 +36,8 @@ def names(tmp_path):
 @pytest.fixture
 def saved(tmp_path):
     """Save an untrained model of lines as lines.pt, and a model of running text as text.pt."""
-    for name, rows in (("lines", True), ("text", False)):
-        config = ModelConfig(4, 8, PRESETS["nano"], model="mdlm", rows=rows)
+    for name, options in (("lines", {"rows": True}), ("text", {}), ("near", {"neighbours": True})):
+        config = ModelConfig(4, 8, PRESETS["nano"], model="mdlm", **options)
         save_untrained(tmp_path / f"{name}.pt", config, CODEC.spec(), dataset="few.txt")
     (tmp_path / "few.txt").write_text("\n".join("".join(line) for line in itertools.product("abc", repeat=5)))
 
@@ -53,9 +53,11 @@ def test_a_model_of_lines_is_trained_resumed_sampled_and_measured(call, names):
     assert "lines longer than 8 tokens are left out" in out and " lines, run in run" in out
     counts = [int(line.split(": ")[1].split()[0]) for line in out.splitlines() if line.endswith("are left out")]
     assert sum(counts) == 10  # of the training lines and of the held-out lines together
-    assert checkpoint.load(Path("run"))["model_config"]["rows"] is True
+    config = checkpoint.load(Path("run"))["model_config"]
+    assert config["rows"] and config["neighbours"], "characters are an alphabet"
     code, out, err = call("train_text.py --resume --out run --steps 6")
-    assert code == 0 and checkpoint.load(Path("run"))["trainer"]["step"] == 6, err
+    content = checkpoint.load(Path("run"))
+    assert code == 0 and content["trainer"]["step"] == 6 and content["model_config"] == config, err
     code, out, err = call("sample.py --ckpt run --num 5 --steps 4")
     *lines, blank, settings = out.splitlines()
     assert code == 0 and blank == "" and settings.startswith("model cadd at step 6"), err
@@ -157,6 +159,7 @@ def test_samples_are_scored_beside_held_out_lines(call, saved, monkeypatch):
         ("evaluate.py bound --ckpt lines.pt --num 999", "has 13 lines of at most 7 tokens, and 999 are needed"),
         ("evaluate.py samples --ckpt lines.pt text.pt --num 2", "of lines and of running text cannot be compared"),
         ("export.py to-mdlm lines.pt out.safetensors --time 0.5", "MDLM's form has no absolute positions"),
+        ("export.py to-mdlm near.pt out.safetensors --time 0.5", "MDLM's form has no pairs of neighbours"),
         ("finetune.py --from lines.pt --dataset few.txt", "--from must be a model of running text"),
         ("sample.py --ckpt lines.pt --length 9", "--length goes with --from"),
     ],

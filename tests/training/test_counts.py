@@ -1,15 +1,18 @@
 """The start at the counts of a corpus, against loops over its tokens."""
 
+import dataclasses
 import math
 from collections import Counter
 
 import numpy as np
+import pytest
 import torch
 
 from cadd_min.data.batches import RowBatches, TextBatches
 from cadd_min.dit import Size
 from cadd_min.model import Denoiser, ModelConfig
-from cadd_min.training.counts import ppmi, sequences, start_at_counts, word_vectors
+from cadd_min.training.counts import fast_start, ppmi, sequences, start_at_counts, word_vectors
+from tests.toys import PATCHES
 
 SIZE = Size(layers=1, width=16, heads=2, cond=8)
 
@@ -52,6 +55,20 @@ def test_a_new_model_of_lines_knows_how_much_is_padding():
     expected = (np.bincount(rows.flatten(), minlength=40) + 1) / (rows.size + 40)
     torch.testing.assert_close(law(RowBatches(tokens, 8, 4, 0)), torch.from_numpy(expected), atol=1e-6, rtol=1e-5)
     assert expected[0] > 0.5 > 2 * 0.9 * np.mean(tokens == 0)
+
+
+@pytest.mark.parametrize("gate, vocab_size, model, bias, near", [
+    (1.0, 127, "cadd", True, True), (0.1, 127, "ar", True, True), (1.0, 128, "cadd", True, False),
+    (1.0, 127, "cdm", True, False), (0.0, 127, "mdlm", False, False),
+])  # fmt: skip
+def test_who_starts_fast(gate, vocab_size, model, bias, near):
+    config = ModelConfig(vocab_size, 8, dataclasses.replace(SIZE, gate=gate), model=model)
+    assert fast_start(config) == dataclasses.replace(config, head_bias=bias, neighbours=near)
+
+
+def test_a_model_of_images_starts_as_ever():
+    config = ModelConfig(17, 16, dataclasses.replace(PATCHES, gate=1.0), (4, 4, 1))
+    assert fast_start(config) == config
 
 
 def test_of_a_large_corpus_a_part_is_counted(monkeypatch):
