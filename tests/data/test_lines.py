@@ -136,6 +136,10 @@ def test_a_line_that_does_not_fit_is_left_out_and_counted():
     assert sorted(rows(RowBatches(unfinished, 5, 5, EOT), 0)) == sorted(FEW)
     with pytest.raises(InputError, match=r"^it: none of its 5 lines fits --length 1 with the token of its end$"):
         RowBatches(stream(FEW), 1, 4, EOT, name="it")
+    assert RowBatches(stream(FEW), 4, 4, EOT).note.startswith("the corpus: 1 of 5")
+    assert text_batches(stream(FEW), 4, 4, name="it", eot_id=EOT).note.startswith("it: 1 of 5")
+    with pytest.raises(InputError, match="^it has 18 tokens: fewer than one sequence"):
+        text_batches(stream(FEW), 99, 4, name="it")
     for nothing in (stream([]), unfinished[-2:]):
         with pytest.raises(InputError, match=r"^the corpus: none of its 0 lines"):
             text_batches(nothing, 9, 4, eot_id=EOT)
@@ -154,6 +158,7 @@ def test_an_epoch_is_a_permutation_of_all_rows_and_the_next_is_another(size):
     assert [row for index in range(9) for row in rows(other, index)] != drawn[: 9 * size]
     default, zero = RowBatches(stream(lines), 12, 9, EOT), RowBatches(stream(lines), 12, 9, EOT, 0)
     assert torch.equal(default(2).x_0, zero(2).x_0)
+    assert torch.equal(text_batches(stream(lines), 12, 9, eot_id=EOT)(2).x_0, zero(2).x_0)
 
 
 def test_ends_are_found_across_blocks(tmp_path):
@@ -164,4 +169,5 @@ def test_ends_are_found_across_blocks(tmp_path):
     array = view[:]
     assert torch.equal(RowBatches(view, 5, 3, EOT)(1).x_0, RowBatches(array, 5, 3, EOT)(1).x_0)
     for block in (1, 2, 3, 7, 1000):
+        assert _places(array[2:], EOT, block).tolist()[0] == 0, "an EOT may be first"
         assert _places(array, EOT, block).tolist() == np.flatnonzero(array == EOT).tolist()
