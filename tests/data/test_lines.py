@@ -138,7 +138,7 @@ def test_a_line_that_does_not_fit_is_left_out_and_counted():
         RowBatches(stream(FEW), 1, 4, EOT, name="it")
     assert RowBatches(stream(FEW), 4, 4, EOT).note.startswith("the corpus: 1 of 5")
     assert text_batches(stream(FEW), 4, 4, name="it", eot_id=EOT).note.startswith("it: 1 of 5")
-    with pytest.raises(InputError, match="^it has 18 tokens: fewer than one sequence"):
+    with pytest.raises(InputError, match=r"^it has 18 tokens: fewer than one sequence"):
         text_batches(stream(FEW), 99, 4, name="it")
     for nothing in (stream([]), unfinished[-2:]):
         with pytest.raises(InputError, match=r"^the corpus: none of its 0 lines"):
