@@ -22,6 +22,7 @@ FIGURES = {
     "frontier": curves.frontier,
     "frechet": curves.frechet,
     "speed": curves.speed,
+    "speedrun": curves.speedrun,
 }
 
 
