@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from cadd_min.dit import Size
 from cadd_min.model import MODELS, ModelConfig
 from cadd_min.training.trainer import TrainConfig
 from cadd_min.utils.errors import InputError, choose
@@ -27,6 +28,8 @@ ALIKE = (
     "dtype",
     "judge",
     "judge_dtype",
+    "seconds",
+    "threads",
 )
 
 
@@ -87,6 +90,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if len(values) > 1:
             raise InputError(f"--table {path} has rows of different {name}, {' and '.join(values)}: they are no table")
     return rows
+
+
+def gpt2_config(size: Size, vocab_size: int, length: int) -> Any:
+    """Make the configuration of the library's GPT-2 of this size, without dropout. Raises InputError without it."""
+    try:
+        from transformers import GPT2Config
+    except ImportError:
+        raise InputError("--models gpt2 needs transformers: pip install transformers, or leave it out") from None
+    return GPT2Config(
+        vocab_size=vocab_size, n_positions=length, n_embd=size.width, n_layer=size.layers, n_head=size.heads,
+        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, use_cache=False, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
 
 
 def spread(values: list[float], digits: int = 3) -> str:

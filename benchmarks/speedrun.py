@@ -32,14 +32,13 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.specs import read_rows, run_all, spread
+from benchmarks.specs import gpt2_config, read_rows, run_all, spread
 from cadd_min.data import corpus, tokenizer
 from cadd_min.data.batches import RowBatches, TextBatches, text_batches
 from cadd_min.data.token_folder import TokenFolder, prepare
@@ -61,7 +60,6 @@ TRACKS: dict[str, dict[str, Any]] = {
     "lines": {"length": 32, "batch_size": 32},
 }
 CHANGES = ("counts", "gates", "neighbours")  # each can be undone
-FIELDS = {"counts": "head_bias", "neighbours": "neighbours"}  # of ModelConfig
 GPT2 = "gpt2"
 ROWS = ("before", "now", "third", *(f"no-{change}" for change in CHANGES))
 TIMES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95, 1.0)  # of the CE by t
@@ -119,9 +117,13 @@ def build(job: dict[str, Any], vocab_size: int, data: TextBatches | RowBatches) 
     undone = CHANGES if job["row"] == "before" else (job["row"].removeprefix("no-"),)
     size, rows = PRESETS[job["preset"]], isinstance(data, RowBatches)
     config = fast_start(ModelConfig(vocab_size, data.length, size, model=job["model"], rows=rows))
-    kept = {"size": dataclasses.replace(size, gate=0.0)} if "gates" in undone else {}
-    kept |= {name: False for change, name in FIELDS.items() if change in undone}
-    config = dataclasses.replace(config, **kept)
+    without: dict[str, dict[str, Any]] = {
+        "counts": {"head_bias": False},
+        "gates": {"size": dataclasses.replace(size, gate=0.0)},
+        "neighbours": {"neighbours": False},
+    }
+    for change in undone:
+        config = dataclasses.replace(config, **without.get(change, {}))
     seed_torch(job["seed"])
     return start_at_counts(Denoiser(config), data) if config.head_bias else Denoiser(config)
 
@@ -130,14 +132,10 @@ class Gpt2(Denoiser):
     """The library's GPT-2 as an autoregressive model: its own embedding, tied to its head, positions and start."""
 
     def __init__(self, config: ModelConfig):
-        super().__init__(dataclasses.replace(config, model="ar", head_bias=False, neighbours=False))
-        size, tokens = config.size, config.vocab_size + 1
-        from transformers import GPT2Config, GPT2Model
+        super().__init__(config)
+        from transformers import GPT2Model
 
-        self.backbone = GPT2Model(GPT2Config(
-            vocab_size=tokens, n_positions=config.length, n_embd=size.width, n_layer=size.layers, n_head=size.heads,
-            attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, use_cache=False, bos_token_id=None, eos_token_id=None,
-        ))  # fmt: skip
+        self.backbone = GPT2Model(gpt2_config(config.size, config.vocab_size + 1, config.length))
         self.embedding = self.backbone.wte
         del self.head
 
@@ -202,17 +200,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     for (track, model, row), group in groups.items():
         mean = lambda name, group=group: statistics.mean(r[name] for r in group)
         ce = " ".join(f"{statistics.mean(v):.2f}" for v in zip(*(r.get("by_t", ()) for r in group)))
-        way = " ".join(
-            f"{statistics.mean(v):.3f}" for v in zip(*([bound for _, bound in r["curve"][:-1]] for r in group))
-        )
-        cells = [
-            track,
-            model,
-            f"{row} ({len(group)})",
-            spread([r["bound"] for r in group]),
-            f"{mean('clock'):.0f}",
-            way,
-        ]
+        curves = zip(*([bound for _, bound in r["curve"][:-1]] for r in group))
+        way = " ".join(f"{statistics.mean(bounds):.3f}" for bounds in curves)
+        bound, seconds = spread([r["bound"] for r in group]), f"{mean('clock'):.0f}"
+        cells = [track, model, f"{row} ({len(group)})", bound, seconds, way]
         lines.append("| " + " | ".join([*cells, f"{mean('updates'):,.0f}", f"{mean('tokens') / 1e6:.2f}", ce]) + " |")
     said = f"{rows[0]['preset']}, {rows[0]['threads']} threads, {rows[0]['dtype']}, {rows[0]['seconds']:g} seconds"
     return "\n".join([*lines, "", f"(n): seeds, ± their standard deviation; {said}; torch {rows[0]['torch']}"])
@@ -242,8 +233,10 @@ def main() -> None:
             choose(f"--{name}", value, known)
     if min(args.seeds, args.threads, args.jobs) < 1 or not 0 < args.seconds < float("inf"):
         raise InputError("--seeds, --threads, --jobs and --seconds must be greater than 0")
-    if GPT2 in args.models and find_spec("transformers") is None:
-        raise InputError("--models gpt2 needs transformers: pip install transformers, or leave it out")
+    if GPT2 in args.models:
+        gpt2_config(PRESETS[args.preset], 2, 1)  # refuses at once where the library is missing
+    if "no-neighbours" in args.rows and any(track.startswith("text") for track in args.tracks):
+        raise InputError("--rows no-neighbours is for tracks of characters: words have no neighbours to undo")
     shared = {k: v for k, v in vars(args).items() if k not in ("tracks", "models", "rows", "seeds", "out", "table")}
     shared["torch"] = torch.__version__
     cells = [(seed, track, model, row) for seed in range(args.seeds) for track in args.tracks for model in args.models

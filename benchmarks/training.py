@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.kernels import milliseconds
-from benchmarks.specs import parse
+from benchmarks.specs import gpt2_config, parse
 from cadd_min import ops
 from cadd_min.baselines.ar import causal_features
 from cadd_min.dit import PRESETS, Size
@@ -127,18 +127,11 @@ class Gpt2:
     """GPT-2 of the Hugging Face library in a plain training loop."""
 
     def __init__(self, args: argparse.Namespace):
-        try:
-            from transformers import GPT2Config, GPT2LMHeadModel
-        except ImportError:
-            raise InputError("--models gpt2 needs transformers: pip install transformers, or leave it out") from None
-        size = PRESETS[args.preset]
+        self.args, self.size = args, PRESETS[args.preset]
+        config = gpt2_config(self.size, args.vocab_size, args.length)
+        from transformers import GPT2LMHeadModel
+
         torch.manual_seed(0)
-        self.args, self.size = args, size
-        config = GPT2Config(
-            vocab_size=args.vocab_size, n_positions=args.length, n_embd=size.width, n_layer=size.layers,
-            n_head=size.heads, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, use_cache=False, bos_token_id=None,
-            eos_token_id=None,
-        )  # fmt: skip
         self.net = GPT2LMHeadModel(config).to(args.device)
         if args.compile:
             self.net.compile()

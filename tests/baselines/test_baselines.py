@@ -359,7 +359,7 @@ def test_sedd_stays_masked_by_its_scores():
     """Check that the first of two steps unmasks the share min(1, rho_flip Z) = min(1, 0.5 Z), and the last the rest.
 
     The share is compared to five standard errors. Power: a sampler that ignores Z would unmask the share 0.5 for all
-    three Z, and a last step like the others would leave four of ten masks at Z = 0.6.
+    three Z. A last step like the others would leave four of ten masks at Z = 0.6.
     """
     for z, expected in ((1.0, 0.5), (0.6, 0.3), (3.0, 1.0)):
         shares = []

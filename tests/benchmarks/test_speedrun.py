@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 
 from benchmarks import speedrun
 from cadd_min.baselines.ar import nelbo_parts
@@ -64,14 +65,17 @@ def test_a_change_that_is_undone_is_gone(tmp_path, monkeypatch):
 
 
 def test_gpt2_is_the_librarys_and_predicts_from_the_left():
-    """Compare the likelihood with the library's own loss, where the mask stands before the first token."""
+    """Compare the likelihood with the logits of the library's own language model, which has the same weights.
+
+    The mask stands before the first token, and is no token that is predicted.
+    """
     data = TextBatches(torch.arange(4000).remainder(20).numpy().astype("uint16"), 16, 4)
     net = speedrun.build({"row": "now", "preset": "nano", "model": "gpt2", "seed": 0}, 20, data).eval()
     x_0 = data(0).x_0
-    logits = (
-        net.backbone(torch.nn.functional.pad(x_0[:, :-1], (1, 0), value=20)).last_hidden_state
-        @ net.backbone.wte.weight[:20].T
-    )
+    library = transformers.GPT2LMHeadModel(net.backbone.config).eval()
+    library.transformer.load_state_dict(net.backbone.state_dict())
+    with torch.no_grad():
+        logits = library(torch.nn.functional.pad(x_0[:, :-1], (1, 0), value=20)).logits[..., :20]
     nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), x_0, reduction="none").sum(1)
     torch.testing.assert_close(nelbo_parts(net, x_0).discrete, nats)
     assert len(net.backbone.h) == 2 and net.backbone.config.n_embd == 64
@@ -95,6 +99,7 @@ def test_an_alphabet_has_neighbours_until_they_are_undone():
             "needs --molecules, a file with one molecule a line, not nothere.txt",
         ),
         ("--models gpt3", "--models must be one of"),
+        ("--tracks text letters --rows now no-neighbours", "is for tracks of characters"),
         ("--seconds 0", "must be greater than 0"),
     ],
 )

@@ -35,7 +35,7 @@ def names(tmp_path):
 
 @pytest.fixture
 def saved(tmp_path):
-    """Save an untrained model of lines as lines.pt, and a model of running text as text.pt."""
+    """Save untrained models of lines, of running text, and with neighbours as lines.pt, text.pt and near.pt."""
     for name, options in (("lines", {"rows": True}), ("text", {}), ("near", {"neighbours": True})):
         config = ModelConfig(4, 8, PRESETS["nano"], model="mdlm", **options)
         save_untrained(tmp_path / f"{name}.pt", config, CODEC.spec(), dataset="few.txt")
