@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import statistics
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from cadd_min.dit import Size
 from cadd_min.model import MODELS, ModelConfig
 from cadd_min.training.trainer import TrainConfig
 from cadd_min.utils.errors import InputError, choose
+from cadd_min.utils.files import json_rows
 
 # Settings of a run that all rows of a table share: they name its data, its training and its measures.
 ALIKE = (
@@ -29,7 +33,10 @@ ALIKE = (
     "judge",
     "judge_dtype",
     "seconds",
+    "minutes",
     "threads",
+    "T",
+    "zhat",
 )
 
 
@@ -71,20 +78,43 @@ def pop_fields(cls: type, options: dict[str, Any]) -> dict[str, Any]:
 def run_all(
     one_run: Callable[[dict[str, Any]], dict[str, Any]], jobs: list[dict[str, Any]], at_once: int, out: Path | None
 ) -> list[dict[str, Any]]:
-    """Run all jobs, `at_once` at a time, and return their rows in order. Each row is also appended to `out` as JSON."""
-    rows = []
-    with ProcessPoolExecutor(at_once) as pool:
-        for row in pool.map(one_run, jobs):
-            rows.append(row)
-            if out:
-                with out.open("a") as file:
-                    file.write(json.dumps(row, default=str) + "\n")
-    return rows
+    """Run all jobs, `at_once` at a time, and return their rows in order, with a bar of the time that is left.
+
+    Each row is appended to `out` as JSON as soon as its run ends. If a run fails, its error is raised after the runs
+    that had begun: their rows are written, too. Processes are spawned: a fork of a process that has used torch's
+    threads may hang.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    error: BaseException | None = None
+    with ProcessPoolExecutor(at_once, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(one_run, job): n for n, job in enumerate(jobs)}
+        pending, bar = set(futures), tqdm(total=len(jobs), desc="runs", unit="run", leave=False)
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            bar.update(len(done))
+            for future in done:
+                if found := future.exception():
+                    error = error or found
+                    pending -= {other for other in pending if other.cancel()}
+                    continue
+                n = futures[future]
+                rows[n] = row = future.result() | {"job": n}
+                if out:
+                    with out.open("a") as file:
+                        file.write(json.dumps(row, default=str) + "\n")
+        bar.close()
+    if error:
+        raise error
+    return [rows[n] for n in range(len(jobs))]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows that `run_all` wrote. Raises InputError for rows that cannot stand in one table, see ALIKE."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    """Read the rows that `run_all` wrote, in the order of their jobs.
+
+    Raises InputError for rows that cannot stand in one table, see ALIKE.
+    """
+    rows = [row for _, row in json_rows(path)]
+    rows.sort(key=lambda row: row.get("job", 0))
     for name in ALIKE:
         values = list(dict.fromkeys(str(row[name]) for row in rows if name in row))
         if len(values) > 1:

@@ -11,11 +11,12 @@ line (--molecules): as running text, and each line a sequence of its own.
     before     all of CHANGES undone: the network and the start of the first record
     now        everything as train_text.py has it
     third      `now`, in a third of the seconds
+    bayes      `third`, with the latent's log-likelihood in the logits: for cadd
     no-counts, no-gates, ...   `now`, with one change undone
 
 --models gpt2 is the library's GPT-2 of the same layers and width, for reference: no row changes anything in it.
 
-The clock runs while steps are made, and not while the bound is measured. The number of steps that the seconds allow is
+The clock counts training steps. Measuring the bound does not count. The number of steps that the seconds allow is
 estimated again and again from the pace, so that the learning rate ends its decay with the clock.
 bound: nats per token of held-out text in continuous time, by the averaged weights and the same noise for every run. For
 "ar" and "gpt2" it is the exact likelihood. A token of `lines` may be padding: 32 times the bound is nats a line. The CE
@@ -30,7 +31,6 @@ import random
 import re
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.clock import train_for
 from benchmarks.specs import gpt2_config, read_rows, run_all, spread
 from cadd_min.data import corpus, tokenizer
 from cadd_min.data.batches import RowBatches, TextBatches, text_batches
@@ -61,11 +62,10 @@ TRACKS: dict[str, dict[str, Any]] = {
 }
 CHANGES = ("counts", "gates", "neighbours")  # each can be undone
 GPT2 = "gpt2"
-ROWS = ("before", "now", "third", *(f"no-{change}" for change in CHANGES))
+ROWS = ("before", "now", "third", "bayes", *(f"no-{change}" for change in CHANGES))
 TIMES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95, 1.0)  # of the CE by t
 MARKS = (1 / 8, 1 / 4, 1 / 2, 1)  # shares of the time at which the bound is measured
 HELD_OUT = 16384  # tokens
-PACE = 10  # steps, after which the number of steps that the seconds allow is estimated again
 
 
 def open_track(name: str, job: dict[str, Any]) -> TokenFolder:
@@ -96,7 +96,7 @@ def letters(cache: Path) -> Path:
 def shuffled(path: Path, cache: Path) -> Path:
     """Write the lines of a file in random order, in documents of 100 lines, and return the new file's path.
 
-    A file of molecules is often sorted by their size, and its end, which is held out, would be of another law.
+    Files of molecules are often sorted by size. Unshuffled, a part of a file has another law than the rest.
     """
     copy = cache / f"{path.stem}-shuffled.txt"
     if copy.exists() and copy.stat().st_mtime > path.stat().st_mtime:
@@ -116,7 +116,8 @@ def build(job: dict[str, Any], vocab_size: int, data: TextBatches | RowBatches) 
         return Gpt2(ModelConfig(vocab_size, data.length, PRESETS[job["preset"]], model="ar"))
     undone = CHANGES if job["row"] == "before" else (job["row"].removeprefix("no-"),)
     size, rows = PRESETS[job["preset"]], isinstance(data, RowBatches)
-    config = fast_start(ModelConfig(vocab_size, data.length, size, model=job["model"], rows=rows))
+    bayes = job["row"] == "bayes"
+    config = fast_start(ModelConfig(vocab_size, data.length, size, model=job["model"], rows=rows, bayes_head=bayes))
     without: dict[str, dict[str, Any]] = {
         "counts": {"head_bias": False},
         "gates": {"size": dataclasses.replace(size, gate=0.0)},
@@ -150,29 +151,26 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
     """Train one model, and return the job with its bounds over seconds, and the CE by t of a masked model."""
     torch.set_num_threads(job["threads"])
     track, rows = TRACKS[job["track"]], job["track"] == "lines"
-    tokens, seconds = open_track(job["track"], job), job["seconds"] / (3 if job["row"] == "third" else 1)
+    tokens, seconds = open_track(job["track"], job), job["seconds"] / (3 if job["row"] in ("third", "bayes") else 1)
     codec, length, batch_size = tokens.tokenizer(), track["length"], track["batch_size"]
     eot_id = codec.eot_id if rows else None
     data = text_batches(tokens.split("train", whole=rows), length, batch_size, job["seed"], job["track"], eot_id)
-    count, name = max(1, HELD_OUT // length // 4), f"held-out {job['track']}"
+    count, name = max(1, job["held_out"] // length // 4), f"held-out {job['track']}"
     val = text_batches(tokens.split("val", whole=rows), length, count, 0, name, eot_id)
     held_out = [val(i) for i in range(4)]
     for note in filter(None, (data.note, val.note)):
         print(f"note: {note}", file=sys.stderr)
 
     config = TrainConfig(batch_size=batch_size, seed=job["seed"], dtype=job["dtype"])
-    trainer, clock, curve = Trainer(build(job, codec.vocab_size, data), data, config), 0.0, []
-    marks = [share * seconds for share in MARKS]
-    while marks:
-        start = time.perf_counter()
-        trainer.train_step()
-        clock += time.perf_counter() - start
-        if trainer.step % PACE == 0:  # the learning rate follows the number of steps that the pace allows
-            trainer.config = dataclasses.replace(config, steps=max(trainer.step, round(trainer.step * seconds / clock)))
-        if clock >= marks[0]:
-            marks = [mark for mark in marks if mark > clock]
-            curve.append((round(clock, 1), trainer.evaluate(held_out)["val_bound"]))
-    result = {"budget": seconds, "updates": trainer.step, "tokens": trainer.step * batch_size * length, "clock": clock}
+    trainer, curve = Trainer(build(job, codec.vocab_size, data), data, config), []
+    for clock in train_for(trainer, seconds, MARKS):
+        curve.append((round(clock, 1), trainer.evaluate(held_out)["val_bound"]))
+    result = {
+        "budget": seconds,
+        "updates": trainer.step,
+        "tokens": trainer.step * batch_size * length,
+        "clock": curve[-1][0],
+    }
     result |= {"curve": curve, "bound": curve[-1][1], "parameters": trainer.parameters()}
     return job | result | ({} if job["model"] in (*BASELINES, GPT2) else {"by_t": by_time(trainer, held_out)})
 
@@ -205,8 +203,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         bound, seconds = spread([r["bound"] for r in group]), f"{mean('clock'):.0f}"
         cells = [track, model, f"{row} ({len(group)})", bound, seconds, way]
         lines.append("| " + " | ".join([*cells, f"{mean('updates'):,.0f}", f"{mean('tokens') / 1e6:.2f}", ce]) + " |")
-    said = f"{rows[0]['preset']}, {rows[0]['threads']} threads, {rows[0]['dtype']}, {rows[0]['seconds']:g} seconds"
-    return "\n".join([*lines, "", f"(n): seeds, ± their standard deviation; {said}; torch {rows[0]['torch']}"])
+    first = rows[0]
+    said = f"{first['preset']} in {first['dtype']}, threads: {first['threads']}, torch {first['torch']}"
+    said += f"; {first['seconds']:g} seconds, third and bayes a third of them"
+    return "\n".join([*lines, "", f"(n): seeds, ± their standard deviation; {said}"])
 
 
 def main() -> None:
@@ -237,8 +237,10 @@ def main() -> None:
         gpt2_config(PRESETS[args.preset], 2, 1)  # refuses at once where the library is missing
     if "no-neighbours" in args.rows and any(track.startswith("text") for track in args.tracks):
         raise InputError("--rows no-neighbours is for tracks of characters: words have no neighbours to undo")
+    if "bayes" in args.rows and args.models != ["cadd"]:
+        raise InputError("--rows bayes is for --models cadd: no other head can add a latent's likelihood")
     shared = {k: v for k, v in vars(args).items() if k not in ("tracks", "models", "rows", "seeds", "out", "table")}
-    shared["torch"] = torch.__version__
+    shared |= {"torch": torch.__version__, "held_out": HELD_OUT}
     cells = [(seed, track, model, row) for seed in range(args.seeds) for track in args.tracks for model in args.models
              for row in args.rows]  # fmt: skip
     jobs = [shared | {"seed": seed, "track": track, "model": model, "row": row} for seed, track, model, row in cells]

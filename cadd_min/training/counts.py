@@ -4,13 +4,14 @@
     embedding     U sqrt(S) of the singular value decomposition of PPMI, with rows of length 1
     head          0.3 times the embedding (docs/speedrun.md has what each part gains)
 
-An alphabet is too small for word vectors. Its models get embeddings of pairs of neighbours, which start at zero.
+An alphabet is too small for word vectors. Its embedding stays random, and its models get embeddings of pairs of
+neighbours, which start at zero.
 
 PPMI(v, w) = max(0, log p(v, w) / (p(v) p(w))) compares with chance how often w stands next to v: once for w before v,
 once for w behind v. Tokens with the same neighbours get close vectors (Levy & Goldberg 2014). Gradient steps find both
 laws too, but slowly: a network that cannot tell tokens apart stays at the unigram law.
 
-The counts are for networks whose gates start open (dit.py). Behind closed gates they do harm.
+The counts are for networks whose gates start open (dit.py). Behind closed gates they do harm on words.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ HEAD = 0.3  # length of the head's rows
 def fast_start(config: ModelConfig) -> ModelConfig:
     """Return the configuration of a new model of text that learns fast: with a bias of the head, and with neighbours.
 
-    Neighbours are for alphabets, and not for a cdm, which sees masks alone. A network whose gates start closed stays as
-    it is.
+    Alphabets get neighbours. A cdm gets none, because its input is masks only. A network whose gates start closed stays
+    as it is.
     """
     if not isinstance(config.size, Size) or config.size.gate == 0:
         return config
@@ -45,14 +46,14 @@ def fast_start(config: ModelConfig) -> ModelConfig:
 def sequences(data: TextBatches | RowBatches) -> Tensor:
     """Read sequences (N, L) in the order of the first epoch: all of it, or as many as MOST tokens hold.
 
-    These are the sequences that are trained on, with the padding of lines and without what is left out.
+    The model trains on these sequences. Lines are padded, and lines that do not fit are missing.
     """
     count = min(data.per_epoch, MOST // data.length) // data.batch_size
     return torch.cat([data(index).x_0 for index in range(max(1, count))])
 
 
 def log_frequencies(x_0: Tensor, vocab_size: int) -> Tensor:
-    """Compute log p(v) of each token, (V,). Each token counts once more than it occurs, so that none is impossible."""
+    """Compute log p(v) of each token, (V,). Each count is increased by 1, so every token is possible."""
     counts = torch.bincount(x_0.flatten(), minlength=vocab_size).float() + 1
     return (counts / counts.sum()).log()
 
@@ -101,5 +102,5 @@ def start_at_counts(model: Denoiser, data: TextBatches | RowBatches) -> Denoiser
         model.head.bias.copy_(log_frequencies(x_0, vocab_size))
     if vocab_size > weight.shape[1]:
         weight[:vocab_size] = word_vectors(x_0, vocab_size, weight.shape[1])
-        model.head.weight.copy_(HEAD * weight[:vocab_size])
+    model.head.weight.copy_(HEAD * weight[:vocab_size])
     return model

@@ -19,7 +19,7 @@ MOLECULES = ["CC", "CCO", "C1CC1", "CC=O", "N", "OCC#N", "CCN", "C=C"] * 60
 def measured(tmp_path, monkeypatch, *options: str) -> list[dict]:
     """Run the benchmark for two seconds a row, and return the rows that it wrote."""
     (tmp_path / "small.txt").write_text("".join(f"{m}{'C' * (i % 7)}\n" for i, m in enumerate(MOLECULES)))
-    monkeypatch.setattr(speedrun, "HELD_OUT", 256)
+    monkeypatch.setattr(speedrun, "HELD_OUT", 256)  # the job has it
     common = f"--molecules {tmp_path / 'small.txt'} --cache {tmp_path} --preset nano --seconds 2 --seeds 1 --threads 1"
     out = tmp_path / "rows.jsonl"
     monkeypatch.setattr(sys, "argv", ["speedrun", *common.split(), "--out", str(out), *options])
@@ -90,6 +90,16 @@ def test_an_alphabet_has_neighbours_until_they_are_undone():
             assert (net.head.bias is not None) == (row in ("now", "no-gates", "no-neighbours"))
 
 
+def test_a_row_has_the_latents_likelihood_in_its_logits():
+    data = TextBatches(torch.arange(4000).remainder(20).numpy().astype("uint16"), 16, 4)
+    nets = {
+        row: speedrun.build({"row": row, "preset": "nano", "model": "cadd", "seed": 0}, 20, data)
+        for row in ("before", "third", "bayes")
+    }
+    assert [row for row, net in nets.items() if net.config.bayes_head] == ["bayes"]
+    assert nets["bayes"].head_matrix().shape[1] == nets["third"].head_matrix().shape[1] + nets["bayes"].latent.dim
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -100,6 +110,7 @@ def test_an_alphabet_has_neighbours_until_they_are_undone():
         ),
         ("--models gpt3", "--models must be one of"),
         ("--tracks text letters --rows now no-neighbours", "is for tracks of characters"),
+        ("--tracks letters --rows now bayes", "is for --models cadd"),
         ("--seconds 0", "must be greater than 0"),
     ],
 )

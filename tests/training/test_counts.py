@@ -115,6 +115,7 @@ def test_what_has_no_neighbours_or_no_room_stays_random():
     before = small.embedding.weight.clone()
     start_at_counts(small, TextBatches(tokens % 16, 8, 5))
     assert torch.equal(small.embedding.weight, before), "16 rows of width 16 are as good as orthogonal"
+    torch.testing.assert_close(small.head.weight, 0.3 * before[:16])
     large = Denoiser(ModelConfig(60, 8, SIZE))
     mask = large.embedding.weight[60].clone()
     start_at_counts(large, data)
