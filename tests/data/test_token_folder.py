@@ -160,7 +160,7 @@ def test_bad_files_are_named(name, content, message, tmp_path):
 
 
 def test_missing_things_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"sotu, shakespeare, text8, owt or a path"):
+    with pytest.raises(InputError, match=r"sotu, shakespeare, text8, owt, moses, sudoku or a path"):
         open_corpus("stou", tmp_path)
     with pytest.raises(InputError, match=r"folder without \.txt, \.text, \.md, \.jsonl, \.ndjson, \.parquet"):
         open_corpus(str(tmp_path), tmp_path)

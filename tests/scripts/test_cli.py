@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from benchmarks.text import ABLATIONS
 from cadd_min.checkpoints import file as checkpoint
+from cadd_min.data import sudoku
 from cadd_min.data.tokenizer import GPT2_SIZE, gpt2
 from cadd_min.dit import PRESETS
 from cadd_min.model import ModelConfig
@@ -112,7 +113,8 @@ def few(command: str, text: Path) -> str:
     script = command.split()[0]
     if script == "train_text.py" and "--resume" not in command:
         data = "" if "--dataset" in command else f" --dataset {text}"
-        return f"{command.replace('my.txt', str(text))}{data} {TINY.replace('16', '64')}"
+        small = TINY.replace("--length 16", "" if "sudoku" in command else "--length 64")
+        return f"{command.replace('my.txt', str(text))}{data} {small}"
     if script == "train_image.py":
         return f"{command} --preset nano --batch-size 4 --steps 4"
     if command.startswith("evaluate.py code"):
@@ -131,7 +133,10 @@ def few(command: str, text: Path) -> str:
 
 
 def test_every_command_shown_works(call, text, photos, monkeypatch, tmp_path):
-    """Run all commands in the pages' order, on little data, for few steps. OpenWebText and torchrun are only parsed."""
+    """Run all commands in the pages' order, on little data, for few steps.
+
+    OpenWebText, MOSES and torchrun are only parsed.
+    """
     assert len(commands_of("README.md")) == 8
     commands = [command for page in PAGES for command in commands_of(page)]
     monkeypatch.setattr("tests.checkpoints.test_mdlm.VOCAB", GPT2_SIZE)
@@ -141,6 +146,8 @@ def test_every_command_shown_works(call, text, photos, monkeypatch, tmp_path):
     write("llama", tmp_path / "causal", mask=False)  # in the place of the hub's models
     write("bert", tmp_path / "masked")
     (tmp_path / "names.txt").write_text("\n".join(f"Ka{n:o}mi".translate(LETTERS) for n in range(600)))
+    (tmp_path / "qm9.txt").write_text("\n".join("C" * (1 + n % 20) for n in range(600)))
+    monkeypatch.setattr(sudoku.write, "__defaults__", (400, 3))
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 30)
     for script in ("sample.py", "train_text.py", "train_image.py", "evaluate.py", "finetune.py"):
         assert sum(script in c for c in commands) >= 2
@@ -150,7 +157,7 @@ def test_every_command_shown_works(call, text, photos, monkeypatch, tmp_path):
         if command.startswith("-m benchmarks.text"):  # test_cli_text.py runs it
             assert re.search(r"--ablation (\w+)", command)[1] in ABLATIONS
             continue
-        if "owt" in command or "torchrun" in command:  # test_distributed.py runs torchrun
+        if re.search("owt|torchrun|moses", command):  # test_distributed.py runs torchrun
             parser = runpy.run_path(str(ROOT / "train_text.py"))["build_parser"]()
             assert parser.parse_args(shlex.split(command.partition("train_text.py")[2])).accumulate in (0, 16)
             continue
@@ -183,7 +190,7 @@ def test_readme_is_short_and_shows_before_it_tells():
 @pytest.mark.parametrize(
     "command, message",
     [
-        ("train_text.py --dataset nowhere", "--dataset must be one of sotu, shakespeare, text8, owt or a path"),
+        ("train_text.py --dataset nowhere", "--dataset must be one of sotu, shakespeare, text8, owt, moses"),
         (
             "train_text.py --dataset {text} --model gan",
             "model must be one of cadd, mdlm, cdm, ar, udm, sedd, not",
