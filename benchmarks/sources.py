@@ -8,6 +8,9 @@ around w. No network is trained, so errors of the samples are the sampler's.
 
 from __future__ import annotations
 
+import math
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -42,14 +45,15 @@ class Source:
             x.append(torch.multinomial(self.law[topic, x[-1]], 1, generator=generator)[:, 0])
         return torch.stack(x, 1)
 
-    def posterior(self, x_t: Tensor, z_t: Tensor, t: Tensor, table: Tensor, schedule: NoiseSchedule) -> Tensor:
-        """Compute log p(x_0^i | x_t, z_t), (B, L, S), by forward-backward in each chain and a sum over chains."""
+    def posterior(
+        self, x_t: Tensor, z_t: Tensor, t: Tensor, table: Tensor, schedule: NoiseSchedule, wrong_hints: float = 0.0
+    ) -> Tensor:
+        """Compute log p(x_0^i | x_t, z_t), (B, L, S), by forward-backward in each chain and a sum over chains.
+
+        wrong_hints: the share of the latents that are around a random state, as in training.
+        """
         law, start = (softened(p).to(table.dtype) for p in (self.law, self.start))
-        by_token = torch.zeros(*x_t.shape, self.states, dtype=table.dtype).fill_(-torch.inf)  # (B, L, S)
-        by_token = by_token.scatter(-1, x_t.clamp(max=self.states - 1)[..., None], 0)
-        by_latent = log_likelihood(z_t, t, table[: self.states], schedule)  # (B, L, S)
-        emission = torch.where((x_t == self.mask_id)[..., None], by_latent, by_token)
-        emission = (emission - emission.amax(-1, keepdim=True)).exp()  # a position's scale is the same in all topics
+        emission = evidence(x_t, z_t, t, table[: self.states], schedule, wrong_hints)  # (B, L, S)
         log_joint = [self._smooth(emission, law[k], start[k]) for k in range(self.topics)]
         return torch.stack(log_joint).logsumexp(0).log_softmax(-1)
 
@@ -75,6 +79,18 @@ class Source:
         joint = joint / joint.sum(-1, keepdim=True)
         return joint.clamp(min=1e-38).log() + log_scale[:, None, None]
 
+    def possible(self, x_t: Tensor) -> Tensor:
+        """Tell for each x_t (B, L) whether some sequence of one of the chains agrees with its tokens, (B,) bool."""
+        allowed = torch.ones(*x_t.shape, self.states, dtype=torch.float64)  # (B, L, S)
+        allowed[x_t != self.mask_id] = torch.nn.functional.one_hot(x_t[x_t != self.mask_id], self.states).double()
+        found = []
+        for chain in self.law:
+            message = allowed[:, 0]
+            for i in range(1, x_t.shape[1]):
+                message = (message @ (chain > 0).double() > 0) * allowed[:, i]
+            found.append(message.sum(-1) > 0)
+        return torch.stack(found).any(0)
+
     def score(self, x: Tensor) -> dict[str, float]:
         """Score how well samples x (B, L) obey the law. Each sequence is judged by the chain that fits it best.
 
@@ -93,19 +109,47 @@ class Source:
         return {"bad": float(bad), "tv": float(tv), "entropy": float(-(joint * joint.clamp(min=1e-300).log2()).sum())}
 
 
+def evidence(
+    x_t: Tensor, z_t: Tensor, t: Tensor, table: Tensor, schedule: NoiseSchedule, wrong_hints: float = 0.0
+) -> Tensor:
+    """Compute how likely each token makes x_t and z_t at its position, (B, L, S), with a maximum of 1.
+
+    An unmasked position tells its token, and a masked position (x_t = S) its latent. table (S, D).
+    wrong_hints: the share of the latents that are around a random token's row.
+    """
+    states = len(table)
+    by_token = torch.zeros(*x_t.shape, states, dtype=table.dtype).fill_(-torch.inf)
+    by_token = by_token.scatter(-1, x_t.clamp(max=states - 1)[..., None], 0)
+    by_latent = log_likelihood(z_t, t, table, schedule)
+    if wrong_hints:
+        random = by_latent.logsumexp(-1, keepdim=True) - math.log(states)
+        right = by_latent + (math.log1p(-wrong_hints) if wrong_hints < 1 else -math.inf)
+        by_latent = torch.logaddexp(right, random + math.log(wrong_hints))
+    found = torch.where((x_t == states)[..., None], by_latent, by_token)
+    return (found - found.amax(-1, keepdim=True)).exp()
+
+
 def softened(p: Tensor) -> Tensor:
     """Add the mass IMPOSSIBLE to all probabilities, and normalise."""
     return (p + IMPOSSIBLE) / (p + IMPOSSIBLE).sum(-1, keepdim=True)
 
 
+class Law(Protocol):
+    """What an exact denoiser asks of a source."""
+
+    def posterior(
+        self, x_t: Tensor, z_t: Tensor, t: Tensor, table: Tensor, schedule: NoiseSchedule, wrong_hints: float = 0.0
+    ) -> Tensor: ...
+
+
 class ExactDenoiser:
     """The exact denoiser of a source, as the sampler calls it: (x_t, z_t, t) -> logits (B, L, S)."""
 
-    def __init__(self, source: Source, table: Tensor, schedule: NoiseSchedule):
-        self.source, self.table, self.schedule = source, table, schedule
+    def __init__(self, source: Law, table: Tensor, schedule: NoiseSchedule, wrong_hints: float = 0.0):
+        self.source, self.table, self.schedule, self.wrong_hints = source, table, schedule, wrong_hints
 
     def __call__(self, x_t: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        return self.source.posterior(x_t, z_t, t, self.table, self.schedule)
+        return self.source.posterior(x_t, z_t, t, self.table, self.schedule, self.wrong_hints)
 
 
 def random_table(states: int, dim: int, norm: float, generator: torch.Generator) -> Tensor:

@@ -18,9 +18,12 @@ from cadd_min.utils.errors import InputError
 from tests.toys import rng
 
 
-@pytest.mark.parametrize("topics", [1, 3])
-def test_exact_denoiser_is_exact(topics):
-    """Compare forward-backward with Bayes' rule summed over all topics and all sequences of length 4."""
+@pytest.mark.parametrize("topics, wrong", [(1, 0.0), (3, 0.0), (1, 0.3)])
+def test_exact_denoiser_is_exact(topics, wrong):
+    """Compare forward-backward with Bayes' rule summed over all topics and all sequences of length 4.
+
+    wrong: the share of the latents that are around a random state.
+    """
     source = Source(states=3, successors=2, topics=topics, length=4)
     schedule, table = NoiseSchedule(), random_table(3, 2, 1.0, rng(0))
     x_0 = source.draw(50, rng(1))
@@ -28,18 +31,25 @@ def test_exact_denoiser_is_exact(topics):
     x_t, z_t = q_sample(x_0, table[x_0], t, schedule, source.mask_id, generator=rng(2))
     law, start = softened(source.law), softened(source.start)
     joint = torch.zeros(50, 4, 3, dtype=torch.float64)
+    around = lambda rows: torch.distributions.Normal(0.5**0.5 * rows, 0.5**0.5).log_prob(z_t).sum(-1)
     for topic in range(topics):
         for word in itertools.product(range(3), repeat=4):
             p = start[topic, word[0]]
             for a, b in itertools.pairwise(word):
                 p = p * law[topic, a, b]
             w = torch.tensor(word)
-            density = torch.distributions.Normal(0.5**0.5 * table[w], 0.5**0.5).log_prob(z_t).sum(-1)
+            density = around(table[w])
+            if wrong:
+                anywhere = torch.stack([around(row) for row in table[:3]]).exp().mean(0)
+                density = ((1 - wrong) * density.exp() + wrong * anywhere).log()
             likelihood = torch.where(x_t == 3, density.double(), torch.where(x_t == w, 0.0, -torch.inf)).sum(-1).exp()
             joint[:, range(4), w] += (p * likelihood)[:, None]
     exact = joint / joint.sum(-1, keepdim=True)
-    p = ExactDenoiser(source, table, schedule)(x_t, z_t, t).double().exp()
+    p = ExactDenoiser(source, table, schedule, wrong)(x_t, z_t, t).double().exp()
     torch.testing.assert_close(p, exact, rtol=1e-3, atol=1e-4)
+    if wrong:
+        trusting = ExactDenoiser(source, table, schedule)(x_t, z_t, t).double().exp()
+        assert (trusting - exact).abs().max() > 0.1, "a denoiser that trusts its latents is another one"
 
 
 def score(dim: int, zhat: str, steps: int) -> dict[str, float]:
