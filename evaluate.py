@@ -35,7 +35,8 @@ from cadd_min.utils.errors import InputError
 from cadd_min.utils.files import cache_folder
 
 TEXT = {"bound": text.bound, "samples": text.samples, "frontier": text.frontier, "infill": text.infill}
-TEXT |= {"molecules": molecules.molecules, "sudoku": sudoku.sudoku}
+COUNTED = {"molecules": molecules.molecules, "sudoku": sudoku.sudoku}  # text with errors that are counted: no judge
+TEXT |= COUNTED
 IMAGES = {"bound": images.bound, "frechet": images.frechet, "fid": images.fid}
 
 
@@ -132,8 +133,8 @@ def check_kind(args: argparse.Namespace, of_images: bool) -> None:
         raise InputError(f"--{foreign} is for models of {other}, and --ckpt {args.ckpt[0]} is one of {kind}")
     for name, value in (
         ("zhat", "soft" if of_images else "hard"),
-        ("num", {"molecules": 1024, "sudoku": 1024}.get(args.what, 2048 if of_images else 128)),
-        ("batch_size", 128 if of_images or args.what in ("molecules", "sudoku") else 32),
+        ("num", 2048 if of_images else 1024 if args.what in COUNTED else 128),
+        ("batch_size", 128 if of_images or args.what in COUNTED else 32),
     ):
         if getattr(args, name, value) is None:
             setattr(args, name, value)

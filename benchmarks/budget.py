@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,12 @@ from typing import Any
 import torch
 
 from benchmarks.clock import train_for
-from benchmarks.specs import parse, pop_fields, read_rows, run_all, spread
+from benchmarks.specs import draw, markdown, parse, pop_fields, read_rows, run_all, spread
 from benchmarks.tasks import OWN, TASKS, Task, open_task
-from cadd_min.model import Denoiser, ModelConfig
+from cadd_min.model import ModelConfig
 from cadd_min.orders import HITTING, Sampling
-from cadd_min.sampler import reverse_chain
 from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.utils.cli import as_path, expanded, run
-from cadd_min.utils.device import seeded
 from cadd_min.utils.errors import InputError, choose
 from cadd_min.utils.files import cache_folder, check_writable
 
@@ -43,7 +42,6 @@ STRONG = "cadd:discrete=cosine,continuous=linear,evidence=0.35,latent_dim=9"
 MASKED = "mdlm"  # the model whose error is parted
 ONE = "one"  # one token a step, in place of T
 TRUE = "true data"
-CHUNK = 256  # samples at a time: more do not fit the cache and take twice as long
 CLOCKED = ("steps", "seed")  # fields of TrainConfig that a benchmark sets
 
 
@@ -94,20 +92,10 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
     trainer, clock = trained(task, job)
     true = task.score(task.real(job["samples"], job["seed"]))
     scores = {
-        name: task.score(draw(trainer.ema, task, chain, job["samples"], job["seed"]))
+        name: task.score(draw(trainer.ema, trainer.ema, chain, job["samples"], job["seed"]))
         for name, chain in chains(task, job).items()
     }
     return job | {"clock": clock, "updates": trainer.step, "counts": task.counts, "true": true, "scores": scores}
-
-
-def draw(model: Denoiser, task: Task, chain: Sampling, count: int, seed: int) -> torch.Tensor:
-    """Draw samples (count, L), CHUNK at a time."""
-    parts = []
-    for first in range(0, count, CHUNK):
-        shape = (min(CHUNK, count - first), task.length)
-        noise = seeded(seed, 10_000 * chain.steps + first)
-        parts.append(reverse_chain(model, shape, model.table(), model.schedule, model.mask_id, chain, generator=noise))
-    return torch.cat(parts)
 
 
 # ------------------------------------------------------------------------------------------------ tables
@@ -133,18 +121,17 @@ def mean(values: list[float | None]) -> str:
 
 def errors(task: str, rows: list[dict[str, Any]]) -> str:
     """Format the errors of one task as Markdown: a line for each model and zhat, a column for each T."""
-    heads = columns(rows)
-    lines = [f"| {task} | " + " | ".join(f"T = {h}" if h != ONE else h for h in heads) + " |"]
-    lines.append("|---" * (1 + len(heads)) + "|")
+    heads, lines = columns(rows), []
     for name, (spec, zhat) in names_of(rows).items():
         cells = []
         for head in heads:
             scores = [row["scores"][f"{zhat} {head}"] for row in rows if row["spec"] == spec]
             cells.append(spread([s["error"] for s in scores]) + mean([s.get("variety") for s in scores]))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append([name, *cells])
     true = [row["true"] for row in rows if row["spec"] == rows[0]["spec"]]
     cell = spread([score["error"] for score in true]) + mean([score.get("variety") for score in true])
-    return "\n".join([*lines, f"| {TRUE} | {cell} |" + " |" * (len(heads) - 1)])
+    lines.append([TRUE, cell, *[""] * (len(heads) - 1)])
+    return markdown([task, *(f"T = {head}" if head != ONE else head for head in heads)], lines)
 
 
 def parted(task: str, rows: list[dict[str, Any]]) -> str:
@@ -155,8 +142,7 @@ def parted(task: str, rows: list[dict[str, Any]]) -> str:
     specs = {row["spec"] for row in rows}
     whole = [found for found in by_seed.values() if found.keys() == specs]  # seeds that every model has
     others = {name: pair for name, pair in names_of(rows).items() if pair[0] != MASKED}
-    lines = [f"| {task} | network | steps | " + " | ".join(f"back: {name}" for name in others) + " |"]
-    lines.append("|---" * (3 + len(others)) + "|")
+    lines = []
     error = lambda found, spec, zhat, head: found[spec]["scores"][f"{zhat} {head}"]["error"]
     floors = [error(found, MASKED, "hard", ONE) for found in whole]
     network = statistics.mean(floor - found[MASKED]["true"]["error"] for floor, found in zip(floors, whole))
@@ -170,8 +156,8 @@ def parted(task: str, rows: list[dict[str, Any]]) -> str:
             for name, (spec, zhat) in others.items()
         }
         back = [f"{gain / price:.0%}" if price > 2 * doubt else "" for gain in gains.values()]
-        lines.append(f"| T = {head} | {network:.3f} | {spread(prices)} | " + " | ".join(back) + " |")
-    return "\n".join(lines)
+        lines.append([f"T = {head}", f"{network:.3f}", spread(prices), *back])
+    return markdown([task, "network", "steps", *(f"back: {name}" for name in others)], lines)
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
@@ -228,6 +214,8 @@ def main() -> None:
     ]
     for name in args.tasks:  # whatever is wrong is said before the first model is trained
         task = open_task(name, 0, Path(args.cache), args.molecules and Path(args.molecules))
+        for note in task.notes:
+            print(f"note: {note}", file=sys.stderr)
         for job in (job for job in jobs if job["task"] == name and job["seed"] == 0):
             task.config(args.preset, **settings(task, job)[0])
             chains(task, job)

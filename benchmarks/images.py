@@ -29,19 +29,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.specs import parse, pop_fields, read_rows, run_all, spread
+from benchmarks.specs import draw, markdown, parse, pop_fields, read_rows, run_all, spread
 from cadd_min.data.batches import ImageBatches
 from cadd_min.data.images import Images, chosen, open_images
-from cadd_min.data.pixels import Pixels
 from cadd_min.evaluation.image_judge import judged, measures, open_judge
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.objective import Batch
 from cadd_min.orders import Sampling, cosine_temperature
-from cadd_min.sampler import reverse_chain
 from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.unet import UNET_PRESETS
 from cadd_min.utils.cli import as_path, expanded, run
-from cadd_min.utils.device import seeded
 from cadd_min.utils.errors import InputError, choose
 from cadd_min.utils.files import cache_folder
 from train_image import DEFAULTS
@@ -87,34 +84,20 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
     row["scores"] = {}
     for zhat in job["zhat"] if trainer.ema.latent.dim else ["hard"]:
         for steps in job["T"]:
-            row["scores"][f"{zhat} {steps}"] = judge.score(draw(trainer.ema, job, pixels, steps, zhat))
+            x = draw(trainer.ema, trainer.ema, chain(job, steps, zhat), job["samples"], seed)
+            row["scores"][f"{zhat} {steps}"] = judge.score(pixels.decode(x))
     return row
 
 
-def draw(model: Denoiser, job: dict[str, Any], pixels: Pixels, steps: int, zhat: str) -> np.ndarray:
-    """Draw images (samples, H, W, C), 256 at a time."""
-    parts = []
-    for first in range(0, job["samples"], 256):
-        shape = (min(256, job["samples"] - first), model.config.length)
-        temperature = cosine_temperature(job["hot"]) if job["hot"] else job["temperature"]
-        settings = Sampling(steps, zhat, temperature=temperature, time_grid=job["time_grid"])
-        x = reverse_chain(
-            model,
-            shape,
-            model.table(),
-            model.schedule,
-            model.mask_id,
-            settings,
-            generator=seeded(job["seed"], 10_000 * steps + first),
-        )
-        parts.append(pixels.decode(x))
-    return np.concatenate(parts)
+def chain(job: dict[str, Any], steps: int, zhat: str) -> Sampling:
+    """Return the sampler's settings of a job at T = `steps`."""
+    temperature = cosine_temperature(job["hot"]) if job["hot"] else job["temperature"]
+    return Sampling(steps, zhat, temperature=temperature, time_grid=job["time_grid"])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Format the results as Markdown, in the order of the rows."""
-    head = ["FD", "variety", "doubt", "P / R", "copies"]
-    lines = ["| model | zhat | T | bits | " + " | ".join(head) + " |", "|---" * (4 + len(head)) + "|"]
+    heads, lines = ("model", "zhat", "T", "bits", "FD", "variety", "doubt", "P / R", "copies"), []
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row["spec"]].append(row)
@@ -123,11 +106,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             cell = {c: spread([r["scores"][key][c] for r in group], digits) for c, digits in COLUMNS.items()}
             zhat, _, steps = key.partition(" ")
             bits = spread([r["bits"] for r in group], 2) if "bits" in group[0] else ""
-            lines.append(
-                f"| {name} | {zhat} | {steps} | {bits} | {cell['FD']} | {cell['variety']} | {cell['doubt']} | "
-                f"{cell['precision']} / {cell['recall']} | {cell['copies']} |"
-            )
-    return "\n".join(lines)
+            both = f"{cell['precision']} / {cell['recall']}"
+            lines.append([name, zhat, steps, bits, cell["FD"], cell["variety"], cell["doubt"], both, cell["copies"]])
+    return markdown(heads, lines)
 
 
 def main() -> None:

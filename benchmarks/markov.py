@@ -27,14 +27,13 @@ from typing import Any
 import torch
 
 from benchmarks.sources import ExactDenoiser, Source
-from benchmarks.specs import parse, pop_fields, read_rows, run_all, spread
+from benchmarks.specs import draw, parse, pop_fields, read_rows, run_all, spread
 from cadd_min.dit import PRESETS
 from cadd_min.forward import q_sample
 from cadd_min.loss import log_probs
 from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.objective import Batch
 from cadd_min.orders import Sampling
-from cadd_min.sampler import reverse_chain
 from cadd_min.training.trainer import TrainConfig, Trainer
 from cadd_min.utils.cli import as_path, run
 from cadd_min.utils.device import seeded
@@ -104,21 +103,11 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
     row["scores"] = {}
     for zhat in job["zhat"] if model.table().shape[1] else ["hard"]:
         for steps in job["T"]:
-            score = source.score(draw(denoiser, model, job, steps, zhat=zhat, strength=strength))
+            settings = Sampling(steps, zhat, strength=strength)
+            score = source.score(draw(denoiser, model, settings, job["samples"], seed))
             score["entropy"] -= truth["entropy"]
             row["scores"][f"{zhat} {steps}"] = score
     return row
-
-
-def draw(denoiser: Any, model: Denoiser, job: dict[str, Any], steps: int, **options: Any) -> torch.Tensor:
-    """Draw (samples, L) by the reverse chain, 256 at a time. More do not fit the cache and take twice as long."""
-    parts = []
-    for first in range(0, job["samples"], 256):
-        shape = (min(256, job["samples"] - first), model.config.length)
-        gen = seeded(job["seed"], 10_000 * steps + first)
-        chain = (denoiser, shape, model.table(), model.schedule, model.mask_id)
-        parts.append(reverse_chain(*chain, Sampling(steps, **options), generator=gen))
-    return torch.cat(parts)
 
 
 def tables(rows: list[dict[str, Any]]) -> str:

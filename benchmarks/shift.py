@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmarks.budget import STRONG, open_models, settings, trained
 from benchmarks.sources import ExactDenoiser
-from benchmarks.specs import run_all, spread
+from benchmarks.specs import markdown, run_all, spread
 from benchmarks.tasks import Chain
 from cadd_min.forward import q_sample
 from cadd_min.loss import DenoiserFn, log_probs
@@ -147,7 +147,7 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Format the rows as Markdown."""
     heads = ("model", "zhat", "true", "doubt", "visited", "lost", "errors", "exact")
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines = []
     for spec in dict.fromkeys(row["spec"] for row in rows):
         group = [row for row in rows if row["spec"] == spec]
         for kind in ("trained", "tuned"):
@@ -156,10 +156,10 @@ def table(rows: list[dict[str, Any]]) -> str:
                 cell |= {"model": spec + (", tuned" if kind == "tuned" else ""), "zhat": zhat}
                 cell["doubt"] = spread([row["doubt"] for row in group])
                 cell["exact"] = spread([row["exact"][zhat] for row in group])
-                lines.append("| " + " | ".join(cell[head] for head in heads) + " |")
+                lines.append([cell[head] for head in heads])
     first, seeds = rows[0], len({row["seed"] for row in rows})
     said = f"T = {first['T']}, {first['preset']}, {first['minutes']:g} minutes, {first['samples']} sequences"
-    return "\n".join([*lines, "", f"{said}, seeds: {seeds}, ± their standard deviation"])
+    return f"{markdown(heads, lines)}\n\n{said}, seeds: {seeds}, ± their standard deviation"
 
 
 def main() -> None:

@@ -6,16 +6,21 @@ import dataclasses
 import json
 import multiprocessing
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from cadd_min.dit import Size
-from cadd_min.model import MODELS, ModelConfig
+from cadd_min.model import MODELS, Denoiser, ModelConfig
+from cadd_min.orders import Sampling
+from cadd_min.sampler import reverse_chain
 from cadd_min.training.trainer import TrainConfig
+from cadd_min.utils.device import seeded
 from cadd_min.utils.errors import InputError, choose
 from cadd_min.utils.files import json_rows
 
@@ -122,6 +127,20 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def draw(denoiser: Any, model: Denoiser, settings: Sampling, count: int, seed: int) -> Tensor:
+    """Draw samples (count, L) of a denoiser by the reverse chain, with the table and the schedule of a model.
+
+    256 at a time: more do not fit the cache and take twice as long.
+    """
+    parts = []
+    for first in range(0, count, 256):
+        shape = (min(256, count - first), model.config.length)
+        noise = seeded(seed, 10_000 * settings.steps + first)
+        chain = (denoiser, shape, model.table(), model.schedule, model.mask_id, settings)
+        parts.append(reverse_chain(*chain, generator=noise))
+    return torch.cat(parts)
+
+
 def gpt2_config(size: Size, vocab_size: int, length: int) -> Any:
     """Make the configuration of the library's GPT-2 of this size, without dropout. Raises InputError without it."""
     try:
@@ -132,6 +151,12 @@ def gpt2_config(size: Size, vocab_size: int, length: int) -> Any:
         vocab_size=vocab_size, n_positions=length, n_embd=size.width, n_layer=size.layers, n_head=size.heads,
         attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, use_cache=False, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a table as Markdown."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (heads, *rows)]
+    return "\n".join([lines[0], "|---" * len(heads) + "|", *lines[1:]])
 
 
 def spread(values: list[float], digits: int = 3) -> str:

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.clock import train_for
-from benchmarks.specs import gpt2_config, read_rows, run_all, spread
+from benchmarks.specs import gpt2_config, markdown, read_rows, run_all, spread
 from cadd_min.data import corpus, tokenizer
 from cadd_min.data.batches import RowBatches, TextBatches, text_batches
 from cadd_min.data.token_folder import TokenFolder, prepare
@@ -194,7 +194,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         groups.setdefault((r["track"], r["model"], r["row"]), []).append(r)
     heads = ("track", "model", "row", "bound, nats/token", "seconds", "after 1/8, 1/4, 1/2 of them")
     heads += ("steps", "million tokens", "CE at t = .05 .. 1")
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines = []
     for (track, model, row), group in groups.items():
         mean = lambda name, group=group: statistics.mean(r[name] for r in group)
         ce = " ".join(f"{statistics.mean(v):.2f}" for v in zip(*(r.get("by_t", ()) for r in group)))
@@ -202,11 +202,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         way = " ".join(f"{statistics.mean(bounds):.3f}" for bounds in curves)
         bound, seconds = spread([r["bound"] for r in group]), f"{mean('clock'):.0f}"
         cells = [track, model, f"{row} ({len(group)})", bound, seconds, way]
-        lines.append("| " + " | ".join([*cells, f"{mean('updates'):,.0f}", f"{mean('tokens') / 1e6:.2f}", ce]) + " |")
+        lines.append([*cells, f"{mean('updates'):,.0f}", f"{mean('tokens') / 1e6:.2f}", ce])
     first = rows[0]
     said = f"{first['preset']} in {first['dtype']}, threads: {first['threads']}, torch {first['torch']}"
     said += f"; {first['seconds']:g} seconds, third and bayes a third of them"
-    return "\n".join([*lines, "", f"(n): seeds, ± their standard deviation; {said}"])
+    return f"{markdown(heads, lines)}\n\n(n): seeds, ± their standard deviation; {said}"
 
 
 def main() -> None:

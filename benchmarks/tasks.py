@@ -14,7 +14,6 @@ and of digits the entropy of the classes in nats.
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -67,6 +66,7 @@ class Task(ABC):
     counts = True  # an error is a mean over samples: errors can be parted
     presets: Mapping[str, Any] = PRESETS
     settings: Mapping[str, Any] = MappingProxyType({})  # of models and training, where not the project's own
+    notes: tuple[str, ...] = ()  # of data that is left out
 
     @abstractmethod
     def data(self, batch_size: int, seed: int) -> Callable[[int], Batch]:
@@ -143,7 +143,7 @@ class Sudoku(Task):
 class Molecules(Task):
     """The lines of a file of SMILES, with the start that train_text.py gives a new model.
 
-    A hash of each line decides whether the line is held out. Lines that are too long are counted on stderr.
+    A hash of each line decides whether the line is held out. `notes` count the lines that are too long.
     """
 
     batch_size, length = 32, MOLECULE
@@ -156,13 +156,11 @@ class Molecules(Task):
         self.tokens = prepare(source, tokenizer.chars(corpus.alphabet(source)), cache)
         self.codec, self.name = self.tokens.tokenizer(), path.name
         self.vocab_size = self.codec.vocab_size
+        self.notes = tuple(note for side in ("train", "val") if (note := self._rows(side, 1, 0).note))
 
     def _rows(self, side: str, count: int, seed: int) -> RowBatches:
         tokens = self.tokens.split(side, whole=True)
-        rows = RowBatches(tokens, self.length, count, self.codec.eot_id, seed, f"{self.name}, {side}")
-        if rows.note:
-            print(f"note: {rows.note}", file=sys.stderr)
-        return rows
+        return RowBatches(tokens, self.length, count, self.codec.eot_id, seed, f"{self.name}, {side}")
 
     def data(self, batch_size: int, seed: int) -> RowBatches:
         return self._rows("train", batch_size, seed)

@@ -49,11 +49,11 @@ class Corpus:
 def open_corpus(dataset: str, cache: Path, lines: bool = False) -> Corpus:
     """Open the corpus with the name or the path `dataset`. A named corpus may be downloaded to the folder `cache`.
 
-    lines: take each line of a document as a document of its own. Raises InputError where there is no such corpus, where
-    it is empty, or where its download or its package is missing.
+    lines: take each line of a document as a document of its own, as of LINES always. Raises InputError where there is
+    no such corpus, where it is empty, or where its download or its package is missing.
     """
     corpus = _open(dataset, cache)
-    if not lines:
+    if not (lines or dataset in LINES):
         return corpus
     parts = functools.partial(corpus.parts, lines=True)
     return dataclasses.replace(corpus, identity=f"{corpus.identity}, line by line", parts=parts)

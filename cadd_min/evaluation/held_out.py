@@ -14,7 +14,7 @@ from cadd_min.checkpoints.file import check_data
 from cadd_min.data import corpus
 from cadd_min.data.batches import text_batches
 from cadd_min.data.pairs import holds_pairs
-from cadd_min.data.token_folder import TokenFolder, TokenView, is_folder, prepare
+from cadd_min.data.token_folder import TokenFolder, is_folder, prepare
 from cadd_min.data.tokenizer import Tokenizer
 from cadd_min.model import Model
 from cadd_min.utils.errors import InputError
@@ -45,13 +45,6 @@ def data_folder(
     return tokens
 
 
-def held_out_tokens(
-    content: dict[str, Any], tokenizer: Tokenizer, args: argparse.Namespace, lines: bool = False
-) -> TokenView:
-    """Open the held-out tokens of a data set: see `data_folder`."""
-    return data_folder(content, tokenizer, args, lines).split("val", whole=lines)
-
-
 def cut(
     model: Model, tokenizer: Tokenizer, content: dict[str, Any], args: argparse.Namespace, count: int, why: str = ""
 ) -> Tensor:
@@ -60,10 +53,11 @@ def cut(
     No two overlap, and they are the same at every call. Lines that are too long are counted on stderr. Raises
     InputError where there are fewer, with the reason `why` that so many are needed.
     """
-    tokens, length = held_out_tokens(content, tokenizer, args, model.config.rows), model.config.length
+    rows, length = model.config.rows, model.config.length
+    tokens = data_folder(content, tokenizer, args, rows).split("val", whole=rows)
     batches = text_batches(tokens, length, count, 0, "the held-out text", padding(model, tokenizer))
     if batches.per_epoch < count:
-        what = f"lines of at most {length - 1} tokens" if model.config.rows else f"pieces of {length} tokens"
+        what = f"lines of at most {length - 1} tokens" if rows else f"pieces of {length} tokens"
         raise InputError(f"--num: the held-out text has {batches.per_epoch} {what}, and {count} are needed{why}")
     if batches.note:
         print(f"note: {batches.note}", file=sys.stderr)

@@ -19,7 +19,7 @@ MOLECULES = ["CC", "CCO", "C1CC1", "CC=O", "N", "OCC#N", "CCN", "C=C"] * 60
 def measured(tmp_path, monkeypatch, *options: str) -> list[dict]:
     """Run the benchmark for two seconds a row, and return the rows that it wrote."""
     (tmp_path / "small.txt").write_text("".join(f"{m}{'C' * (i % 7)}\n" for i, m in enumerate(MOLECULES)))
-    monkeypatch.setattr(speedrun, "HELD_OUT", 256)  # the job has it
+    monkeypatch.setattr(speedrun, "HELD_OUT", 256)
     common = f"--molecules {tmp_path / 'small.txt'} --cache {tmp_path} --preset nano --seconds 2 --seeds 1 --threads 1"
     out = tmp_path / "rows.jsonl"
     monkeypatch.setattr(sys, "argv", ["speedrun", *common.split(), "--out", str(out), *options])
