@@ -11,7 +11,8 @@ PPMI(v, w) = max(0, log p(v, w) / (p(v) p(w))) compares with chance how often w 
 once for w behind v. Tokens with the same neighbours get close vectors (Levy & Goldberg 2014). Gradient steps find both
 laws too, but slowly: a network that cannot tell tokens apart stays at the unigram law.
 
-The counts are for networks whose gates start open (dit.py). Behind closed gates they do harm on words.
+The counts are for networks whose gates start open (dit.py), which are the small ones. The paper's size starts as in the
+paper.
 """
 
 from __future__ import annotations
