@@ -109,19 +109,20 @@ def reverse_step(
 ) -> tuple[Tensor, Tensor]:
     """Make one reverse step of N masked positions, with z0_hat for z_0.    (Prop. 2)
 
-    The reference runs for coefficients (4, N), float64 tensors and temperatures up to COLD, else the active backend.
+    The reference runs for float64 tensors and temperatures up to COLD, else the active backend.
     In PyTorch the step is `reverse.token_probs`, then `reverse.reverse_rows`.
     Args: logits (K, N, V) of the masked positions; rows (N,) int64, their places among the P = B L positions; z_t
-    (K, P, D); table (V, D); coefficients: see `reverse.step_coefficients`; seed (2,) int64, its offset the step's own.
+    (K, P, D); table (V, D); coefficients (4,), or (4, N) for each position: see `reverse.step_coefficients`; seed
+    (2,) int64, its offset the step's own.
     Returns: x_s (N,), mask_id where a position stays masked; z_s (K, N, D).
     """
     backend()
     zhat = ZHATS.index(choose("zhat", decoding.zhat, ZHATS))
-    arguments = (rows, z_t, table, coefficients, seed, mask_id, zhat, decoding.temperature, decoding.top_p)
+    arguments = (rows, z_t, table, coefficients.contiguous(), seed, mask_id, zhat, decoding.temperature, decoding.top_p)
     # the kernels compute in float32, and divide by the temperature
     wide = torch.float64 in (logits.dtype, z_t.dtype, table.dtype)
     with torch.autocast(logits.device.type, enabled=False):
-        if wide or decoding.temperature <= COLD or coefficients.dim() > 1:
+        if wide or decoding.temperature <= COLD:
             return _reverse_step(logits, *arguments)
         z, w = z_t.float().contiguous(), table.float().contiguous()
         x_s, z_s = torch.ops.cadd_min.reverse_step(logits.contiguous(), rows.contiguous(), z, w, *arguments[3:])

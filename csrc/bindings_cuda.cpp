@@ -47,6 +47,7 @@ ReverseArgs reverse_inputs(const at::Tensor& logits, const at::Tensor& rows, con
   args.z_t = z_t.const_data_ptr<float>();
   args.table = table.const_data_ptr<float>();
   args.coefficients = coefficients.const_data_ptr<double>();
+  args.columns = coefficients.numel() / 4;
   args.seed = seed.const_data_ptr<int64_t>();
   args.latents = logits.size(0);
   args.count = rows.size(0);

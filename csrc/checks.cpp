@@ -49,9 +49,12 @@ void check_reverse_step(const at::Tensor& logits, const at::Tensor& rows, const 
                         table.size(1) == z_t.size(2) && table.is_contiguous() &&
                         table.scalar_type() == at::kFloat,
                     "reverse_step: table must be (V, D), float32 and contiguous");
-  TORCH_CHECK_VALUE(coefficients.dim() == 1 && coefficients.size(0) == 4 &&
-                        coefficients.scalar_type() == at::kDouble && coefficients.is_contiguous(),
-                    "reverse_step: coefficients must be (4,) float64: rho_flip, pull, keep, std");
+  TORCH_CHECK_VALUE(
+      (coefficients.dim() == 1 ||
+       (coefficients.dim() == 2 && coefficients.size(1) == rows.size(0))) &&
+          coefficients.size(0) == 4 && coefficients.scalar_type() == at::kDouble &&
+          coefficients.is_contiguous(),
+      "reverse_step: coefficients must be (4,) or (4, N) float64: rho_flip, pull, keep, std");
   TORCH_CHECK_VALUE(0 <= zhat && zhat <= 2,
                     "reverse_step: zhat must be 0 (hard), 1 (soft) or 2 (sample)");
   TORCH_CHECK_VALUE(temperature > 0, "reverse_step: temperature must be greater than 0, not ",

@@ -35,7 +35,8 @@ struct ReverseArgs {
   const int64_t* rows;         // (N,) position of each row, from 0 to P - 1
   const float* z_t;            // (K, P, D) latents at time t
   const float* table;          // (V or more, D) latents of the tokens
-  const double* coefficients;  // (4,) rho_flip, pull, keep, std
+  const double* coefficients;  // (4, C) rho_flip, pull, keep, std
+  int64_t columns;             // C: 1, or N where each row has its own
   const int64_t* seed;         // (2,) seed, offset
   int64_t mask_id;             // the token of a masked position
   int64_t latents;             // K

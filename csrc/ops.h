@@ -28,7 +28,7 @@ std::tuple<at::Tensor, at::Tensor> forward_noising_cpu(const at::Tensor& x_0, co
 //   rows         (N,) int64: position of each row, from 0 to P - 1
 //   z_t          (K, P, D) float32
 //   table        (V or more, D) float32
-//   coefficients (4,) float64: rho_flip, pull, keep, std
+//   coefficients (4,), or (4, N) for each row, float64: rho_flip, pull, keep, std
 //   seed         (2,) int64: seed, offset
 //   zhat         0 hard, 1 soft, 2 sample
 //   temperature  greater than 0

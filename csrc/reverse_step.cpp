@@ -28,18 +28,18 @@ namespace {
 
 // The arguments of one call, contiguous and checked: K latents, N masked rows, P positions.
 struct Call {
-  const at::Tensor& logits;          // (K, N, V) float32, float16 or bfloat16
-  const at::Tensor& rows;            // (N,) int64: position of each row, from 0 to P - 1
-  const at::Tensor& z_t;             // (K, P, D) float32: latents at time t
-  const at::Tensor& table;           // (V or more, D) float32: latents of the tokens
-  int64_t* x_s;                      // (N,) tokens at time s, written
-  float* z_s;                        // (K, N, D) latents at time s, written
-  ReverseCoefficients coefficients;  // rho_flip, pull, keep, std
-  RandomStream random;               // seed and offset
-  int64_t mask_id;                   // the token of a masked position
-  ZHat zhat;                         // how z0_hat is made
-  float inv_temperature;             // 1 / temperature
-  double top_p;                      // in (0, 1]
+  const at::Tensor& logits;     // (K, N, V) float32, float16 or bfloat16
+  const at::Tensor& rows;       // (N,) int64: position of each row, from 0 to P - 1
+  const at::Tensor& z_t;        // (K, P, D) float32: latents at time t
+  const at::Tensor& table;      // (V or more, D) float32: latents of the tokens
+  int64_t* x_s;                 // (N,) tokens at time s, written
+  float* z_s;                   // (K, N, D) latents at time s, written
+  ReverseColumns coefficients;  // of each row: rho_flip, pull, keep, std
+  RandomStream random;          // seed and offset
+  int64_t mask_id;              // the token of a masked position
+  ZHat zhat;                    // how z0_hat is made
+  float inv_temperature;        // 1 / temperature
+  double top_p;                 // in (0, 1]
 
   int64_t latents() const { return logits.size(0); }
   int64_t count() const { return rows.size(0); }
@@ -62,14 +62,14 @@ void flip_latents(const Call& call, int64_t n, int64_t token) {
 template <typename ZHatOf>
 void move_latents(const Call& call, int64_t n, float* eps, ZHatOf z_hat_of) {
   const int64_t dim = call.dim();
+  const ReverseCoefficients coefficients = call.coefficients.of(n);
   for (int64_t k = 0; k < call.latents(); ++k) {
     const int64_t position = k * call.positions() + call.position(n);
-    if (call.coefficients.std > 0) fill_normals(call.random, position, dim, eps);
+    if (coefficients.std > 0) fill_normals(call.random, position, dim, eps);
     const float* z_t = call.z_t.const_data_ptr<float>() + position * dim;
     const float* z_hat = z_hat_of(k);
     float* z_s = call.z_s + (k * call.count() + n) * dim;
-    for (int64_t e = 0; e < dim; ++e)
-      z_s[e] = posterior(z_hat[e], z_t[e], eps[e], call.coefficients);
+    for (int64_t e = 0; e < dim; ++e) z_s[e] = posterior(z_hat[e], z_t[e], eps[e], coefficients);
   }
 }
 
@@ -79,7 +79,7 @@ template <typename Logit>
 bool step_row(const Call& call, int64_t n, Row<Logit>& row, float* eps, float* probabilities) {
   const int64_t dim = call.dim(), position = call.position(n);
   const Choices choice = choices(call.random, position);
-  const bool flip = choice.flip < call.coefficients.rho_flip;
+  const bool flip = choice.flip < call.coefficients.of(n).rho_flip;
   if (!flip) call.x_s[n] = call.mask_id;
   if (!flip && dim == 0) return true;  // without a latent nothing else changes
   const Logit* logits = call.logits.const_data_ptr<Logit>() + n * call.vocab();
@@ -195,7 +195,7 @@ std::tuple<at::Tensor, at::Tensor> reverse_step_cpu(
                   table,
                   x_s.data_ptr<int64_t>(),
                   z_s.data_ptr<float>(),
-                  reverse_coefficients(coefficients.const_data_ptr<double>()),
+                  {coefficients.const_data_ptr<double>(), coefficients.numel() / 4},
                   random_stream(seed.const_data_ptr<int64_t>()),
                   mask_id,
                   static_cast<ZHat>(zhat),

@@ -16,11 +16,18 @@ struct ReverseCoefficients {
   float pull, keep, std;
 };
 
-// Read the coefficients from their (4,) tensor: rho_flip, pull, keep, std.
-CADD_HD ReverseCoefficients reverse_coefficients(const double* four) {
-  return {four[0], static_cast<float>(four[1]), static_cast<float>(four[2]),
-          static_cast<float>(four[3])};
-}
+// The rows' coefficients, a tensor (4, C): rho_flip, pull, keep, std. All rows share one column, or
+// each row has its own.
+struct ReverseColumns {
+  const double* first;
+  int64_t columns;  // C, 1 or N
+
+  CADD_HD ReverseCoefficients of(int64_t n) const {
+    const double* own = first + (columns > 1 ? n : 0);
+    return {own[0], static_cast<float>(own[columns]), static_cast<float>(own[2 * columns]),
+            static_cast<float>(own[3 * columns])};
+  }
+};
 
 // Compute one element of z_s for a token that stays masked.
 CADD_HD float posterior(float z_hat, float z_t, float eps, ReverseCoefficients coefficients) {

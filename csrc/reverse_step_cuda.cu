@@ -284,7 +284,7 @@ __device__ void step_latent(const ReverseArgs& args, int64_t k, int64_t n, const
 template <typename Logit>
 __device__ void step_row(Row<Logit> row, int64_t n, Scratch& scratch) {
   const ReverseArgs& args = row.args;
-  const ReverseCoefficients coefficients = reverse_coefficients(args.coefficients);
+  const ReverseCoefficients coefficients = ReverseColumns{args.coefficients, args.columns}.of(n);
   const RandomStream random = random_stream(args.seed);
   const int64_t position = args.rows[n];
   assert(0 <= position && position < args.positions);
@@ -336,17 +336,18 @@ __global__ void reverse_step_kernel(ReverseArgs args) {
 // Move the latents of the rows that stay masked towards z_hat, one thread for each quad.
 __global__ void soft_move_kernel(ReverseArgs args) {
   const RandomStream random = random_stream(args.seed);
-  const ReverseCoefficients coefficients = reverse_coefficients(args.coefficients);
+  const ReverseColumns coefficients{args.coefficients, args.columns};
   const int64_t quarter = quarter_of(args.dim), total = args.latents * args.count * quarter;
   const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   for (int64_t i = thread; i < total; i += int64_t{gridDim.x} * blockDim.x) {
     const int64_t quad = i % quarter, n = i / quarter % args.count, k = i / quarter / args.count;
     if (args.x_s[n] != args.mask_id) continue;
     const int64_t position = k * args.positions + args.rows[n];
+    const ReverseCoefficients own = coefficients.of(n);
     float eps[4] = {};
-    if (coefficients.std > 0) four_normals(random, position, static_cast<uint32_t>(quad), eps);
+    if (own.std > 0) four_normals(random, position, static_cast<uint32_t>(quad), eps);
     move_quad(args.z_s + (k * args.count + n) * args.dim, args.z_hat + n * args.dim,
-              args.z_t + position * args.dim, eps, quad, args.dim, coefficients);
+              args.z_t + position * args.dim, eps, quad, args.dim, own);
   }
 }
 

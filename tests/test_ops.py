@@ -111,7 +111,7 @@ def test_reverse_step_matches_the_reference(latents, count, vocab, dim, top_p, z
 
 
 def test_an_ordinary_step_goes_to_the_active_backend(monkeypatch):
-    """Check which calls go to the reference directly: float64, temperatures up to COLD, coefficients per position."""
+    """Check which calls go to the reference directly: float64, and temperatures up to COLD."""
     direct = []
 
     def recorded(*arguments):
@@ -121,19 +121,19 @@ def test_an_ordinary_step_goes_to_the_active_backend(monkeypatch):
     monkeypatch.setattr(ops, "_reverse_step", recorded)
     logits, rows, z_t, table, step = reverse_case(1, 5, 7, 2)
 
-    def taken(logits=logits, step=step, temperature=1.0):
+    def taken(logits=logits, temperature=1.0):
         direct.clear()
         ops.reverse_step(logits, rows, z_t, table, step, 7, SEED, Decoding("hard", temperature))
         return len(direct)
 
     assert taken() == 0 and taken(temperature=2 * COLD) == 0
-    assert taken(temperature=COLD) == 1 and taken(logits.double()) == 1 and taken(step=step[:, None].expand(4, 5)) == 1
+    assert taken(temperature=COLD) == 1 and taken(logits.double()) == 1
 
 
 @pytest.mark.parametrize("dim", [0, 8])
 @pytest.mark.parametrize("zhat", ZHATS)
 def test_groups_of_positions_make_the_step_of_all(zhat, dim):
-    """Compare two groups with one step each, by the kernel if built, with a step per position, by the reference."""
+    """Compare two groups with one step each with a step per position."""
     logits, rows, z_t, table, _ = reverse_case(2, 40, 17, dim)
     flips = (torch.arange(40) % 3 == 0).to(DEVICE)
     s, t, schedule = *torch.tensor([0.5, 0.8], dtype=torch.float64, device=DEVICE), NoiseSchedule()
@@ -145,6 +145,20 @@ def test_groups_of_positions_make_the_step_of_all(zhat, dim):
         x_s, z_s = ops.reverse_step(logits[:, group], rows[group], z_t, table, step, 17, SEED, Decoding(zhat))
         assert torch.equal(x_s, x_ref[group])
         torch.testing.assert_close(z_s, z_ref[:, group], rtol=1e-4, atol=1e-5)
+
+
+@compiled
+@pytest.mark.parametrize("count", [0, 1, 40])
+@pytest.mark.parametrize("zhat, top_p", [("hard", 1.0), ("soft", 0.8), ("sample", 0.8)])
+def test_a_step_for_each_position_is_the_reference(zhat, top_p, count):
+    """Give each position its own times, which no other position has, so that a column for a wrong row is seen."""
+    logits, rows, z_t, table, _ = reverse_case(2, count, 17, 8)
+    t = torch.linspace(0.3, 1, count, dtype=torch.float64, device=DEVICE)
+    steps = step_coefficients(t * t, t, NoiseSchedule())
+    case = (logits, rows, z_t, table, steps, 17, SEED, Decoding(zhat, 1.0, top_p))
+    (x_s, z_s), (x_ref, z_ref) = ops.reverse_step(*case), reference(*case)
+    assert torch.equal(x_s, x_ref) and (count < 40 or 0 < (x_s == 17).sum() < count)
+    torch.testing.assert_close(z_s, z_ref, rtol=1e-4, atol=1e-5)
 
 
 @compiled
