@@ -26,8 +26,8 @@ $(VENV)/ready: requirements.txt requirements-data.txt pyproject.toml setup.py $(
 
 train: $(VENV)/ready
 	$(BIN)/python train_text.py
-	$(BIN)/python sample.py --num 3 --top-p 0.8
-	$(BIN)/python sample.py --prompt "I have the honor to[8]the Congress of the United States[16]peace" --top-p 0.8
+	$(BIN)/python sample.py --num 3 --top-p 0.8 --remask 0.05
+	$(BIN)/python sample.py --prompt "I have the honor to[8]the Congress of the United States[16]peace" --top-p 0.8 --remask 0.05
 
 # All tests with the kernels that were built; then the tests of what the kernels compute, on the PyTorch reference.
 # Two processes share the work, file by file.
