@@ -105,7 +105,7 @@ class Block(nn.Module):
         """Set the modulation to a constant: nothing depends on t, and the gates are `gate`.
 
         At 0 a block starts as the identity (adaLN-Zero). At 1 the head sees mixtures of the neighbours from the first
-        step: a text is then learned in a fraction of the steps.
+        step: alphabets are then learned a little faster (docs/speedrun.md).
         """
         nn.init.zeros_(self.ada.weight)
         nn.init.zeros_(self.ada.bias)
