@@ -1,8 +1,7 @@
 """Which masked positions are unmasked next, and when: the exact chain, and the field's other samplers.
 
-A plan gives the times of the steps. At each step it splits the masked positions into groups, each with the four
-coefficients of its reverse step. In the exact chain (Prop. 2) all positions are one group, and each flips by itself
-with probability rho_flip. Remasking and first hitting keep the marginals q(x_s | x_0) as well. Unmasking in an order
+A plan gives the times of the steps, and the four coefficients of each step. In the exact chain (Prop. 2) all masked
+positions share them, and each position flips by itself with probability rho_flip. Remasking and first hitting keep the marginals q(x_s | x_0) as well. Unmasking in an order
 trades variety for precision.
 """
 
@@ -34,7 +33,6 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 ORDERS = ("random", *SCORES)
 Temperature = float | Callable[[float], float]
-Group = tuple[Tensor | slice, Tensor]  # indices of masked positions, and their coefficients (4,) or (4, N)
 
 
 @dataclass(frozen=True)
@@ -124,15 +122,15 @@ class ExactChain:
         """Choose the unmasked tokens that are masked again after this step, (B, L) bool. The prompt's never are."""
         return torch.zeros_like(masked)
 
-    def groups(
+    def coefficients(
         self, logits: Tensor, rows: Tensor, masked: Tensor, remasked: Tensor, s: Tensor, t: Tensor, seed: Tensor
-    ) -> list[Group]:
-        """Split the N masked positions into groups, each with the coefficients of its step from t to s.
+    ) -> Tensor:
+        """Compute the coefficients of a step from t to s, (4,), or (4, N) for each of the N masked positions.
 
         Args: logits (K, N, V); rows (N,), the flat places of the masked positions; masked, remasked (B, L) bool; s, t
         (B,); seed (2,) of this step.
         """
-        return [(slice(None), step_coefficients(s[0], t[0], self.schedule))]
+        return step_coefficients(s[0], t[0], self.schedule)
 
 
 class Remasking(ExactChain):
@@ -149,11 +147,11 @@ class Remasking(ExactChain):
         u = philox.choices(seed, torch.arange(masked.numel(), device=masked.device))[0].view(masked.shape)
         return self.free & ~masked & (u < self._sigma(s, t))
 
-    def groups(
+    def coefficients(
         self, logits: Tensor, rows: Tensor, masked: Tensor, remasked: Tensor, s: Tensor, t: Tensor, seed: Tensor
-    ) -> list[Group]:
+    ) -> Tensor:
         rho = remask_flip(self._sigma(s, t), s[0], t[0], self.schedule)
-        return [(slice(None), step_coefficients(s[0], t[0], self.schedule, rho))]
+        return step_coefficients(s[0], t[0], self.schedule, rho)
 
 
 class InOrder(Remasking):
@@ -162,21 +160,19 @@ class InOrder(Remasking):
     With remask > 0 tokens are also masked again, and as many more positions flip.
     """
 
-    def __init__(self, settings: Sampling, schedule: NoiseSchedule, free: Tensor, mask_id: int, dim: int):
+    def __init__(self, settings: Sampling, schedule: NoiseSchedule, free: Tensor, mask_id: int):
         super().__init__(settings, schedule, free)
-        self.mask_id, self.dim, self.remasks = mask_id, dim, settings.remask > 0
+        self.mask_id, self.remasks = mask_id, settings.remask > 0
 
-    def groups(
+    def coefficients(
         self, logits: Tensor, rows: Tensor, masked: Tensor, remasked: Tensor, s: Tensor, t: Tensor, seed: Tensor
-    ) -> list[Group]:
+    ) -> Tensor:
         left = (self.free.sum(1) * (1 - self.schedule.alpha(s[0]))).round().long()  # (B,) masked after this step
         length, block = masked.shape[1], self.settings.block or masked.shape[1]
         score = scores(self.settings.order, logits, self.mask_id, philox.choices(seed, rows)[0])
         count = masked.sum(1) + remasked.sum(1) - left
         flip = first_in_order(score, rows // length, rows % length // block, count)
-        certain = [(flip, torch.ones_like(s[0])), (~flip, torch.zeros_like(s[0]))]  # rho_flip is 1 or 0
-        certain = certain if self.dim else certain[:1]  # without a latent, a position that stays masked does not change
-        return [(some.nonzero()[:, 0], step_coefficients(s[0], t[0], self.schedule, rho)) for some, rho in certain]
+        return step_coefficients(s[0], t[0], self.schedule, flip.double())  # rho_flip is 1 or 0
 
 
 class FirstHitting(ExactChain):
@@ -197,13 +193,13 @@ class FirstHitting(ExactChain):
         falling = torch.maximum(self.hit, last[:, None]).sort(1, descending=True).values.T
         return torch.cat([torch.ones_like(falling[:1]), falling])
 
-    def groups(
+    def coefficients(
         self, logits: Tensor, rows: Tensor, masked: Tensor, remasked: Tensor, s: Tensor, t: Tensor, seed: Tensor
-    ) -> list[Group]:
+    ) -> Tensor:
         sequence = rows // masked.shape[1]
         s, t = s[sequence], t[sequence]  # (N,) each
         flips = (self.hit.flatten()[rows] >= s).double()
-        return [(slice(None), step_coefficients(s, t, self.schedule, flips))]
+        return step_coefficients(s, t, self.schedule, flips)
 
 
 def check_hitting(settings: Sampling, schedule: NoiseSchedule) -> None:
@@ -212,17 +208,15 @@ def check_hitting(settings: Sampling, schedule: NoiseSchedule) -> None:
         raise InputError(f"the time grid {HITTING} is not for cdm, whose tokens are unmasked all at once")
 
 
-def make_plan(
-    settings: Sampling, schedule: NoiseSchedule, free: Tensor, mask_id: int, dim: int, seed: Tensor
-) -> ExactChain:
+def make_plan(settings: Sampling, schedule: NoiseSchedule, free: Tensor, mask_id: int, seed: Tensor) -> ExactChain:
     """Make the plan that the settings ask for.
 
-    Args: free (B, L) bool, the positions to draw; dim: of the latents; seed (2,): the chain's, at offset 0.
+    Args: free (B, L) bool, the positions to draw; seed (2,): the chain's, at offset 0.
     """
     if settings.time_grid == HITTING:
         return FirstHitting(settings, schedule, free, seed)
     if settings.in_order:
-        return InOrder(settings, schedule, free, mask_id, dim)
+        return InOrder(settings, schedule, free, mask_id)
     return (Remasking if settings.remask else ExactChain)(settings, schedule, free)
 
 

@@ -80,7 +80,7 @@ def reverse_chain(
     first_seed = ops.draw_seed(generator, table.device)
     x = first_tokens(shape, mask_id, prompt, table)  # (B, L)
     z = first_latents(x, table, mask_id, settings.num_latents, first_seed)  # (K, B L, D)
-    plan = make_plan(settings, schedule, x == mask_id, mask_id, table.shape[1], first_seed)
+    plan = make_plan(settings, schedule, x == mask_id, mask_id, first_seed)
     seeds, mean_times = philox.step_seeds(first_seed, len(plan.times)), plan.times.mean(1).tolist()
 
     for n, (t, s) in enumerate(zip(plan.times[:-1], plan.times[1:])):  # s < t, (B,) each
@@ -92,10 +92,10 @@ def reverse_chain(
         logits = predict(denoiser, x, settings.strength * z, t, rows)  # (K, N, V): p(x_0 | x_t, z_t)
         remasked = plan.remasked(masked, s, t, seed)  # (B, L): chosen first, since an order flips as many more
         with naming_step(n + 1):
-            for group, coefficients in plan.groups(logits, rows, masked, remasked, s, t, seed):
-                places = rows[group]  # flip with rho_flip, draw from p, else move z by Prop. 2: reverse.reverse_rows
-                x_s, z_s = ops.reverse_step(logits[:, group], places, z, table, coefficients, mask_id, seed, decoding)
-                x.view(-1)[places], z[:, places] = x_s, z_s
+            # flip with rho_flip, draw from p, else move z by Prop. 2: reverse.reverse_rows
+            coefficients = plan.coefficients(logits, rows, masked, remasked, s, t, seed)
+            x_s, z_s = ops.reverse_step(logits, rows, z, table, coefficients, mask_id, seed, decoding)
+            x.view(-1)[rows], z[:, rows] = x_s, z_s
         if plan.remasks:
             mask_again(x, z, remasked.flatten().nonzero()[:, 0], table, schedule, s[0], mask_id, seed)
         if callback is not None:
