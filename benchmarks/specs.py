@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -85,29 +85,32 @@ def run_all(
 ) -> list[dict[str, Any]]:
     """Run all jobs, `at_once` at a time, and return their rows in order, with a bar of the time that is left.
 
-    Each row is appended to `out` as JSON as soon as its run ends. If a run fails, its error is raised after the runs
-    that had begun: their rows are written, too. Processes are spawned: a fork of a process that has used torch's
-    threads may hang.
+    Each row is appended to `out` as JSON as soon as its run ends. If a run fails, no other begins, and the error is
+    raised when those that had begun have ended: their rows are written, too. Processes are spawned: a fork of a
+    process that has used torch's threads may hang.
     """
     rows: dict[int, dict[str, Any]] = {}
     error: BaseException | None = None
+    running: dict[Future[dict[str, Any]], int] = {}
+    waiting = list(enumerate(jobs))
+    bar = tqdm(total=len(jobs), desc="runs", unit="run", leave=False)
     with ProcessPoolExecutor(at_once, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(one_run, job): n for n, job in enumerate(jobs)}
-        pending, bar = set(futures), tqdm(total=len(jobs), desc="runs", unit="run", leave=False)
-        while pending:
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            bar.update(len(done))
-            for future in done:
+        while running or waiting:
+            # A pool runs all that it has queued, even after an error: it gets no job before a process is free.
+            while waiting and len(running) < at_once:
+                n, job = waiting.pop(0)
+                running[pool.submit(one_run, job)] = n
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                n = running.pop(future)
+                bar.update()
                 if found := future.exception():
-                    error = error or found
-                    pending -= {other for other in pending if other.cancel()}
+                    error, waiting = error or found, []
                     continue
-                n = futures[future]
                 rows[n] = row = future.result() | {"job": n}
                 if out:
                     with out.open("a") as file:
                         file.write(json.dumps(row, default=str) + "\n")
-        bar.close()
+    bar.close()
     if error:
         raise error
     return [rows[n] for n in range(len(jobs))]

@@ -1,8 +1,8 @@
 """Which masked positions are unmasked next, and when: the exact chain, and the field's other samplers.
 
 A plan gives the times of the steps, and the four coefficients of each step. In the exact chain (Prop. 2) all masked
-positions share them, and each position flips by itself with probability rho_flip. Remasking and first hitting keep the marginals q(x_s | x_0) as well. Unmasking in an order
-trades variety for precision.
+positions share them, and each position flips by itself with probability rho_flip. Remasking and first hitting keep
+the marginals q(x_s | x_0) as well. Unmasking in an order trades variety for precision.
 """
 
 from __future__ import annotations
