@@ -2,6 +2,7 @@
 
     python -m benchmarks.shift                mdlm, cadd and a strong latent on the Markov chain, one seed
     python -m benchmarks.shift --tune 500     and each again after 500 steps on the exact posterior at visited states
+    python -m benchmarks.shift --teach        and another network, taught by the exact posterior alone
 
 The exact denoiser of the chain can be asked at any state. The columns are means of KL(exact || network), in nats per
 masked position, over the times of a chain of T steps, and the errors of the samples:
@@ -14,12 +15,17 @@ masked position, over the times of a chain of T steps, and the errors of the sam
     lost       visited states of which the unmasked tokens alone are impossible: no prediction can mend them
     errors     impossible transitions of the network's samples
     exact      errors of the exact denoiser with the same table
+
+A taught network takes as many steps as the first, at true states without wrong hints. Its targets have no noise. So if
+`true` stays large, the network cannot do the inference, or not learn it in these steps: more data would not help.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +38,12 @@ from benchmarks.sources import ExactDenoiser
 from benchmarks.specs import markdown, run_all, spread
 from benchmarks.tasks import Chain
 from cadd_min.forward import q_sample
-from cadd_min.loss import DenoiserFn, log_probs
-from cadd_min.model import Denoiser
+from cadd_min.loss import T_MIN, DenoiserFn, log_probs
+from cadd_min.model import Denoiser, Model
+from cadd_min.objective import Batch, Loss, Objective
 from cadd_min.orders import Sampling
 from cadd_min.sampler import Step, reverse_chain
+from cadd_min.training.trainer import Trainer
 from cadd_min.utils.cli import as_path, run
 from cadd_min.utils.device import seeded
 from cadd_min.utils.errors import InputError
@@ -112,14 +120,41 @@ def tune(model: Denoiser, task: Chain, exact: DenoiserFn, chain: Sampling, steps
     model.eval()
 
 
-def measured(model: Denoiser, task: Chain, exact: DenoiserFn, job: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Measure a network's divergence and errors, by each zhat."""
+def exact_loss(
+    task: Chain, model: Model, batch: Batch, u: Tensor, objective: Objective, generator: torch.Generator
+) -> Loss:
+    """Compute the cross-entropy to the exact posterior, where `training_loss` has the true tokens. No hint is wrong."""
+    t, table, schedule = T_MIN + (1 - T_MIN) * u, model.table(), model.schedule
+    x_t, z_t = q_sample(batch.x_0, table[batch.x_0], t, schedule, model.mask_id, generator=generator)
+    masked, t = x_t == model.mask_id, t.float()
+    with torch.no_grad():
+        target = ExactDenoiser(task.source, table, schedule)(x_t, z_t, t)[masked].exp()
+    ce = F.cross_entropy(model(x_t, z_t, t)[masked], target, reduction="sum")
+    return Loss(ce / batch.x_0.numel(), ce.detach(), masked.sum(), torch.zeros(()))
+
+
+def taught(task: Chain, job: dict[str, Any], steps: int) -> Denoiser:
+    """Train another network for `steps` steps on the exact posterior. Returns its average."""
+    model, train, _ = settings(task, job)
+    net, data = task.build(job["preset"], job["seed"], **model), task.data(train.batch_size, job["seed"])
+    trainer = Trainer(net, data, dataclasses.replace(train, steps=steps, wrong_hints=0.0))
+    trainer.training_loss = partial(exact_loss, task)
+    for _ in range(steps):
+        trainer.train_step()
+    return trainer.ema
+
+
+def measured(model: Denoiser, task: Chain, job: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Measure a network's divergence from the exact denoiser of its table, and the errors of both, by each zhat."""
     found, count, seed = {}, job["samples"], job["seed"]
+    exact = ExactDenoiser(task.source, model.table(), model.schedule)
     true, _ = divergence(task, exact, model, true_states(task, model, job["T"], count, seed + 50))
     for zhat in job["zhat"] if model.latent.dim else ["hard"]:
         x, states = visited(model, model, Sampling(job["T"], zhat), count, seed)
         at_visited, lost = divergence(task, exact, model, states)
-        found[zhat] = {"true": true, "visited": at_visited, "lost": lost, "errors": task.score(x)["error"]}
+        least, _ = visited(exact, model, Sampling(job["T"], zhat), count, seed)
+        found[zhat] = {"true": true, "visited": at_visited, "lost": lost}
+        found[zhat] |= {"errors": task.score(x)["error"], "exact": task.score(least)["error"]}
     return found
 
 
@@ -133,14 +168,12 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
     exact, doubting = (ExactDenoiser(task.source, net.table(), net.schedule, share) for share in (0.0, wrong))
     states = true_states(task, net, job["T"], count, seed + 50)
     row = job | {"updates": trainer.step, "doubt": divergence(task, exact, doubting, states)[0]}
-    row["trained"] = measured(net, task, exact, job)
-    row["exact"] = {
-        zhat: task.score(visited(exact, net, Sampling(job["T"], zhat), count, seed)[0])["error"]
-        for zhat in row["trained"]
-    }
+    row["trained"] = measured(net, task, job)
+    if job["teach"]:
+        row["taught"] = measured(taught(task, job, trainer.step), task, job)
     if job["tune"]:
         tune(net, task, exact, Sampling(job["T"], next(iter(row["trained"]))), job["tune"], seed)
-        row["tuned"] = measured(net, task, exact, job)
+        row["tuned"] = measured(net, task, job)
     return row
 
 
@@ -150,12 +183,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for spec in dict.fromkeys(row["spec"] for row in rows):
         group = [row for row in rows if row["spec"] == spec]
-        for kind in ("trained", "tuned"):
+        for kind in ("trained", "taught", "tuned"):
             for zhat in group[0].get(kind, ()):
                 cell = {name: spread([row[kind][zhat][name] for row in group]) for name in group[0][kind][zhat]}
-                cell |= {"model": spec + (", tuned" if kind == "tuned" else ""), "zhat": zhat}
-                cell["doubt"] = spread([row["doubt"] for row in group])
-                cell["exact"] = spread([row["exact"][zhat] for row in group])
+                cell |= {"model": spec + (f", {kind}" if kind != "trained" else ""), "zhat": zhat}
+                cell["doubt"] = spread([row["doubt"] for row in group]) if kind != "taught" else ""
                 lines.append([cell[head] for head in heads])
     first, seeds = rows[0], len({row["seed"] for row in rows})
     said = f"T = {first['T']}, {first['preset']}, {first['minutes']:g} minutes, {first['samples']} sequences"
@@ -167,6 +199,7 @@ def main() -> None:
     parser.add_argument("--train", nargs="+", default=["mdlm", "cadd", STRONG], help="models to train")
     parser.add_argument("--minutes", type=float, default=10.0, help="of training")
     parser.add_argument("--tune", type=int, default=0, help="steps on the exact posterior at visited states")
+    parser.add_argument("--teach", action="store_true", help="another network, on the exact posterior at true states")
     parser.add_argument("--preset", default="tiny", help="size of the networks")
     parser.add_argument("--T", type=int, default=8, help="steps of the chains")
     parser.add_argument("--zhat", nargs="+", default=["soft", "hard"], help="estimates of z_0; the first is tuned for")

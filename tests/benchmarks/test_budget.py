@@ -15,8 +15,12 @@ from benchmarks import budget, clock, shift, specs
 from benchmarks.sources import ExactDenoiser
 from benchmarks.tasks import TASKS, Chain, open_task
 from cadd_min.data import sudoku
-from cadd_min.model import ModelConfig
+from cadd_min.forward import q_sample
+from cadd_min.loss import T_MIN, log_probs, stratified_times
+from cadd_min.model import Denoiser, ModelConfig
 from cadd_min.orders import Sampling
+from cadd_min.training.trainer import TrainConfig
+from cadd_min.utils.device import seeded
 from cadd_min.utils.errors import InputError
 from tests.toys import trainer
 
@@ -159,15 +163,46 @@ def test_tuning_moves_the_network_towards_the_exact_posterior_and_leaves_the_tab
     assert shift.divergence(task, exact, net, states)[0] < before - 0.05
 
 
+class Knowing(Denoiser):
+    """A model whose logits are the exact posterior of its task."""
+
+    def forward(self, x_t, z_t, t, label=None):
+        return ExactDenoiser(Chain(0).source, self.table(), self.schedule)(x_t, z_t, t)
+
+
+def test_the_loss_of_a_taught_network_has_the_exact_posterior_as_its_target():
+    """The exact posterior is calibrated: its cross-entropy to itself is that to the true tokens, but for the draw."""
+    task = Chain(0)
+    batch, u = task.data(512, 0)(0), stratified_times(512, seeded(0, 0))
+    model = Knowing(task.config("nano", latent_norm=2.0))
+    by_law = shift.exact_loss(task, model, batch, u, TrainConfig(), seeded(0, 1))
+    t = T_MIN + (1 - T_MIN) * u
+    states = q_sample(batch.x_0, model.table()[batch.x_0], t, model.schedule, model.mask_id, generator=seeded(0, 1))
+    nll = -log_probs(model(*states, t.float()), model.mask_id).gather(-1, batch.x_0[..., None])[..., 0]
+    masked = states[0] == model.mask_id
+    assert by_law.masked == masked.sum() > 5000
+    assert float(by_law.ce / by_law.masked) == pytest.approx(float(nll[masked].mean()), rel=0.05)
+    assert float(by_law.total) == pytest.approx(float(by_law.ce) / batch.x_0.numel())
+
+
+def test_a_taught_network_nears_the_exact_posterior():
+    task = Chain(0)
+    pupil = shift.taught(task, {"model": "cadd", "options": {}, "preset": "nano", "seed": 0}, 60)
+    found = []
+    for net in (pupil, task.build("nano", 0).eval()):
+        exact = ExactDenoiser(task.source, net.table(), net.schedule)
+        found.append(shift.divergence(task, exact, net, shift.true_states(task, net, 4, 64, 0))[0])
+    assert found[0] < found[1] - 0.3
+
+
 def test_the_rows_of_shift(tmp_path, monkeypatch, capsys):
-    ask = "--train mdlm cadd --minutes 0.01 --preset nano --samples 16 --tune 3 --jobs 1 --T 3"
+    ask = "--train mdlm cadd --minutes 0.01 --preset nano --samples 16 --teach --tune 3 --jobs 1 --T 3"
     monkeypatch.setattr(sys, "argv", ["shift", *ask.split(), "--out", str(tmp_path / "r.jsonl")])
     shift.main()
     lines = [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     expected = [
-        ("mdlm", "hard"),
-        ("mdlm, tuned", "hard"),
-        *((m, z) for m in ("cadd", "cadd, tuned") for z in ("soft", "hard")),
+        *((f"mdlm{kind}", "hard") for kind in ("", ", taught", ", tuned")),
+        *((f"cadd{kind}", z) for kind in ("", ", taught", ", tuned") for z in ("soft", "hard")),
     ]
     assert [(name.strip("| "), zhat) for name, zhat in lines] == expected
     rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
