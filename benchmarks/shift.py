@@ -16,8 +16,9 @@ masked position, over the times of a chain of T steps, and the errors of the sam
     errors     impossible transitions of the network's samples
     exact      errors of the exact denoiser with the same table
 
-A taught network takes as many steps as the first, at true states without wrong hints. Its targets have no noise. So if
-`true` stays large, the network cannot do the inference, or not learn it in these steps: more data would not help.
+A taught network takes as many steps as the first, at true states without wrong hints. Its targets are probabilities,
+not drawn tokens. So if `true` stays large, the noise of the tokens is not to blame, nor are the wrong hints. The
+network cannot do the inference, or does not learn the inference in these steps.
 """
 
 from __future__ import annotations
@@ -144,36 +145,38 @@ def taught(task: Chain, job: dict[str, Any], steps: int) -> Denoiser:
     return trainer.ema
 
 
-def measured(model: Denoiser, task: Chain, job: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Measure a network's divergence from the exact denoiser of its table, and the errors of both, by each zhat."""
+def measured(model: Denoiser, task: Chain, wrong_hints: float, job: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Measure a network's divergence from the exact denoiser of its table, and the errors of both, by each zhat.
+
+    wrong_hints: the share in the network's training.
+    """
     found, count, seed = {}, job["samples"], job["seed"]
-    exact = ExactDenoiser(task.source, model.table(), model.schedule)
-    true, _ = divergence(task, exact, model, true_states(task, model, job["T"], count, seed + 50))
+    exact, doubting = (ExactDenoiser(task.source, model.table(), model.schedule, p) for p in (0.0, wrong_hints))
+    states = true_states(task, model, job["T"], count, seed + 50)
+    true, doubt = (divergence(task, exact, other, states)[0] for other in (model, doubting))
     for zhat in job["zhat"] if model.latent.dim else ["hard"]:
         x, states = visited(model, model, Sampling(job["T"], zhat), count, seed)
         at_visited, lost = divergence(task, exact, model, states)
         least, _ = visited(exact, model, Sampling(job["T"], zhat), count, seed)
-        found[zhat] = {"true": true, "visited": at_visited, "lost": lost}
+        found[zhat] = {"true": true, "doubt": doubt, "visited": at_visited, "lost": lost}
         found[zhat] |= {"errors": task.score(x)["error"], "exact": task.score(least)["error"]}
     return found
 
 
 def one_run(job: dict[str, Any]) -> dict[str, Any]:
-    """Train one model, measure it, tune it at visited states, and measure it again."""
+    """Train one model and measure it, then a taught network, then the model tuned at visited states."""
     torch.set_num_threads(1)
-    task, seed, count = Chain(job["seed"]), job["seed"], job["samples"]
+    task = Chain(job["seed"])
     trainer, _ = trained(task, job)
     net = trainer.ema
     wrong = settings(task, job)[1].wrong_hints if net.latent.dim else 0.0
-    exact, doubting = (ExactDenoiser(task.source, net.table(), net.schedule, share) for share in (0.0, wrong))
-    states = true_states(task, net, job["T"], count, seed + 50)
-    row = job | {"updates": trainer.step, "doubt": divergence(task, exact, doubting, states)[0]}
-    row["trained"] = measured(net, task, job)
+    row = job | {"updates": trainer.step, "trained": measured(net, task, wrong, job)}
     if job["teach"]:
-        row["taught"] = measured(taught(task, job, trainer.step), task, job)
+        row["taught"] = measured(taught(task, job, trainer.step), task, 0.0, job)
     if job["tune"]:
-        tune(net, task, exact, Sampling(job["T"], next(iter(row["trained"]))), job["tune"], seed)
-        row["tuned"] = measured(net, task, job)
+        exact = ExactDenoiser(task.source, net.table(), net.schedule)
+        tune(net, task, exact, Sampling(job["T"], next(iter(row["trained"]))), job["tune"], job["seed"])
+        row["tuned"] = measured(net, task, wrong, job)
     return row
 
 
@@ -187,7 +190,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             for zhat in group[0].get(kind, ()):
                 cell = {name: spread([row[kind][zhat][name] for row in group]) for name in group[0][kind][zhat]}
                 cell |= {"model": spec + (f", {kind}" if kind != "trained" else ""), "zhat": zhat}
-                cell["doubt"] = spread([row["doubt"] for row in group]) if kind != "taught" else ""
                 lines.append([cell[head] for head in heads])
     first, seeds = rows[0], len({row["seed"] for row in rows})
     said = f"T = {first['T']}, {first['preset']}, {first['minutes']:g} minutes, {first['samples']} sequences"

@@ -206,7 +206,8 @@ def test_the_rows_of_shift(tmp_path, monkeypatch, capsys):
     ]
     assert [(name.strip("| "), zhat) for name, zhat in lines] == expected
     rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
-    assert [row["doubt"] > 0 for row in rows] == [False, True], "a masked model has no hints"
+    doubts = [[row[kind][zhat]["doubt"] for kind in ("trained", "taught")] for row, zhat in zip(rows, ("hard", "soft"))]
+    assert doubts[0] == [0, 0] and doubts[1][0] > 0 == doubts[1][1], "a masked or a taught network has no wrong hints"
 
 
 # ------------------------------------------------------------------------------------------------ runs
