@@ -4,10 +4,12 @@
     python -m benchmarks.budget --tasks molecules --molecules qm9.txt --train mdlm cadd:drop_latent=0.3
     python -m benchmarks.budget --table rows.jsonl                           only the tables of rows that --out has
 
-A model is mdlm or cadd. Behind a colon stand settings: fields of ModelConfig and TrainConfig, and strength= (of the
-latent in sampling). The tasks are those of tasks.py. Each run appends one line of JSON to --out. The first table has
-the error of each model at each T, and its variety in brackets. "one" is one token a step, at first-hitting times: no
-two tokens are drawn at once, so the errors are the network's. The second table is for errors that are counted:
+A model is mdlm or cadd. Behind a colon stand settings: fields of ModelConfig and TrainConfig. The tasks are those of
+tasks.py. Each trained model is sampled by each of --chains, an estimate of z_0 with settings of `Sampling` behind its
+colon ("soft:time_grid=cosine"). The masked model has no latent: its exact chain is "hard". Each run appends one line of
+JSON to --out. The first table has the error of each model at each T, and its variety in brackets. "one" is one token a
+step, at first-hitting times: no two tokens are drawn at once, so the errors are the network's. The second table is for
+errors that are counted:
 
     network    error at "one" of the masked model, less that of true data
     steps      its error at T, less that at "one": the price of drawing tokens at once
@@ -29,7 +31,7 @@ from typing import Any
 import torch
 
 from benchmarks.clock import train_for
-from benchmarks.specs import draw, markdown, parse, pop_fields, read_rows, run_all, spread
+from benchmarks.specs import OF_LATENTS, draw, markdown, parse, parse_chain, pop_fields, read_rows, run_all, spread
 from benchmarks.tasks import OWN, TASKS, Task, open_task
 from cadd_min.model import ModelConfig
 from cadd_min.orders import HITTING, Sampling
@@ -39,7 +41,7 @@ from cadd_min.utils.errors import InputError, choose
 from cadd_min.utils.files import cache_folder, check_writable
 
 STRONG = "cadd:discrete=cosine,continuous=linear,evidence=0.35,latent_dim=9"
-MASKED = "mdlm"  # the model whose error is parted
+MASKED, EXACT = "mdlm", "hard"  # the model whose error is parted, and its chain
 ONE = "one"  # one token a step, in place of T
 TRUE = "true data"
 CLOCKED = ("steps", "seed")  # fields of TrainConfig that a benchmark sets
@@ -49,7 +51,7 @@ def open_models(specs: list[str]) -> list[tuple[str, str, dict[str, Any]]]:
     """Parse specs of models: (spec, "mdlm" or "cadd", settings). Raises InputError for what a benchmark sets itself."""
     found = []
     for spec in specs:
-        model, options = parse(spec, strength="float")
+        model, options = parse(spec)
         choose("--train", model, (MASKED, "cadd"))
         for name in (*OWN, *CLOCKED):
             if name in options:
@@ -58,30 +60,33 @@ def open_models(specs: list[str]) -> list[tuple[str, str, dict[str, Any]]]:
     return found
 
 
-def settings(task: Task, job: dict[str, Any]) -> tuple[dict[str, Any], TrainConfig, float]:
-    """Return the settings of a job's model, its training, and the strength of its latent. Raises InputError."""
+def settings(task: Task, job: dict[str, Any]) -> tuple[dict[str, Any], TrainConfig]:
+    """Return the settings of a job's model, and its training. Raises InputError."""
     options = {"batch_size": task.batch_size, "dtype": "float32", **task.settings, **job["options"]}
     model = {"model": job["model"], **pop_fields(ModelConfig, options)}
-    strength = options.pop("strength", 1.0)
-    train = TrainConfig(**pop_fields(TrainConfig, options), seed=job["seed"])
-    return model, train, strength
+    return model, TrainConfig(**pop_fields(TrainConfig, options), seed=job["seed"])
 
 
 def trained(task: Task, job: dict[str, Any]) -> tuple[Trainer, float]:
     """Train the model of a job for its minutes. Returns its trainer and the seconds."""
-    model, train, _ = settings(task, job)
+    model, train = settings(task, job)
     data = task.data(train.batch_size, job["seed"])
     trainer = Trainer(task.build(job["preset"], job["seed"], **model), data, train)
     return trainer, [*train_for(trainer, 60 * job["minutes"])][-1]
 
 
 def chains(task: Task, job: dict[str, Any]) -> dict[str, Sampling]:
-    """List the chains by which a job's model is sampled, by names like "soft 8" and "soft one"."""
-    strength, found = settings(task, job)[2], {}
-    for zhat in job["zhat"] if job["model"] != MASKED else ["hard"]:
+    """List the chains by which a job's model is sampled, by names like "soft 8" and "soft one". Raises InputError."""
+    found, masked = {}, job["model"] == MASKED
+    for spec in [EXACT, *job["chains"]] if masked else job["chains"]:
+        zhat, options = parse_chain(spec)
+        if masked:
+            zhat, options = EXACT, {name: value for name, value in options.items() if name not in OF_LATENTS}
+            spec = ":".join(filter(None, (EXACT, ",".join(f"{name}={value}" for name, value in options.items()))))
         for steps in job["T"] or task.T:
-            found[f"{zhat} {steps}"] = Sampling(steps, zhat, strength=strength)
-        found[f"{zhat} {ONE}"] = Sampling(task.length, zhat, strength=strength, time_grid=HITTING)
+            found[f"{spec} {steps}"] = Sampling(steps, zhat, **options)
+        if not options:
+            found[f"{spec} {ONE}"] = Sampling(task.length, zhat, time_grid=HITTING)
     return found
 
 
@@ -102,10 +107,10 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def names_of(rows: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
-    """Name the lines of a table: a spec and an estimate of z_0 for each name."""
+    """Name the lines of a table: a model's spec and a chain's spec for each name."""
     pairs = dict.fromkeys((row["spec"], key.partition(" ")[0]) for row in rows for key in row["scores"])
     plain = {row["spec"] for row in rows if row["model"] == MASKED}
-    return {spec if spec in plain else f"{spec} {zhat}": (spec, zhat) for spec, zhat in pairs}
+    return {spec if spec in plain and chain == EXACT else f"{spec} {chain}": (spec, chain) for spec, chain in pairs}
 
 
 def columns(rows: list[dict[str, Any]]) -> list[str]:
@@ -114,23 +119,21 @@ def columns(rows: list[dict[str, Any]]) -> list[str]:
     return [*sorted(steps - {ONE}, key=int), *({ONE} & steps)]
 
 
-def mean(values: list[float | None]) -> str:
-    found = [value for value in values if value is not None]
-    return f" ({statistics.mean(found):.2f})" if found else ""
+def cell(scores: list[dict[str, float]]) -> str:
+    """Format the errors of one chain over seeds, and in brackets the mean of their variety. Empty where none is."""
+    varied = [score["variety"] for score in scores if "variety" in score]
+    errors_ = spread([score["error"] for score in scores]) if scores else ""
+    return errors_ + (f" ({statistics.mean(varied):.2f})" if varied else "")
 
 
 def errors(task: str, rows: list[dict[str, Any]]) -> str:
     """Format the errors of one task as Markdown: a line for each model and zhat, a column for each T."""
     heads, lines = columns(rows), []
-    for name, (spec, zhat) in names_of(rows).items():
-        cells = []
-        for head in heads:
-            scores = [row["scores"][f"{zhat} {head}"] for row in rows if row["spec"] == spec]
-            cells.append(spread([s["error"] for s in scores]) + mean([s.get("variety") for s in scores]))
-        lines.append([name, *cells])
+    for name, (spec, chain) in names_of(rows).items():
+        own = [row["scores"] for row in rows if row["spec"] == spec]
+        lines.append([name, *(cell([s[f"{chain} {h}"] for s in own if f"{chain} {h}" in s]) for h in heads)])
     true = [row["true"] for row in rows if row["spec"] == rows[0]["spec"]]
-    cell = spread([score["error"] for score in true]) + mean([score.get("variety") for score in true])
-    lines.append([TRUE, cell, *[""] * (len(heads) - 1)])
+    lines.append([TRUE, cell(true), *[""] * (len(heads) - 1)])
     return markdown([task, *(f"T = {head}" if head != ONE else head for head in heads)], lines)
 
 
@@ -141,19 +144,19 @@ def parted(task: str, rows: list[dict[str, Any]]) -> str:
         by_seed.setdefault(row["seed"], {})[row["spec"]] = row
     specs = {row["spec"] for row in rows}
     whole = [found for found in by_seed.values() if found.keys() == specs]  # seeds that every model has
-    others = {name: pair for name, pair in names_of(rows).items() if pair[0] != MASKED}
+    others = {name: pair for name, pair in names_of(rows).items() if pair != (MASKED, EXACT)}
     lines = []
-    error = lambda found, spec, zhat, head: found[spec]["scores"][f"{zhat} {head}"]["error"]
-    floors = [error(found, MASKED, "hard", ONE) for found in whole]
+    error = lambda found, spec, chain, head: found[spec]["scores"][f"{chain} {head}"]["error"]
+    floors = [error(found, MASKED, EXACT, ONE) for found in whole]
     network = statistics.mean(floor - found[MASKED]["true"]["error"] for floor, found in zip(floors, whole))
     for head in columns(rows)[:-1]:
-        masked = [error(found, MASKED, "hard", head) for found in whole]
+        masked = [error(found, MASKED, EXACT, head) for found in whole]
         prices = [e - floor for e, floor in zip(masked, floors)]
         price = statistics.mean(prices)
         doubt = statistics.stdev(prices) / len(prices) ** 0.5 if len(prices) > 1 else 0.0
         gains = {
-            name: statistics.mean(e - error(found, spec, zhat, head) for e, found in zip(masked, whole))
-            for name, (spec, zhat) in others.items()
+            name: statistics.mean(e - error(found, spec, chain, head) for e, found in zip(masked, whole))
+            for name, (spec, chain) in others.items()
         }
         back = [f"{gain / price:.0%}" if price > 2 * doubt else "" for gain in gains.values()]
         lines.append([f"T = {head}", f"{network:.3f}", spread(prices), *back])
@@ -171,7 +174,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
         own = [row for row in rows if row["task"] == task]
         specs = dict.fromkeys(row["spec"] for row in own)
         parts.append(errors(task, own))
-        if own[0]["counts"] and MASKED in specs and len(specs) > 1:
+        if own[0]["counts"] and MASKED in specs and len(names_of(own)) > 1:
             parts.append(parted(task, own))
         updates = [f"{s} {statistics.mean(r['updates'] for r in own if r['spec'] == s):,.0f}" for s in specs]
         seeds = len({row["seed"] for row in own})
@@ -190,9 +193,9 @@ def main() -> None:
     parser.add_argument("--preset", default="tiny", help="size of the networks")
     parser.add_argument("--molecules", type=expanded, help="a file with one molecule a line, as SMILES")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each model")
-    parser.add_argument("--samples", type=int, default=1024, help="samples for each T and zhat")
+    parser.add_argument("--samples", type=int, default=1024, help="samples for each T and chain")
     parser.add_argument("--T", type=int, nargs="+", help="sampling steps (default: the task's own)")
-    parser.add_argument("--zhat", nargs="+", default=["soft", "hard"], help="estimates of z_0")
+    parser.add_argument("--chains", nargs="+", default=["soft", EXACT], help="estimates of z_0, and how to sample")
     parser.add_argument("--cache", type=expanded, default=str(cache_folder()), help="folder of prepared data")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each run")

@@ -5,9 +5,9 @@
     python -m benchmarks.markov --train cadd:hint=raw,latent_norm=1,preset=tiny --source topics --seeds 3
 
 A model is mdlm, cadd or cdm. Behind a colon stand settings: any fields of ModelConfig and TrainConfig, and preset=,
-layers=, width=, heads= and strength= (of the latent in sampling). Other settings have the project's defaults. Each run
-appends one line of JSON to --out, and --table FILE prints the tables of such a file. The cells are means and standard
-deviations over seeds of
+layers=, width=, heads=, and of the sampling strength= and time_grid=. Other settings have the project's defaults. Each
+run appends one line of JSON to --out, and --table FILE prints the tables of such a file. The cells are means and
+standard deviations over seeds of
 
     bad       share of impossible transitions
     tv        total variation between the samples' transitions and the law
@@ -41,7 +41,8 @@ from cadd_min.utils.errors import InputError, choose
 
 SOURCES = {"chain": {"topics": 1}, "topics": {"topics": 8}}
 TIMES = (0.2, 0.4, 0.6, 0.8)
-EXTRA = {"preset": "str", "layers": "int", "width": "int", "heads": "int", "strength": "float"}
+OF_SAMPLING = {"strength": "float", "time_grid": "str"}
+EXTRA = {"preset": "str", "layers": "int", "width": "int", "heads": "int"} | OF_SAMPLING
 PAPER = "cadd:continuous=linear,latent_norm=2"  # the paper's; an exact denoiser has nothing else
 
 
@@ -89,7 +90,7 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     seed, options = job["seed"], dict(job["options"])
     source = Source(seed=seed, **SOURCES[job["source"]])
-    strength = options.pop("strength", 1.0)
+    sampling = {name: options.pop(name) for name in OF_SAMPLING if name in options}
     model = build(source, job["model"], options, seed)
     row, start = dict(job), time.time()
     denoiser: Any = ExactDenoiser(source, model.table(), model.schedule)
@@ -103,7 +104,7 @@ def one_run(job: dict[str, Any]) -> dict[str, Any]:
     row["scores"] = {}
     for zhat in job["zhat"] if model.table().shape[1] else ["hard"]:
         for steps in job["T"]:
-            settings = Sampling(steps, zhat, strength=strength)
+            settings = Sampling(steps, zhat, **sampling)
             score = source.score(draw(denoiser, model, settings, job["samples"], seed))
             score["entropy"] -= truth["entropy"]
             row["scores"][f"{zhat} {steps}"] = score

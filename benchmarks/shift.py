@@ -136,7 +136,7 @@ def exact_loss(
 
 def taught(task: Chain, job: dict[str, Any], steps: int) -> Denoiser:
     """Train another network for `steps` steps on the exact posterior. Returns its average."""
-    model, train, _ = settings(task, job)
+    model, train = settings(task, job)
     net, data = task.build(job["preset"], job["seed"], **model), task.data(train.batch_size, job["seed"])
     trainer = Trainer(net, data, dataclasses.replace(train, steps=steps, wrong_hints=0.0))
     trainer.training_loss = partial(exact_loss, task)

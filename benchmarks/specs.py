@@ -18,6 +18,7 @@ from tqdm import tqdm
 from cadd_min.dit import Size
 from cadd_min.model import MODELS, Denoiser, ModelConfig
 from cadd_min.orders import Sampling
+from cadd_min.reverse import ZHATS
 from cadd_min.sampler import reverse_chain
 from cadd_min.training.trainer import TrainConfig
 from cadd_min.utils.device import seeded
@@ -42,7 +43,9 @@ ALIKE = (
     "threads",
     "T",
     "zhat",
+    "chains",
 )
+OF_LATENTS = ("zhat", "num_latents", "strength")  # settings of Sampling that change nothing without latents
 
 
 def boolean(text: str) -> bool:
@@ -59,19 +62,39 @@ def parse(spec: str, **extra: str) -> tuple[str, dict[str, Any]]:
     Behind the colon may stand any field of ModelConfig or TrainConfig, and the names of `extra`, which gives their
     types. Raises InputError for another model or name, or a value of another type.
     """
-    model, _, rest = spec.partition(":")
-    fields = {f.name: f.type for c in (ModelConfig, TrainConfig) for f in dataclasses.fields(c)} | extra
+    model, options = options_of(spec, "--train", (ModelConfig, TrainConfig), extra)
+    return choose("model", model, MODELS), options
+
+
+def parse_chain(spec: str) -> tuple[str, dict[str, Any]]:
+    """Parse "soft:time_grid=cosine" into ("soft", {"time_grid": "cosine"}). Raises InputError.
+
+    Behind the colon may stand any field of Sampling but steps and zhat.
+    """
+    zhat, options = options_of(spec, "--chains", (Sampling,), {"temperature": "float"})
+    for name in ("steps", "zhat"):
+        if name in options:
+            raise InputError(f"--chains {spec}: {name} does not stand behind the colon")
+    return choose("zhat", zhat, ZHATS), options
+
+
+def options_of(
+    spec: str, argument: str, classes: tuple[type, ...], extra: dict[str, str]
+) -> tuple[str, dict[str, Any]]:
+    """Parse "head:name=value,..." into the head and the values: of fields of `classes`, or of `extra`'s types."""
+    head, _, rest = spec.partition(":")
+    fields = {f.name: f.type for c in classes for f in dataclasses.fields(c)} | extra
     kinds: dict[str, Any] = {"int": int, "float": float, "bool": boolean}
     options: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
         name, _, value = item.partition("=")
         if name not in fields:
-            raise InputError(f"--train: {name!r} is no field of ModelConfig or TrainConfig")
+            raise InputError(f"{argument}: {name!r} is no field of {' or '.join(c.__name__ for c in classes)}")
         try:
             options[name] = kinds.get(str(fields[name]), str)(value)
         except ValueError:
-            raise InputError(f"--train: {name} must be of type {fields[name]}, not {value!r}") from None
-    return choose("model", model, MODELS), options
+            raise InputError(f"{argument}: {name} must be of type {fields[name]}, not {value!r}") from None
+    return head, options
 
 
 def pop_fields(cls: type, options: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.specs import parse, read_rows, run_all, spread
+from benchmarks.specs import OF_LATENTS, parse, read_rows, run_all, spread
 from cadd_min.checkpoints import file as checkpoint
 from cadd_min.checkpoints.load import find, load_denoiser
 from cadd_min.evaluation.bound import held_out_bound, summary
@@ -49,7 +49,6 @@ from cadd_min.utils.files import cache_folder
 ROOT = Path(__file__).parent.parent
 NOT_THE_RUNS = ("train", "ckpt", "vary", "seeds", "out", "table", "picture")
 OF_TRAINING = ("preset", "batch_size", "length", "dataset", "tokenizer", "model", "dtype", "seed")
-OF_LATENTS = ("zhat", "num_latents", "strength")  # without latents they change nothing
 SAID = ("num", "length", "dtype", "judge", "judge_dtype")
 SWEPT = ("temperature", "top_p")  # along a frontier
 DRAWN = ("entropy", "judge_bpc", "judge_bpc_se")

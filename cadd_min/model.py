@@ -48,7 +48,7 @@ class ModelConfig:
         "cadd, mdlm (no latent), cdm (everything masked, only latents); baselines for text: ar (autoregressive), "
         "udm (uniform-state diffusion), sedd (score entropy)",
     )
-    discrete: str = option("linear", "schedule of the masks, alpha_t: linear or cosine")
+    discrete: str = option("linear", "schedule of the masks, alpha_t: linear, power2, power4, power8 or cosine")
     continuous: str = option("auto", "schedule of the latent: linear, cosine, capped, flow; auto: capped, cdm linear")
     latent_dim: int = option(0, "dimension of the latent; 0: the width of a token's embedding")
     latent_norm: float = option(0.0, "length of the latent table's rows; 0: from --evidence")

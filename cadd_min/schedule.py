@@ -30,9 +30,18 @@ def _all_at_once(t: Tensor) -> Tensor:
     return (t <= 0).to(t.dtype)
 
 
-# alpha_t. "all-at-once" masks all tokens at once, which leaves a purely continuous diffusion (CDM).
+def _power(p: int) -> Curve:
+    """Make alpha_t = (1 - t)^p: in the reverse chain, most tokens are revealed within about 1 / p of the end."""
+    return lambda t: (1 - t) ** p, lambda t: -p * (1 - t) ** (p - 1)
+
+
+# alpha_t. "all-at-once" masks all tokens at once, which leaves a purely continuous diffusion (CDM). The powers lie
+# between "linear" and "all-at-once": the larger p, the more the latents agree before their tokens are revealed.
 DISCRETE: dict[str, Curve] = {
     "linear": (lambda t: 1 - t, lambda t: -torch.ones_like(t)),
+    "power2": _power(2),
+    "power4": _power(4),
+    "power8": _power(8),
     "cosine": (
         lambda t: 1 - torch.sin(math.pi / 2 * t),
         lambda t: -math.pi / 2 * torch.sin(math.pi / 2 * (1 - t)),
@@ -60,7 +69,8 @@ CONTINUOUS: dict[str, Curve] = {
 class NoiseSchedule:
     """alpha_t, gamma_bar_t, and what follows from them. All methods are elementwise on tensors of any shape.
 
-    discrete: "linear", "cosine" or "all-at-once"; continuous: "linear", "cosine", "capped" or "flow".
+    discrete: "linear", "power2", "power4", "power8", "cosine" or "all-at-once".
+    continuous: "linear", "cosine", "capped" or "flow".
     """
 
     def __init__(self, discrete: str = "linear", continuous: str = "linear"):

@@ -276,7 +276,7 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it_with_ties(top_p, kept):
         assert sorted(x.unique().tolist()) == kept
 
 
-@pytest.mark.parametrize("discrete", ["linear", "cosine"])
+@pytest.mark.parametrize("discrete", ["linear", "power4", "cosine"])
 @pytest.mark.parametrize("remask", [0.0, 0.3, 1.0])
 def test_the_share_of_masks_is_that_of_the_schedule_at_every_time(remask, discrete):
     """Check after each step that a share 1 - alpha_s of 20,000 tokens is masked, to a binomial test."""

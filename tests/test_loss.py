@@ -38,7 +38,7 @@ def test_kl_continuous_is_the_kl_of_the_posteriors(continuous):
     assert kl_continuous(z_0, z_hat, s, t, schedule).item() == pytest.approx(numerical, rel=1e-5)
 
 
-@pytest.mark.parametrize("discrete", ["linear", "cosine"])
+@pytest.mark.parametrize("discrete", ["linear", "power4", "cosine"])
 def test_lemma_1_against_the_chain_itself(discrete):
     """Compare a simulated KL(q(x_s, z_s | x_t, z_t, x_0) || p) with rho_flip CE + rho_keep KL_cont.
 

@@ -113,7 +113,7 @@ def test_first_in_order_against_sorting():
         assert sorted(expected) == [i for i in chosen if i in in_row]
 
 
-@pytest.mark.parametrize("discrete", ["linear", "cosine"])
+@pytest.mark.parametrize("discrete", ["linear", "power4", "cosine"])
 def test_remasking_keeps_the_masked_share(discrete):
     """Check alpha_s = alpha_t (1 - sigma) + (1 - alpha_t) flip: what is masked again must be made up for by more flips.
 
@@ -157,7 +157,7 @@ def test_stale_latents_after_remasking_are_caught(monkeypatch):
     assert stats.chisquare(law_of(remask=0.3, steps=8), LAW.numpy() * 20_000).pvalue < 1e-6
 
 
-@pytest.mark.parametrize("discrete", ["linear", "cosine"])
+@pytest.mark.parametrize("discrete", ["linear", "power4", "cosine"])
 def test_hitting_times_have_their_law(discrete):
     """Compare the times with P(masked at t) = 1 - alpha_t by Kolmogorov-Smirnov. Power: catch the other schedule's."""
     schedule, wrong = (NoiseSchedule(d, "linear") for d in (discrete, {"linear": "cosine"}.get(discrete, "linear")))

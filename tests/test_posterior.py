@@ -18,7 +18,7 @@ def normal(z: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch
     return torch.exp(-((z - mean) ** 2) / (2 * variance)) / (2 * torch.pi * variance).sqrt()
 
 
-@pytest.mark.parametrize("discrete", ["linear", "cosine"])
+@pytest.mark.parametrize("discrete", ["linear", "power4", "cosine"])
 @pytest.mark.parametrize("continuous", ["linear", "cosine", "capped"])
 @pytest.mark.parametrize("s, t", [(0.2, 0.5), (0.5, 0.51), (0.05, 0.95)])
 def test_joint_posterior_is_bayes_rule(discrete, continuous, s, t):

@@ -59,13 +59,13 @@ def test_flow_latent_is_the_straight_line():
 
 
 def test_unknown_names_are_listed():
-    with pytest.raises(InputError, match="linear, cosine"):
+    with pytest.raises(InputError, match="linear, power2"):
         NoiseSchedule("linaer")
     with pytest.raises(InputError, match="linear, cosine, capped, flow"):
         NoiseSchedule(continuous="x")
 
 
-@pytest.mark.parametrize("discrete", ["linear", "cosine"])
+@pytest.mark.parametrize("discrete", ["linear", "power8", "cosine"])
 def test_a_step_to_zero_unmasks_all_however_short_the_step(discrete):
     """Check rho_flip(0, t) = 1 where 1 - alpha_t is too small for float32."""
     s, t = torch.zeros(3), torch.tensor([1e-12, 1e-6, 1.0])

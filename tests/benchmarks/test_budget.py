@@ -67,7 +67,10 @@ def test_lines_that_are_too_long_are_counted(small):
 
 
 def test_a_run_is_trained_sampled_parted_and_kept(tmp_path, monkeypatch, capsys):
-    ask = "--tasks chain --train mdlm cadd:drop_latent=0.5,batch_size=8 --minutes 0.02 --preset nano --seeds 2"
+    ask = (
+        "--tasks chain --train mdlm cadd:drop_latent=0.5,batch_size=8 --minutes 0.02 --preset nano --seeds 2 "
+        "--chains soft hard soft:time_grid=cosine soft:strength=0.5,time_grid=cosine"
+    )
     file = tmp_path / "rows.jsonl"
     monkeypatch.setattr(sys, "argv", ["budget", *ask.split(), *f"--samples 32 --T 2 8 --out {file}".split()])
     budget.main()
@@ -76,10 +79,14 @@ def test_a_run_is_trained_sampled_parted_and_kept(tmp_path, monkeypatch, capsys)
     assert sorted(row["job"] for row in rows) == [0, 1, 2, 3]
     for row in rows:
         assert row["updates"] > 0 and row["clock"] >= 1.2 and 0 <= row["true"]["error"] < 0.01
-        zhats = ["hard"] if row["model"] == "mdlm" else ["soft", "hard"]
-        assert list(row["scores"]) == [f"{zhat} {T}" for zhat in zhats for T in (2, 8, "one")]
+        plain, grids = ["soft", "hard"], ["soft:time_grid=cosine", "soft:strength=0.5,time_grid=cosine"]
+        if row["model"] == "mdlm":
+            plain, grids = ["hard"], ["hard:time_grid=cosine"]
+        expected = [f"{zhat} {T}" for zhat in plain for T in (2, 8, "one")]
+        assert list(row["scores"]) == expected + [f"{chain} {T}" for chain in grids for T in (2, 8)]
         assert all(0 < score["error"] <= 1 for score in row["scores"].values())
-    assert "| cadd:drop_latent=0.5,batch_size=8 soft |" in shown and "0.02 minutes of training on 1 threads" in shown
+    assert "| cadd:drop_latent=0.5,batch_size=8 soft |" in shown and "| mdlm hard:time_grid=cosine |" in shown
+    assert "0.02 minutes of training on 1 threads" in shown
     monkeypatch.setattr(sys, "argv", ["budget", "--table", str(file)])
     budget.main()
     assert capsys.readouterr().out.strip() == shown.strip()
@@ -252,8 +259,10 @@ def test_a_run_that_fails_loses_no_other(tmp_path):
     ("--tasks molecules", "needs --molecules"), ("--tasks chess", "--tasks must be one of"),
     ("--minutes 0", "must be greater than 0"), ("--train cadd:speed=2", "no field of ModelConfig"),
     ("--train mdlm ar", "--train must be one of"), ("--train cadd:steps=9", "steps is set by the benchmark"),
-    ("--train cadd:length=9", "length is set by the benchmark"), ("--zhat sotf", "zhat must be one of"),
+    ("--train cadd:length=9", "length is set by the benchmark"), ("--chains sotf", "zhat must be one of"),
     ("--preset tny", "--preset must be one of"), ("--train cadd:hint=foo", "hint must be one of"),
+    ("--chains soft:T=3", "'T' is no field of Sampling"), ("--chains soft:steps=3", "does not stand behind the colon"),
+    ("--chains soft:top_p=2", "top_p must be"), ("--train cadd:strength=2", "no field of ModelConfig or TrainConfig"),
     ("--train cadd:lr=0", "lr must be"), ("--T 0", "steps must be"), ("--out nowhere/rows", "cannot be written"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_before_a_model_is_trained(options, message, tmp_path, monkeypatch):

@@ -137,7 +137,7 @@ def test_every_command_shown_works(call, text, photos, monkeypatch, tmp_path):
 
     OpenWebText, MOSES and torchrun are only parsed.
     """
-    assert len(commands_of("README.md")) == 8
+    assert len(commands_of("README.md")) == 9
     commands = [command for page in PAGES for command in commands_of(page)]
     monkeypatch.setattr("tests.checkpoints.test_mdlm.VOCAB", GPT2_SIZE)
     save_file(public_state(), tmp_path / "mdlm.safetensors")
