@@ -5,8 +5,8 @@
     python -m benchmarks.markov --train cadd:hint=raw,latent_norm=1,preset=tiny --source topics --seeds 3
 
 A model is mdlm, cadd or cdm. Behind a colon stand settings: any fields of ModelConfig and TrainConfig, and preset=,
-layers=, width=, heads=, and of the sampling strength= and time_grid=. Other settings have the project's defaults. Each
-run appends one line of JSON to --out, and --table FILE prints the tables of such a file. The cells are means and
+layers=, width=, heads=, and of the sampling strength=, time_grid= and num_latents=. Other settings have the project's
+defaults. Each run appends one line of JSON to --out, and --table FILE prints the tables of such a file. The cells are means and
 standard deviations over seeds of
 
     bad       share of impossible transitions
@@ -41,7 +41,7 @@ from cadd_min.utils.errors import InputError, choose
 
 SOURCES = {"chain": {"topics": 1}, "topics": {"topics": 8}}
 TIMES = (0.2, 0.4, 0.6, 0.8)
-OF_SAMPLING = {"strength": "float", "time_grid": "str"}
+OF_SAMPLING = {"strength": "float", "time_grid": "str", "num_latents": "int"}
 EXTRA = {"preset": "str", "layers": "int", "width": "int", "heads": "int"} | OF_SAMPLING
 PAPER = "cadd:continuous=linear,latent_norm=2"  # the paper's; an exact denoiser has nothing else
 

@@ -22,9 +22,9 @@ def clocks() -> Figure:
         3,
     )
     t = torch.linspace(0, 1, 401, dtype=torch.float64)
-    for (name, _), colour in zip(DISCRETE.items(), (MDLM, STRONG, FAINT)):
+    for name, colour in zip(DISCRETE, (MDLM, STRONG, CADD, CDM, FAINT, INK)):
         line(left, t, NoiseSchedule(name).alpha(t), name, colour)
-    for (name, _), colour in zip(CONTINUOUS.items(), (MDLM, STRONG, CADD, CDM)):
+    for name, colour in zip(CONTINUOUS, (MDLM, STRONG, CADD, CDM)):
         schedule = NoiseSchedule(continuous=name)
         line(middle, t, schedule.gamma_bar(t), name, colour)
         line(right, t[1:-1], schedule.snr(t[1:-1]), name, colour)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from cadd_min.data.hf_tokenizer import HFTokenizer
 from cadd_min.latent import Latent, table_norm
 from cadd_min.model import Denoiser, Model, ModelConfig
-from cadd_min.schedule import NoiseSchedule
+from cadd_min.schedule import DISCRETE, NoiseSchedule
 from cadd_min.upgrade import lora
 from cadd_min.upgrade.families import AUTOREGRESSIVE, MASKED, Source, auto_class, check_depth
 from cadd_min.utils.cli import option
@@ -49,7 +49,7 @@ class UpgradeConfig:
     unused: int = 0  # rows at the end of the embedding that belong to no token: none of them is ever drawn
     mask_shift: bool = False  # whether the mask's embedding is trained under LoRA, by a vector that is added to it
     model: str = option("cadd", "cadd, or mdlm: the same without the latent")
-    discrete: str = option("linear", "schedule of the masks, alpha_t: linear or cosine")
+    discrete: str = option("linear", "schedule of the masks, alpha_t: linear, power2, power4, power8 or cosine")
     continuous: str = option("capped", "schedule of the latent: linear, cosine, capped, or flow (matching)")
     latent_norm: float = option(0.0, "length of the latent table's rows; 0: from --evidence")
     evidence: float = option(0.1, "share of log V nats that the latent alone tells at half time")
@@ -71,7 +71,7 @@ class UpgradeConfig:
                 raise InputError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if not 0 <= self.mask_id < self.vocab_size:
             raise InputError(f"mask_id must be one of {self.vocab_size} tokens, not {self.mask_id}")
-        choose("discrete", self.discrete, ("linear", "cosine"))
+        choose("discrete", self.discrete, [name for name in DISCRETE if name != "all-at-once"])
         self.schedule()
 
     def schedule(self) -> NoiseSchedule:
