@@ -6,8 +6,8 @@
 
 A model is mdlm, cadd or cdm. Behind a colon stand settings: any fields of ModelConfig and TrainConfig, and preset=,
 layers=, width=, heads=, and of the sampling strength=, time_grid= and num_latents=. Other settings have the project's
-defaults. Each run appends one line of JSON to --out, and --table FILE prints the tables of such a file. The cells are means and
-standard deviations over seeds of
+defaults. Each run appends one line of JSON to --out, and --table FILE prints the tables of such a file. The cells are
+means and standard deviations over seeds of
 
     bad       share of impossible transitions
     tv        total variation between the samples' transitions and the law

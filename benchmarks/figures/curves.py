@@ -166,6 +166,32 @@ def logarithmic(axes: Axes, steps: list[int], values: list[float]) -> None:
     axes.set_yticks(values, map(str, values))
 
 
+def schedules() -> Figure:
+    """Draw the exact denoiser's errors over the power p of alpha_t, by the latent's length, and over K."""
+    figure, axes = panels(
+        "Reveal the tokens late, by one latent each: the exact denoiser then makes few errors in few steps.", 3
+    )
+    rows = [row for row in read_table("tables/schedules.md", "alpha", "gamma_bar") if row["time grid"] == "uniform"]
+    powers = {"linear": 1, "power2": 2, "power4": 4, "power8": 8}
+    for panel, column in zip(axes, ("T=4: errors / tv", "T=8")):
+        for length, colour in zip("1234", (FAINT, CDM, CADD, STRONG)):
+            own = [r for r in rows if (r["gamma_bar"], r["dimensions"], r["length"]) == ("linear", "9", length)]
+            points = [(powers[r["alpha"]], *numbers(r[column])[0]) for r in own if r["alpha"] in powers]
+            band(panel, *map(list, zip(*points)), f"length {length}", colour, marker="o", markersize=4)
+        panel.axhline(numbers(rows[0][column])[0][0], color=MDLM, label="masked model")
+        logarithmic(panel, steps=list(powers.values()), values=[0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4])
+        panel.set(title=f"{column.partition(':')[0]}: impossible transitions", xlabel=r"p, $\alpha_t = (1 - t)^p$")
+    latents = read_table("tables/schedules.md", "alpha, length", "zhat", "K")
+    for name, colour in (("linear, 2", FAINT), ("power4, 3", CADD)):
+        own = [row for row in latents if row["alpha, length"] == name and row["zhat"] == "soft"]
+        band(axes[2], *map(list, zip(*[(int(r["K"]), *numbers(r["T=8"])[0]) for r in own])), name, colour, marker="o")
+    axes[2].axhline(numbers(rows[0]["T=8"])[0][0], color=MDLM, label="masked model")
+    logarithmic(axes[2], steps=[1, 2, 4], values=[0.01, 0.02, 0.05, 0.1, 0.2])
+    axes[2].set(title="T=8: K latents averaged", xlabel="K")
+    axes[0].legend(loc="lower left"), axes[2].legend()
+    return figure
+
+
 def frontier() -> Figure:
     """Draw bits a character under the judge against entropy, by temperature, on Wikipedia."""
     sentence = "Text: at equal entropy CADD's soft is level with the masked model; hard only walks along the line."
