@@ -1,6 +1,6 @@
 """Train models for equal time on laws with a judge, and part their errors: the network's, and those of few steps.
 
-    python -m benchmarks.budget --tasks chain sudoku --minutes 20            mdlm, cadd and a strong latent, 3 seeds
+    python -m benchmarks.budget --tasks chain sudoku --minutes 20            mdlm, cadd and a late latent, 3 seeds
     python -m benchmarks.budget --tasks molecules --molecules qm9.txt --train mdlm cadd:drop_latent=0.3
     python -m benchmarks.budget --table rows.jsonl                           only the tables of rows that --out has
 
@@ -40,7 +40,7 @@ from cadd_min.utils.cli import as_path, expanded, run
 from cadd_min.utils.errors import InputError, choose
 from cadd_min.utils.files import cache_folder, check_writable
 
-STRONG = "cadd:discrete=cosine,continuous=linear,evidence=0.35,latent_dim=9"
+LATE = "cadd:discrete=power4,continuous=linear,evidence=0.75,latent_dim=9"
 MASKED, EXACT = "mdlm", "hard"  # the model whose error is parted, and its chain
 ONE = "one"  # one token a step, in place of T
 TRUE = "true data"
@@ -188,7 +188,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=["chain", "sudoku", "digits"], help=", ".join(TASKS))
-    parser.add_argument("--train", nargs="+", default=[MASKED, "cadd", STRONG], help="models to train")
+    parser.add_argument("--train", nargs="+", default=[MASKED, "cadd", LATE], help="models to train")
     parser.add_argument("--minutes", type=float, default=20.0, help="of training")
     parser.add_argument("--preset", default="tiny", help="size of the networks")
     parser.add_argument("--molecules", type=expanded, help="a file with one molecule a line, as SMILES")

@@ -1,6 +1,6 @@
 """Compare a trained network with the exact denoiser on true states, and on the states that its own sampling visits.
 
-    python -m benchmarks.shift                mdlm, cadd and a strong latent on the Markov chain, one seed
+    python -m benchmarks.shift                mdlm, cadd and a late latent on the Markov chain, one seed
     python -m benchmarks.shift --tune 500     and each again after 500 steps on the exact posterior at visited states
     python -m benchmarks.shift --teach        and another network, taught by the exact posterior alone
 
@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.budget import STRONG, open_models, settings, trained
+from benchmarks.budget import LATE, open_models, settings, trained
 from benchmarks.sources import ExactDenoiser
 from benchmarks.specs import markdown, run_all, spread
 from benchmarks.tasks import Chain
@@ -198,7 +198,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", nargs="+", default=["mdlm", "cadd", STRONG], help="models to train")
+    parser.add_argument("--train", nargs="+", default=["mdlm", "cadd", LATE], help="models to train")
     parser.add_argument("--minutes", type=float, default=10.0, help="of training")
     parser.add_argument("--tune", type=int, default=0, help="steps on the exact posterior at visited states")
     parser.add_argument("--teach", action="store_true", help="another network, on the exact posterior at true states")
