@@ -19,6 +19,7 @@ FIGURES = {
     "leak": curves.leak,
     "dial": curves.dial,
     "errors": curves.errors,
+    "budget": curves.budget,
     "schedules": curves.schedules,
     "frontier": curves.frontier,
     "frechet": curves.frechet,

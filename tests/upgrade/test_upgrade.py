@@ -637,7 +637,7 @@ def test_a_tokenizer_of_another_model_is_a_sentence(tmp_path: Path) -> None:
         ({"lora": -1}, "lora must be at least 0"),
         ({"evidence": float("inf")}, "evidence must be"),
         ({"latent_norm": 1e300}, "the latent's rows would have the length"),
-        ({"discrete": "all-at-once"}, "discrete must be one of linear, cosine"),
+        ({"discrete": "all-at-once"}, "discrete must be one of linear, power2, power4, power8, cosine"),
         ({"anneal": 3}, "looks both ways already"),
     ],
 )
