@@ -6,8 +6,8 @@
 
 A model is mdlm or cadd. Behind a colon stand settings: fields of ModelConfig and TrainConfig. The tasks are those of
 tasks.py. Each trained model is sampled by each of --chains, an estimate of z_0 with settings of `Sampling` behind its
-colon ("soft:time_grid=cosine"). The masked model has no latent: its exact chain is "hard". Each run appends one line of
-JSON to --out. The first table has the error of each model at each T, and its variety in brackets. "one" is one token a
+colon ("soft:time_grid=cosine"). The masked model has no latent: its exact chain is "hard", and settings of the latent
+fall away. Each run appends one line of JSON to --out. The first table has the error of each model at each T, and its variety in brackets. "one" is one token a
 step, at first-hitting times: no two tokens are drawn at once, so the errors are the network's. The second table is for
 errors that are counted:
 
@@ -127,7 +127,7 @@ def cell(scores: list[dict[str, float]]) -> str:
 
 
 def errors(task: str, rows: list[dict[str, Any]]) -> str:
-    """Format the errors of one task as Markdown: a line for each model and zhat, a column for each T."""
+    """Format the errors of one task as Markdown: a line for each model and chain, a column for each T."""
     heads, lines = columns(rows), []
     for name, (spec, chain) in names_of(rows).items():
         own = [row["scores"] for row in rows if row["spec"] == spec]

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.sources import ExactDenoiser, Source
-from benchmarks.specs import draw, parse, pop_fields, read_rows, run_all, spread
+from benchmarks.specs import draw, heed_steps, parse, pop_fields, read_rows, run_all, spread
 from cadd_min.dit import PRESETS
 from cadd_min.forward import q_sample
 from cadd_min.loss import log_probs
@@ -85,12 +85,19 @@ def ce_gap(source: Source, model: Denoiser, count: int = 1024) -> dict[str, list
     return rows
 
 
+def of_sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """Remove the settings of the sampling from a spec's options, and return them. Raises InputError."""
+    found = {name: options.pop(name) for name in OF_SAMPLING if name in options}
+    heed_steps(found)
+    return found
+
+
 def one_run(job: dict[str, Any]) -> dict[str, Any]:
     """Train one model with one seed if its job says so, sample at every T and zhat, and score the samples."""
     torch.set_num_threads(1)
     seed, options = job["seed"], dict(job["options"])
     source = Source(seed=seed, **SOURCES[job["source"]])
-    sampling = {name: options.pop(name) for name in OF_SAMPLING if name in options}
+    sampling = of_sampling(options)
     model = build(source, job["model"], options, seed)
     row, start = dict(job), time.time()
     denoiser: Any = ExactDenoiser(source, model.table(), model.schedule)
@@ -165,6 +172,8 @@ def main() -> None:
     for trained, specs in ((False, args.exact), (True, args.train)):
         for spec in specs:
             model, options = parse(spec, **EXTRA)
+            for zhat in args.zhat:  # whatever is wrong is said before a model is trained
+                Sampling(args.T[0], zhat, **of_sampling(dict(options)))
             for seed in range(args.seeds):
                 jobs.append(
                     shared | {"spec": spec, "model": model, "options": options, "trained": trained, "seed": seed}

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from cadd_min.dit import Size
 from cadd_min.model import MODELS, Denoiser, ModelConfig
-from cadd_min.orders import Sampling
+from cadd_min.orders import HITTING, TIME_GRIDS, Sampling
 from cadd_min.reverse import ZHATS
 from cadd_min.sampler import reverse_chain
 from cadd_min.training.trainer import TrainConfig
@@ -69,13 +69,20 @@ def parse(spec: str, **extra: str) -> tuple[str, dict[str, Any]]:
 def parse_chain(spec: str) -> tuple[str, dict[str, Any]]:
     """Parse "soft:time_grid=cosine" into ("soft", {"time_grid": "cosine"}). Raises InputError.
 
-    Behind the colon may stand any field of Sampling but steps and zhat.
+    Behind the colon may stand any field of Sampling but steps and zhat. The steps must be heeded.
     """
     zhat, options = options_of(spec, "--chains", (Sampling,), {"temperature": "float"})
     for name in ("steps", "zhat"):
         if name in options:
             raise InputError(f"--chains {spec}: {name} does not stand behind the colon")
+    heed_steps(options)
     return choose("zhat", zhat, ZHATS), options
+
+
+def heed_steps(options: dict[str, Any]) -> None:
+    """Raise InputError for a time grid that takes a step for each token, whatever T a table would say."""
+    if options.get("time_grid") == HITTING:
+        raise InputError(f"time_grid must be one of {', '.join(TIME_GRIDS)}: {HITTING} ignores T")
 
 
 def options_of(

@@ -38,7 +38,7 @@ def _power(p: int) -> Curve:
 # alpha_t. "all-at-once" masks all tokens at once, which leaves a purely continuous diffusion (CDM). The powers lie
 # between "linear" and "all-at-once": the larger p, the more the latents agree before their tokens are revealed.
 DISCRETE: dict[str, Curve] = {
-    "linear": (lambda t: 1 - t, lambda t: -torch.ones_like(t)),
+    "linear": _power(1),
     "power2": _power(2),
     "power4": _power(4),
     "power8": _power(8),

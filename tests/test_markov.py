@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 
-from benchmarks.markov import build, ce_gap, parse, spread, tables
+from benchmarks.markov import build, ce_gap, of_sampling, parse, spread, tables
 from benchmarks.sources import ExactDenoiser, Source, random_table, softened
 from cadd_min.forward import q_sample
 from cadd_min.sampler import sample
@@ -52,12 +52,14 @@ def test_exact_denoiser_is_exact(topics, wrong):
         assert (trusting - exact).abs().max() > 0.1, "a denoiser that trusts its latents is another one"
 
 
-def score(dim: int, zhat: str, steps: int, discrete: str = "linear", norm: float = 2.0) -> dict[str, float]:
+def score(
+    dim: int, zhat: str, steps: int, discrete: str = "linear", norm: float = 2.0, num_latents: int = 1
+) -> dict[str, float]:
     """Score 2,048 sequences of the exact denoiser with latents of dimension `dim`; 0 is the masked model."""
     source, schedule, table = Source(), NoiseSchedule(discrete), random_table(64, dim, norm, rng(5))
     denoiser = ExactDenoiser(source, table, schedule)
-    x = sample(denoiser, (2048, 32), table, schedule, 64, steps=steps, zhat=zhat, generator=rng(3))
-    return source.score(x)
+    options = {"steps": steps, "zhat": zhat, "num_latents": num_latents}
+    return source.score(sample(denoiser, (2048, 32), table, schedule, 64, **options, generator=rng(3)))
 
 
 @pytest.mark.slow
@@ -81,6 +83,7 @@ def test_tokens_that_are_revealed_late_leave_few_errors():
     """Check docs/tables/schedules.md at T = 8, to four of its spreads over laws: alpha_t = (1 - t)^p, length 3."""
     for discrete, errors, spread_ in (("linear", 0.064, 0.001), ("power2", 0.025, 0.002), ("power8", 0.006, 0.001)):
         assert score(9, "soft", 8, discrete, 3.0)["bad"] == pytest.approx(errors, abs=4 * spread_)
+    assert score(9, "soft", 8, "power4", 3.0, num_latents=2)["bad"] == pytest.approx(0.140, abs=0.01), "K = 2"
 
 
 @pytest.mark.slow
@@ -110,6 +113,8 @@ def test_instrument_parses_and_tabulates():
     assert parse("cadd:hint=raw,latent_norm=1.5,steps=7") == ("cadd", {"hint": "raw", "latent_norm": 1.5, "steps": 7})
     with pytest.raises(InputError, match="no field"):
         parse("cadd:hnit=raw")
+    with pytest.raises(InputError, match="first-hitting ignores T"):
+        of_sampling({"time_grid": "first-hitting"})
     assert spread([1.0, 2.0]) == "1.500 ± 0.707"
     source = Source()
     gap = ce_gap(source, build(source, "cadd", {}, 0), count=64)

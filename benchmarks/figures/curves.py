@@ -6,7 +6,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.budget import LATE
 from benchmarks.figures.style import CADD, CDM, FAINT, INK, MDLM, STRONG, panels
 from benchmarks.figures.tables import matching, numbers, read_table
 from cadd_min.latent import log_likelihood
@@ -120,7 +119,7 @@ def frequencies(table: torch.Tensor, steps: int, zhat: str) -> torch.Tensor:
 
 LOOKS = {  # lines of a table of the budget: label, colour, dashes
     "mdlm": ("masked model", MDLM, "-"),
-    "mdlm:temperature=0.8": ("the same, temperature .8", MDLM, ":"),
+    "mdlm hard:temperature=0.8": ("the same, temperature .8", MDLM, ":"),
     "late soft": ("late latent, soft", CADD, "-"),
     "late soft:temperature=0.8": ("the same, temperature .8", CADD, ":"),
 }
@@ -199,24 +198,19 @@ def schedules() -> Figure:
     return figure
 
 
-TRAINED = {"chain": "impossible transitions"}  # the tables of docs/tables/budget.md that are drawn, and their errors
-
-
 def budget() -> Figure:
     """Draw the errors of trained networks over T: the masked model, and the late latent."""
     sentence = "From 4 to 16 steps a late latent makes fewer errors than the masked model, after as much training."
-    figure, axes = panels(sentence, len(TRAINED))
-    for panel, (task, measure) in zip(axes, TRAINED.items()):
-        for row in read_table("tables/budget.md", task, "T = 2"):
-            name = row.pop(task).replace("mdlm hard:", "mdlm:").replace(f"{LATE} ", "late ")
-            if name not in LOOKS:
-                continue
+    figure, (axes,) = panels(sentence, 1, height=3.2)
+    for row in read_table("tables/budget.md", "chain", "T = 2"):
+        name = row.pop("chain")
+        if name in LOOKS:
             label, colour, dashes = LOOKS[name]
             points = [(int(T.removeprefix("T = ")), *numbers(cell)[0]) for T, cell in row.items() if T != "one"]
-            band(panel, *map(list, zip(*points)), label, colour, linestyle=dashes, marker="o", markersize=4)
-        logarithmic(panel, steps=[2, 4, 8, 16], values=[0.02, 0.05, 0.1, 0.2, 0.5])
-        panel.set_title(f"{task}: {measure}")
-    axes[0].legend()
+            band(axes, *map(list, zip(*points)), label, colour, linestyle=dashes, marker="o", markersize=4)
+    logarithmic(axes, steps=[2, 4, 8, 16], values=[0.02, 0.05, 0.1, 0.2, 0.5])
+    axes.set_ylabel("impossible transitions")
+    axes.legend()
     return figure
 
 

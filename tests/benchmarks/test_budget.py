@@ -262,7 +262,8 @@ def test_a_run_that_fails_loses_no_other(tmp_path):
     ("--train cadd:length=9", "length is set by the benchmark"), ("--chains sotf", "zhat must be one of"),
     ("--preset tny", "--preset must be one of"), ("--train cadd:hint=foo", "hint must be one of"),
     ("--chains soft:T=3", "'T' is no field of Sampling"), ("--chains soft:steps=3", "does not stand behind the colon"),
-    ("--chains soft:top_p=2", "top_p must be"), ("--train cadd:strength=2", "no field of ModelConfig or TrainConfig"),
+    ("--chains soft:top_p=2", "top_p must be"), ("--chains soft:time_grid=first-hitting", "first-hitting ignores T"),
+    ("--train cadd:strength=2", "no field of ModelConfig or TrainConfig"),
     ("--train cadd:lr=0", "lr must be"), ("--T 0", "steps must be"), ("--out nowhere/rows", "cannot be written"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_before_a_model_is_trained(options, message, tmp_path, monkeypatch):
