@@ -7,9 +7,9 @@
 A model is mdlm or cadd. Behind a colon stand settings: fields of ModelConfig and TrainConfig. The tasks are those of
 tasks.py. Each trained model is sampled by each of --chains, an estimate of z_0 with settings of `Sampling` behind its
 colon ("soft:time_grid=cosine"). The masked model has no latent: its exact chain is "hard", and settings of the latent
-fall away. Each run appends one line of JSON to --out. The first table has the error of each model at each T, and its variety in brackets. "one" is one token a
-step, at first-hitting times: no two tokens are drawn at once, so the errors are the network's. The second table is for
-errors that are counted:
+fall away. Each run appends one line of JSON to --out. The first table has the error of each model at each T, and its
+variety in brackets. "one" is one token a step, at first-hitting times: no two tokens are drawn at once, so the errors
+are the network's. The second table is for errors that are counted:
 
     network    error at "one" of the masked model, less that of true data
     steps      its error at T, less that at "one": the price of drawing tokens at once
