@@ -7,9 +7,9 @@
 A model is mdlm or cadd. Behind a colon stand settings: fields of ModelConfig and TrainConfig. The tasks are those of
 tasks.py. Each trained model is sampled by each of --chains, an estimate of z_0 with settings of `Sampling` behind its
 colon ("soft:time_grid=cosine"). The masked model has no latent: its exact chain is "hard", and settings of the latent
-fall away. Each run appends one line of JSON to --out. The first table has the error of each model at each T, and its
-variety in brackets. "one" is one token a step, at first-hitting times: no two tokens are drawn at once, so the errors
-are the network's. The second table is for errors that are counted:
+fall away. Each run appends one line of JSON to --out. The first table has the error of each model at each T, and in
+brackets its variety, with FD for molecules. "one" is one token a step, at first-hitting times: no two tokens are drawn
+at once, so the errors are the network's. The second table is for errors that are counted:
 
     network    error at "one" of the masked model, less that of true data
     steps      its error at T, less that at "one": the price of drawing tokens at once
@@ -44,6 +44,7 @@ LATE = "cadd:discrete=power4,continuous=linear,evidence=0.75,latent_dim=9"
 MASKED, EXACT = "mdlm", "hard"  # the model whose error is parted, and its chain
 ONE = "one"  # one token a step, in place of T
 TRUE = "true data"
+BESIDE = {"variety": "", "FD": "FD "}  # measures beside the error, as they are headed
 CLOCKED = ("steps", "seed")  # fields of TrainConfig that a benchmark sets
 
 
@@ -120,10 +121,11 @@ def columns(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def cell(scores: list[dict[str, float]]) -> str:
-    """Format the errors of one chain over seeds, and in brackets the mean of their variety. Empty where none is."""
-    varied = [score["variety"] for score in scores if "variety" in score]
+    """Format the errors of one chain over seeds, and in brackets the means of their BESIDE. Empty without scores."""
+    found = {name: [score[name] for score in scores if name in score] for name in BESIDE}
+    beside = [f"{head}{statistics.mean(found[name]):.2f}" for name, head in BESIDE.items() if found[name]]
     errors_ = spread([score["error"] for score in scores]) if scores else ""
-    return errors_ + (f" ({statistics.mean(varied):.2f})" if varied else "")
+    return errors_ + (f" ({', '.join(beside)})" if beside else "")
 
 
 def errors(task: str, rows: list[dict[str, Any]]) -> str:

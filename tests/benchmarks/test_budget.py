@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import sys
 import time
 from types import SimpleNamespace
@@ -56,6 +57,18 @@ def test_true_data_is_right_and_shuffled_data_is_not(small, name):
     net = task.build("nano", 0, **{k: v for k, v in task.settings.items() if k in fields})
     assert (net.config.length, net.config.vocab_size) == (task.length, task.vocab_size)
     assert net.config.head_bias == (name == "molecules"), "these start as train_text.py starts them"
+
+
+def test_samples_of_one_kind_have_less_variety(small):
+    grids, molecules = (open_task(name, *small) for name in ("sudoku", "molecules"))
+    x = grids.real(2000, 0)
+    assert abs(grids.score(x)["variety"] - math.log2(9)) < 0.02, "every digit is as likely in every cell"
+    assert grids.score(x[:1].repeat(9, 1))["variety"] == 0
+    x = molecules.real(5000, 0)
+    kinds = x[["O" in molecules._lines(row[None])[0] for row in x]]
+    true, narrow = (molecules.score(part) for part in (x, kinds))
+    assert true["error"] == narrow["error"] == 0 and true["FD"] < 0.01 < 0.2 < narrow["FD"]
+    assert "FD" not in molecules.score(x[:50]), "of 50 molecules it says little"
 
 
 def test_lines_that_are_too_long_are_counted(small):
