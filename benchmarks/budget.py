@@ -139,8 +139,11 @@ def errors(task: str, rows: list[dict[str, Any]]) -> str:
     return markdown([task, *(f"T = {head}" if head != ONE else head for head in heads)], lines)
 
 
-def parted(task: str, rows: list[dict[str, Any]]) -> str:
-    """Part the masked model's error of one task, as Markdown: a line for each T. See the module's docstring."""
+def parted(task: str, rows: list[dict[str, Any]], least: float = 0.0) -> str:
+    """Part the masked model's error of one task, as Markdown: a line for each T. See the module's docstring.
+
+    least: the smallest price of few steps of which a share is told.
+    """
     by_seed: dict[int, dict[str, dict[str, Any]]] = {}
     for row in rows:
         by_seed.setdefault(row["seed"], {})[row["spec"]] = row
@@ -160,7 +163,7 @@ def parted(task: str, rows: list[dict[str, Any]]) -> str:
             name: statistics.mean(e - error(found, spec, chain, head) for e, found in zip(masked, whole))
             for name, (spec, chain) in others.items()
         }
-        back = [f"{gain / price:.0%}" if price > 2 * doubt else "" for gain in gains.values()]
+        back = [f"{gain / price:.0%}" if price > max(2 * doubt, least) else "" for gain in gains.values()]
         lines.append([f"T = {head}", f"{network:.3f}", spread(prices), *back])
     return markdown([task, "network", "steps", *(f"back: {name}" for name in others)], lines)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import budget, clock, shift, specs
+from benchmarks import budget, clock, shift, specs, text
 from benchmarks.sources import ExactDenoiser
 from benchmarks.tasks import TASKS, Chain, open_task
 from cadd_min.data import sudoku
@@ -138,6 +138,27 @@ def test_the_parts_of_an_error_by_hand():
     assert shown[2] == "| mdlm | 0.500 ± 0.014 (1.00) | 0.400 ± 0.141 (1.00) | 0.300 ± 0.000 (1.00) |"
     assert shown[3].startswith("| cadd soft | 0.400 ± 0.000") and shown[-1].startswith(
         "| true data | 0.100 ± 0.000 (2.00) |"
+    )
+
+
+def test_the_bits_of_text_are_parted_where_a_price_is_large_enough():
+    """Part 4.5 and 3.9 bits at T = 2 and 4 of L = 8, 3.8 at T = 8. Held-out text has 2."""
+
+    def row(spec: str, scores: dict) -> dict:
+        scores = {name: {"judge_bpc": bits} for name, bits in scores.items()}
+        return {"spec": spec, "model": spec, "seed": 0, "length": 8, "real": {"judge_bpc": 2.0}, "scores": scores}
+
+    masked = row("mdlm", {"steps 2": 4.5, "steps 4": 3.9, "steps 8": 3.8})
+    other = row("cadd", {f"steps {T}, zhat soft": bits for T, bits in ((2, 4.15), (4, 3.9), (8, 3.9))})
+    assert text.parts([masked, other]).splitlines() == [
+        "| bits a character | network | steps | back: cadd zhat=soft |",
+        "|---|---|---|---|",
+        "| T = 2 | 1.800 | 0.700 | 50% |",
+        "| T = 4 | 1.800 | 0.100 |  |",
+    ]
+    assert text.parts([masked, masked, other, other]) == text.parts([masked, other]), "a run counts once"
+    assert (
+        text.parts([other]) == text.parts([row("mdlm", {"steps 4": 3.9})]) == text.parts([row("mdlm", {"": 3})]) == ""
     )
 
 
