@@ -27,7 +27,7 @@ from cadd_min.utils.errors import InputError
 LONGEST = 1e18  # rows whose squares are still float32
 TABLES = ("tied", "fixed", "ordered", "free")
 FUSIONS = ("add", "concat", "reweight")
-HINTS = ("raw", "linear", "posterior")
+HINTS = ("linear", "raw")
 
 
 def evidence_norm(vocab_size: int, schedule: NoiseSchedule, share: float, dim: int) -> float:
@@ -87,9 +87,8 @@ class Latent(nn.Module):
         "free"     the token embedding itself, trained: its rows grow until z_t gives x_0 away. Only for demonstration
     fusion: "add" (the paper's), "concat" or "reweight".
     hint: what of z_t the network reads.
-        "raw"        z_t itself (the paper's)
-        "linear"     the best linear guess of z_0, which is near zero where z_t is noise
-        "posterior"  E[w | z_t] under the table
+        "linear"  the best linear guess of z_0, which is near zero where z_t is noise
+        "raw"     z_t itself (the paper's)
     unit: the factor of the hint. For a pretrained embedding: the length of its rows over the length of z_0.
     """
 
@@ -136,16 +135,15 @@ class Latent(nn.Module):
         directions = embedding.detach() @ self.mixing if self.maps_width else embedding.detach()
         return self.norm * F.normalize(directions, dim=-1)
 
-    def fuse(self, e: Tensor, z_t: Tensor, masked: Tensor, t: Tensor, embedding: Tensor) -> Tensor:
+    def fuse(self, e: Tensor, z_t: Tensor, masked: Tensor, t: Tensor) -> Tensor:
         """Make the network's input z_tilde (B, L, width) from e = E[x_t] (B, L, width) and z_t (B, L, D).
 
         With fusion "add" z_tilde is E[x_t] + project(unit hint(z_t)) where masked. The paper's E[x_t] + z_t is hint
         "raw" with unit 1. Where not masked the latent is left out: there z_t says nothing that x_t does not.
-        embedding (V + 1, width) is for hints that need the latent table: with 50,257 tokens the table takes time.
         """
         if self.dim == 0:
             return e
-        z = (self.unit * self._hint(z_t, t, embedding) * masked[..., None]).to(e.dtype)
+        z = (self.unit * self._hint(z_t, t) * masked[..., None]).to(e.dtype)
         if self.fusion == "concat":
             return self.project(torch.cat([e, z], -1))
         z = self.project(z)
@@ -154,12 +152,9 @@ class Latent(nn.Module):
             return (1 - gamma_bar) * e + gamma_bar * z
         return e + z
 
-    def _hint(self, z_t: Tensor, t: Tensor, embedding: Tensor) -> Tensor:
+    def _hint(self, z_t: Tensor, t: Tensor) -> Tensor:
         if self.hint == "raw":
             return z_t
-        if self.hint == "posterior":
-            table = self.table(embedding)[:-1]
-            return log_likelihood(z_t, t, table, self.schedule).softmax(-1) @ table
         signal, noise = self.schedule.signal(t), self.schedule.noise(t)
         variance = self.norm**2 / self.dim  # of z_0, per dimension
         return per_token(signal * variance / (signal**2 * variance + noise**2), z_t) * z_t

@@ -57,7 +57,7 @@ class ModelConfig:
         "tied", "directions of the table: tied to the token embedding, fixed, ordered (pixels), or free (leaks)"
     )
     fusion: str = option("add", "how the latent joins the mask's embedding: add, concat or reweight")
-    hint: str = option("linear", "what of z_t the network reads: raw, linear (shrunk) or posterior (E[w | z_t])")
+    hint: str = option("linear", "what of z_t the network reads: linear (the best linear estimate of z_0) or raw")
     bayes_head: bool = option(False, "add the latent's own log-likelihood to the logits")
 
     def __post_init__(self) -> None:
@@ -222,7 +222,7 @@ class Denoiser(Model):
 
     def features(self, x_t: Tensor, z_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         e = self.embedding(x_t)  # (B, L, width)
-        z_tilde = self.latent.fuse(e, z_t, x_t == self.mask_id, t, self.embedding.weight)
+        z_tilde = self.latent.fuse(e, z_t, x_t == self.mask_id, t)
         if self.neighbours is not None:
             z_tilde = z_tilde + self.neighbours(x_t)
         h = self.backbone(math.sqrt(self.config.size.embed) * z_tilde, t, label)  # entries of about 1 (Vaswani et al.)

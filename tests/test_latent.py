@@ -88,7 +88,7 @@ def test_the_linear_hint_is_the_regression_of_z_0_on_z_t(t, continuous):
     z_t = schedule.signal(t) * z_0 + schedule.noise(t) * torch.randn(z_0.shape, generator=rng(1), dtype=torch.float64)
     slope = float((z_0 * z_t).sum() / z_t.square().sum())
     masked = torch.ones(1, 40_000, dtype=torch.bool)
-    hint = latent.fuse(torch.zeros_like(z_0), z_t, masked, t, torch.zeros(6, 6)) / 0.7
+    hint = latent.fuse(torch.zeros_like(z_0), z_t, masked, t) / 0.7
     factor = float((hint * z_t).sum() / z_t.square().sum())
     torch.testing.assert_close(hint, factor * z_t)
     assert factor == pytest.approx(slope, abs=0.01)
@@ -104,13 +104,10 @@ def test_fusions_and_hints_by_their_formulas(fusion, hint):
     latent = Latent(5, 8, 4, 3.0, schedule, table="fixed", fusion=fusion, hint=hint, unit=0.7).double()
     e, z_t = torch.randn(2, 3, 8, generator=rng(0)).double(), torch.randn(2, 3, 4, generator=rng(1)).double()
     masked, t = torch.tensor([[True, False, True], [False, True, True]]), torch.tensor([0.3, 0.8], dtype=torch.float64)
-    embedding, gamma_bar = torch.randn(6, 8, generator=rng(2)).double(), ((1 - t**2) / 2)[:, None, None]
-    w = 3.0 * latent.directions[:5]
+    gamma_bar = ((1 - t**2) / 2)[:, None, None]
     read = {
         "raw": z_t,
         "linear": gamma_bar.sqrt() * 9 / 4 / (gamma_bar * 9 / 4 + 1 - gamma_bar) * z_t,
-        "posterior": (-(z_t[..., None, :] - gamma_bar.sqrt()[..., None] * w).square().sum(-1) / 2 / (1 - gamma_bar))
-        .softmax(-1) @ w,
     }[hint]  # fmt: skip
     z = 0.7 * read * masked[..., None]
     matrix = latent.project.weight.T
@@ -119,7 +116,7 @@ def test_fusions_and_hints_by_their_formulas(fusion, hint):
         "concat": lambda: torch.cat([e, z], -1) @ matrix,
         "reweight": lambda: torch.where(masked[..., None], (1 - gamma_bar) * e + gamma_bar * (z @ matrix), e),
     }
-    torch.testing.assert_close(latent.fuse(e, z_t, masked, t, embedding), expected[fusion]())
+    torch.testing.assert_close(latent.fuse(e, z_t, masked, t), expected[fusion]())
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -231,7 +228,7 @@ def test_a_latent_is_tied_added_and_linear_unless_it_is_told():
         latents = [Latent(11, 8, dim, 2.5, NoiseSchedule(), **told) for told in ({}, DEFAULTS)]
         latents[0].load_state_dict(latents[1].state_dict())  # a latent of another width has a weight
         z = torch.randn(2, 3, dim, generator=rng(1))
-        results = [(own.table(e), own.fuse(e[:6].view(2, 3, 8), z, masked, t, e)) for own in latents]
+        results = [(own.table(e), own.fuse(e[:6].view(2, 3, 8), z, masked, t)) for own in latents]
         assert all(torch.equal(a, b) for a, b in zip(*results))
         assert bool(latents[0].state_dict()) == (dim == 5)
 

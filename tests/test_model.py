@@ -21,7 +21,7 @@ def test_logits_are_made_of_the_parts(model, options):
     x, t = torch.randint(12, (2, 12), generator=rng(0)), torch.tensor([0.3, 0.9])
     z, w = torch.randn(2, 12, net.latent.dim, generator=rng(1)), net.table()
     masked = x == 11
-    fused = net.latent.fuse(net.embedding.weight[x], z, masked, t, net.embedding.weight)
+    fused = net.latent.fuse(net.embedding.weight[x], z, masked, t)
     expected = net.backbone(math.sqrt(32) * fused, t) @ net.head.weight.T
     if options.get("bayes_head") and net.latent.dim:
         signal, noise = net.schedule.signal(t)[:, None, None], net.schedule.noise(t)[:, None, None]
@@ -52,7 +52,7 @@ def test_a_row_of_its_own_for_each_pair_of_neighbours(model):
     expected = torch.stack([torch.stack([sum(pairs(row, n)) for n in range(12)]) for row in x])
     torch.testing.assert_close(net.neighbours(x), expected)
     t, z = torch.tensor([0.2, 0.5, 0.9]), torch.randn(3, 12, net.latent.dim, generator=rng(1))
-    fused = net.latent.fuse(net.embedding.weight[x], z, x == 4, t, net.embedding.weight)
+    fused = net.latent.fuse(net.embedding.weight[x], z, x == 4, t)
     logits = net.backbone(math.sqrt(32) * (fused + expected), t) @ net.head.weight.T
     torch.testing.assert_close(net(x, z, t), logits, rtol=1e-4, atol=1e-4)
 
@@ -84,8 +84,8 @@ def test_a_new_model_has_its_latent_and_starts_with_equal_logits(model):
 
 
 def test_a_text_model_passes_its_settings_on():
-    net = nano(fusion="reweight", hint="posterior", latent_table="fixed")
-    assert (net.latent.fusion, net.latent.hint, net.latent.kind) == ("reweight", "posterior", "fixed")
+    net = nano(fusion="reweight", hint="raw", latent_table="fixed")
+    assert (net.latent.fusion, net.latent.hint, net.latent.kind) == ("reweight", "raw", "fixed")
     for model in MODELS:
         assert nano(model, classes=3).backbone.time.label.weight.shape == (4, 32)
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadd_min.data.hf_tokenizer import HFTokenizer
-from cadd_min.latent import Latent, table_norm
+from cadd_min.latent import HINTS, Latent, table_norm
 from cadd_min.model import Denoiser, Model, ModelConfig
 from cadd_min.schedule import DISCRETE, NoiseSchedule
 from cadd_min.upgrade import lora
@@ -32,7 +32,6 @@ from cadd_min.utils.cli import option
 from cadd_min.utils.errors import InputError, choose, first_line
 
 MODELS = ("cadd", "mdlm")
-HINTS = ("linear", "raw")
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class UpgradeConfig:
     continuous: str = option("capped", "schedule of the latent: linear, cosine, capped, or flow (matching)")
     latent_norm: float = option(0.0, "length of the latent table's rows; 0: from --evidence")
     evidence: float = option(0.1, "share of log V nats that the latent alone tells at half time")
-    hint: str = option("linear", "how the network reads z_t: linear (the best linear estimate of z_0) or raw")
+    hint: str = option("linear", "what of z_t the network reads: linear (the best linear estimate of z_0) or raw")
     lora: int = option(0, "rank of LoRA, whose matrices alone are trained; 0: train the whole model")
     freeze_embedding: bool = option(False, "do not train the token embedding")
     anneal: int = option(0, "steps in which attention is opened to the right token by token; 0: at once")
@@ -125,7 +124,7 @@ class Upgraded(Model):
         embedded, masked = self.embedding(x_t), x_t == self.mask_id
         if self.mask_shift is not None:
             embedded = embedded + masked[..., None] * self.mask_shift
-        z_tilde = self.latent.fuse(embedded, z_t, masked, t, self.embedding.weight)
+        z_tilde = self.latent.fuse(embedded, z_t, masked, t)
         h = self.backbone(inputs_embeds=z_tilde, attention_mask=self._window(x_t)).logits  # (B, L, width)
         if self.config.shift:  # no position predicts the first token, which gets the second token's features
             h = torch.cat([h[:, :1], h[:, :-1]], 1)

@@ -324,7 +324,7 @@ def test_a_sure_hint_looks_like_the_embedding_of_its_token(tmp_path: Path) -> No
     x_0, t = torch.randint(4, 30, (1, L), generator=rng(0)), torch.zeros(1)
     z, e = model.table()[x_0], model.embedding(x_0)
     masked = torch.full_like(x_0, model.mask_id)
-    added = model.latent.fuse(0 * e, z, masked == model.mask_id, t, model.embedding.weight)
+    added = model.latent.fuse(0 * e, z, masked == model.mask_id, t)
     assert torch.cosine_similarity(added, e, -1).min() > 0.999
     usual = model.embedding.weight.norm(dim=-1).median()
     torch.testing.assert_close(added.norm(dim=-1), usual.expand(1, L), rtol=1e-4, atol=0)
@@ -555,7 +555,7 @@ def test_gemma_multiplies_its_embeddings_and_so_does_the_hint(tmp_path: Path) ->
     assert model.config.unit > 3 * float(model.embedding.weight.detach().norm(dim=-1).median())
     ids = torch.arange(4, 30)[None]
     e = model.embedding(ids)
-    hint = model.latent.fuse(0 * e, model.table()[ids], ids > 0, torch.zeros(1), model.embedding.weight)
+    hint = model.latent.fuse(0 * e, model.table()[ids], ids > 0, torch.zeros(1))
     assert 0.6 < (hint.norm(dim=-1).mean() / e.norm(dim=-1).mean()).item() < 1.6
 
 
@@ -764,7 +764,7 @@ def test_a_cadd_model_of_this_project_keeps_its_latent_when_it_is_tuned(
     """
     (tmp_path / "a.txt").write_text("the dog and the cat of the hill " * 400)
     data, run = f"--dataset {tmp_path / 'a.txt'} --cache {tmp_path}", tmp_path / "run"
-    options = "--discrete cosine --continuous linear --evidence 0.35 --hint posterior --fusion concat"
+    options = "--discrete cosine --continuous linear --evidence 0.35 --hint raw --fusion concat"
     assert call(f"train_text.py {data} {TINY} {options} --out {run}")[0] == 0
     old = load_denoiser(run)[0].config
     tune = f"{data} --steps 2 --batch-size 4 --dtype float32"
