@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import os
 import statistics
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +127,7 @@ def run_all(
     running: dict[Future[dict[str, Any]], int] = {}
     waiting = list(enumerate(jobs))
     bar = tqdm(total=len(jobs), desc="runs", unit="run", leave=False)
-    with ProcessPoolExecutor(at_once, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn"), initializer=_end_with_parent) as pool:
         while running or waiting:
             # A pool runs all that it has queued, even after an error: it gets no job before a process is free.
             while waiting and len(running) < at_once:
@@ -144,6 +147,17 @@ def run_all(
     if error:
         raise error
     return [rows[n] for n in range(len(jobs))]
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as its parent has ended: nobody would get the row of its run."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        wait_for([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

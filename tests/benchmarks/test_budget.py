@@ -4,8 +4,10 @@ import dataclasses
 import itertools
 import json
 import math
+import multiprocessing
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -287,6 +289,33 @@ def test_a_run_that_fails_loses_no_other(tmp_path):
         specs.run_all(slow_first, [{"n": n} for n in (3, 0, *range(4, 34))], 2, tmp_path / "out.jsonl")
     written = [json.loads(line)["n"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert 0 in written and len(written) < 30, "a run that had begun is written, and no run begins after a failure"
+
+
+def beat(job: dict) -> dict:
+    """Write a byte every 20 ms, for two minutes."""
+    for _ in range(6000):
+        with Path(job["file"]).open("a") as file:
+            file.write(".")
+        time.sleep(0.02)
+    return job
+
+
+def test_runs_end_with_a_parent_that_is_killed(tmp_path):
+    """Kill the process that waits for a run. The run's own process would go on for nobody."""
+    file = tmp_path / "beats"
+    jobs = [{"file": str(file)}]
+    parent = multiprocessing.get_context("spawn").Process(target=specs.run_all, args=(beat, jobs, 1, None))
+    parent.start()
+    while not file.exists():
+        time.sleep(0.1)
+    parent.kill()
+    parent.join()
+    for _ in range(60):
+        before = file.stat().st_size
+        time.sleep(0.5)
+        if file.stat().st_size == before:
+            return
+    pytest.fail("the run still writes after half a minute")
 
 
 @pytest.mark.parametrize("options, message", [
