@@ -184,7 +184,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
         updates = [f"{s} {statistics.mean(r['updates'] for r in own if r['spec'] == s):,.0f}" for s in specs]
         seeds = len({row["seed"] for row in own})
         parts.append(
-            f"{own[0]['preset']}, {own[0]['minutes']:g} minutes of training on {own[0]['threads']} threads (steps: "
+            f"{own[0]['preset']}, {own[0]['minutes']:g} minutes of training with {own[0]['threads']} thread(s) (steps: "
             f"{', '.join(updates)}), {own[0]['samples']} samples, seeds: {seeds}, ± their standard deviation"
         )
     return "\n\n".join(parts)

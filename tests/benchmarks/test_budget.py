@@ -101,7 +101,7 @@ def test_a_run_is_trained_sampled_parted_and_kept(tmp_path, monkeypatch, capsys)
         assert list(row["scores"]) == expected + [f"{chain} {T}" for chain in grids for T in (2, 8)]
         assert all(0 < score["error"] <= 1 for score in row["scores"].values())
     assert "| cadd:drop_latent=0.5,batch_size=8 soft |" in shown and "| mdlm hard:time_grid=cosine |" in shown
-    assert "0.02 minutes of training on 1 threads" in shown
+    assert "0.02 minutes of training with 1 thread(s)" in shown
     monkeypatch.setattr(sys, "argv", ["budget", "--table", str(file)])
     budget.main()
     assert capsys.readouterr().out.strip() == shown.strip()
