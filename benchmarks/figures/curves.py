@@ -119,6 +119,7 @@ def frequencies(table: torch.Tensor, steps: int, zhat: str) -> torch.Tensor:
 
 LAWS = {  # tables of the budget: their errors, and the ticks along y
     "chain": ("impossible transitions", [0.02, 0.05, 0.1, 0.2, 0.5]),
+    "sudoku": ("broken units", [0.5, 0.6, 0.7, 0.8, 0.9]),
     "molecules": ("not valid", [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]),
 }
 LOOKS = {  # their lines: label, colour, dashes
@@ -211,8 +212,9 @@ def budget() -> Figure:
             label, colour, dashes = LOOKS.get(row.pop(law), ("", "", ""))
             if label:
                 points = [(int(T.removeprefix("T = ")), *numbers(cell)[0]) for T, cell in row.items() if T != "one"]
+                steps = [T for T, *_ in points]
                 band(panel, *map(list, zip(*points)), label, colour, linestyle=dashes, marker="o", markersize=4)
-        logarithmic(panel, steps=[2, 4, 8, 16], values=ticks)
+        logarithmic(panel, steps=steps, values=ticks)
         panel.set_title(f"{law}: {error}")
         panel.legend()
     return figure
